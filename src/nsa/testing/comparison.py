@@ -1,8 +1,8 @@
 """When two results count as equal: an error budget taken from the data, never a tolerance set by hand.
 
-An implementation in some dtype may differ from the float64 truth by at most twice what plain PyTorch in that dtype
-does, plus the rounding of the result itself. Selections are compared by the scores of what they selected, because
-near-ties may fall either way.
+An implementation in some dtype may differ from the float64 truth by at most twice what plain PyTorch in that
+dtype does, plus the rounding of the result itself. Selections are compared by the scores of what they
+selected, because near-ties may fall either way.
 """
 
 import torch
@@ -72,11 +72,11 @@ def assert_same_selection(
 ) -> None:
     """`block_indices` is right by the float64 `scores`, up to the rounding of the dtype under test.
 
-    Checked exactly: n slots, ascending without repeats, -1 last, as many blocks as there are (at most n), none
-    after the query's own, the forced ones among them. Checked by score: the picks that are not forced, from the
-    best on, score as high as the best possible ones, less twice the largest error of `plain_scores` (the same
-    scores by plain PyTorch in the dtype under test) and their rounding. Which of two blocks with one score was
-    picked is not judged here.
+    Checked exactly: n slots, ascending without repeats, -1 last, as many blocks as there are (at most n),
+    none after the query's own, the forced ones among them. Checked by score: the picks that are not forced,
+    from the best on, score as high as the best possible ones, less twice the largest error of `plain_scores`
+    (the same scores by plain PyTorch in the dtype under test) and their rounding. Which of two blocks with
+    one score was picked is not judged here.
 
     Args:
         block_indices: what was selected.
