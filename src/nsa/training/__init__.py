@@ -1,0 +1,1 @@
+"""Training: data, retrieval mix-in, presets and the run itself (`nsa train`)."""

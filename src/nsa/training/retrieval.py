@@ -1,0 +1,308 @@
+"""Retrieval examples in the manner of source code: constants defined far above and used later.
+
+    QX = "k7fp"                          the definition
+    ...real code, hundreds of lines...   the filler
+    assert QX == "k7fp"                  the use: the model must recall k7fp
+
+A name is a few capital letters, a value a few random letters and digits, so that guessing is worthless: the
+chance of a whole value is 1 / 36**value_length. A row holds many definitions and as many uses, which supervises
+every row densely. With `num_hops` > 1 a use goes through aliases (`BC = QX`). Names are split for good by a
+checksum: a tenth of them never occurs in training and is used by evaluation alone (`held_out=True`).
+
+Everything is drawn from the `random.Random` that the caller passes, so an example is a function of its seed.
+Each piece of text is tokenized by itself and the ids are joined: where an answer lies in the tokens is then
+exact for any tokenizer, and the length is met to the token by cutting filler.
+"""
+
+import random
+import string
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+NAME_LETTERS = string.ascii_uppercase
+VALUE_LETTERS = string.ascii_lowercase + string.digits
+HELD_OUT_ONE_IN = 10
+
+Encode = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One value to be recalled. `start:end` are positions in the example's tokens."""
+
+    name: str
+    value: str
+    start: int
+    end: int
+    distance: int
+    """From an answer's token back to the same token in the definition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalExample:
+    """`ids` are the tokens (characters' code points when no tokenizer was given), `text` their text."""
+
+    text: str
+    ids: tuple[int, ...]
+    answers: tuple[Answer, ...]
+    """Answers in the order in which they come."""
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a name belongs to evaluation. A fixed property of the name, the same on every machine."""
+    return zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def random_name(rng: random.Random, length: int, held_out: bool) -> str:
+    while True:
+        name = "".join(rng.choices(NAME_LETTERS, k=length))
+        if is_held_out(name) == held_out:
+            return name
+
+
+def filler_lines(rng: random.Random, filler: str, length: int) -> str:
+    """About `length` characters of consecutive whole lines from a random place in `filler`."""
+    if length <= 0 or not filler:
+        return ""
+    place = rng.randrange(max(1, len(filler) - length))
+    place = filler.find("\n", place) + 1
+    end = filler.find("\n", place + length)
+    return filler[place : end + 1] if end >= 0 else filler[place:]
+
+
+def retrieval_example(
+    rng: random.Random,
+    filler: str,
+    length: int,
+    *,
+    num_keys: int | None = None,
+    num_questions: int | None = None,
+    num_hops: int = 1,
+    distance: int | None = None,
+    depth: float | None = None,
+    name_length: int = 2,
+    value_length: int = 4,
+    held_out: bool = False,
+    tokenizer: Encode | None = None,
+) -> RetrievalExample:
+    """One row of exactly `length` tokens: definitions, filler, uses.
+
+    Args:
+        rng: all randomness.
+        filler: text to take whole lines from, usually the corpus.
+        length: tokens in the row (characters without a tokenizer).
+        num_keys: names defined; None: a random number, up to as many as fit (training's dense rows).
+        num_questions: names used afterwards, each once, in random order; None: all of them.
+        num_hops: 1 asks for a name defined by a literal; h > 1 goes through h - 1 aliases.
+        distance: tokens from the first question's answer back to the value in its definition, exactly; the uses
+            end the row. With depth None too: filler at random places.
+        depth: instead of distance, 0 (definitions at the row's start) to 1 (right before the uses).
+        name_length, value_length: letters in a name and in a value.
+        held_out: use evaluation's names instead of training's.
+        tokenizer: str -> ids without special tokens; None: one token a character.
+
+    Returns:
+        The example; `answers[i].start:answers[i].end` are the tokens of a value in `ids`.
+
+    Raises:
+        ValueError: if the row is too short for what it must hold, with both sizes.
+    """
+    encode: Encode = tokenizer or (lambda text: [ord(letter) for letter in text])
+    keys = _draw_keys(rng, length, num_keys, num_hops, name_length, value_length, held_out, encode)
+    definitions = [piece for key in keys for piece in key.definition]
+    questions = rng.sample(keys, len(keys) if num_questions is None else num_questions)
+    uses = [key.use for key in questions]
+    needed = sum(len(piece.ids) for piece in [*definitions, *uses])
+    spare = length - needed
+    if spare < 0:
+        raise ValueError(
+            f"a retrieval row of {length} tokens cannot hold {len(keys)} keys with {len(uses)} questions: "
+            f"they take {needed}"
+        )
+    above, inside = _split_filler(rng, spare, definitions, uses, questions[0], distance, depth)
+    gaps = _sprinkle(rng, inside, definitions, uses, exact=distance is not None or depth is not None)
+    return _assemble(rng, filler, encode, definitions, uses, above, gaps)
+
+
+def repeated_example(rng: random.Random, length: int) -> str:
+    """`length` characters: one random word, repeated to the end.
+
+    The simplest thing to recall, and the one from which a model learns to copy at all: in short rows of these
+    the previous-token head and the matching head form within some hundred steps; without them, they did not
+    form at all in the budget of the demo (docs/log.md). The recipe starts with them.
+    """
+    period = rng.randrange(3, max(4, length // 2))
+    word = "".join(rng.choices(string.ascii_letters + string.digits, k=period)) + rng.choice("\n ,=")
+    return (word * (length // len(word) + 1))[:length]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A line of code; the tokens at `value` spell the value."""
+
+    ids: tuple[int, ...]
+    text: str
+    name: str
+    value: str
+    span: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Key:
+    definition: tuple[_Piece, ...]
+    use: _Piece
+
+
+def _piece(encode: Encode, before: str, value: str, after: str, name: str) -> _Piece:
+    head, body, tail = (tuple(encode(part)) for part in (before, value, after))
+    return _Piece(head + body + tail, before + value + after, name, value, (len(head), len(head) + len(body)))
+
+
+def _draw_keys(
+    rng: random.Random,
+    length: int,
+    num_keys: int | None,
+    num_hops: int,
+    name_length: int,
+    value_length: int,
+    held_out: bool,
+    encode: Encode,
+) -> list[_Key]:
+    for label, number in (
+        ("num_hops", num_hops),
+        ("name_length", name_length),
+        ("value_length", value_length),
+    ):
+        if number < 1:
+            raise ValueError(f"{label} must be at least 1, got {number}")
+    budget = length * (1.0 - 0.5 * rng.random()) if num_keys is None else None
+    keys: list[_Key] = []
+    taken: set[str] = set()
+    used = 0
+    while budget is not None or len(keys) < (num_keys or 0):
+        names: list[str] = []
+        while len(names) < num_hops:
+            name = random_name(rng, name_length, held_out)
+            if name not in taken:
+                names.append(name)
+                taken.add(name)
+        value = "".join(rng.choices(VALUE_LETTERS, k=value_length))
+        lines = [_piece(encode, f'{names[0]} = "', value, '"\n', names[0])]
+        lines += [
+            _piece(encode, f"{new} = ", old, "\n", new) for old, new in zip(names, names[1:], strict=False)
+        ]
+        key = _Key(tuple(lines), _piece(encode, f'assert {names[-1]} == "', value, '"\n', names[-1]))
+        used += sum(len(piece.ids) for piece in [*key.definition, key.use])
+        if budget is not None and keys and used > budget:
+            break
+        keys.append(key)
+        if len(taken) + num_hops > len(NAME_LETTERS) ** name_length // (2 * HELD_OUT_ONE_IN):
+            if num_keys is not None and len(keys) < num_keys:
+                raise ValueError(f"{num_keys} keys need longer names than {name_length} letters")
+            break
+    return keys
+
+
+def _split_filler(
+    rng: random.Random,
+    spare: int,
+    definitions: list[_Piece],
+    uses: list[_Piece],
+    asked: _Key,
+    distance: int | None,
+    depth: float | None,
+) -> tuple[int, int]:
+    """Filler tokens above the definitions, and from there on."""
+    if distance is None and depth is None:
+        above = rng.randrange(spare // 4 + 1)
+        return above, spare - above
+    if depth is not None:
+        if distance is not None or not 0.0 <= depth <= 1.0:
+            raise ValueError(f"give distance, or depth in [0, 1], not depth={depth} with distance={distance}")
+        above = round(depth * spare)
+        return above, spare - above
+    own = sum(len(piece.ids) for piece in asked.definition)
+    place = definitions.index(asked.definition[0])
+    after = sum(len(piece.ids) for piece in definitions[place:]) - asked.definition[0].span[0]
+    least = after + asked.use.span[0]
+    inside = distance - least
+    if inside < 0 or inside > spare:
+        raise ValueError(
+            f"distance {distance} is out of reach: with {own} tokens of definition this row allows "
+            f"{least} to {least + spare}"
+        )
+    return spare - inside, inside
+
+
+def _sprinkle(
+    rng: random.Random, inside: int, definitions: list[_Piece], uses: list[_Piece], exact: bool
+) -> list[int]:
+    """Filler tokens before each line after the first; most between definitions and uses."""
+    gaps = [0] * (len(definitions) + len(uses))
+    middle = len(definitions)
+    while inside > 0 and not exact:
+        size = min(inside, rng.randrange(40, 200))
+        gaps[middle if rng.random() < 0.67 else rng.randrange(1, len(gaps))] += size
+        inside -= size
+    gaps[middle] += inside
+    return gaps
+
+
+def _assemble(
+    rng: random.Random,
+    filler: str,
+    encode: Encode,
+    definitions: list[_Piece],
+    uses: list[_Piece],
+    above: int,
+    gaps: list[int],
+) -> RetrievalExample:
+    ids: list[int] = []
+    text: list[str] = []
+    places: dict[str, int] = {}
+    answers: list[Answer] = []
+
+    def fill(tokens: int) -> None:
+        while tokens > 0:
+            lines = filler_lines(rng, filler, tokens) or "\n"
+            piece = list(encode(lines))[-tokens:]
+            if len(piece) == tokens:  # whole lines at the end, cut at the start
+                lines = _tail(encode, lines, tokens)
+            ids.extend(piece)
+            text.append(lines)
+            tokens -= len(piece)
+
+    fill(above)
+    for index, (piece, gap) in enumerate(zip([*definitions, *uses], gaps, strict=True)):
+        fill(gap)
+        start = len(ids) + piece.span[0]
+        if index < len(definitions):
+            # an alias is as far away as the literal it leads to
+            places[piece.name] = places.get(piece.value, start)
+        else:
+            answers.append(
+                Answer(
+                    name=piece.name,
+                    value=piece.value,
+                    start=start,
+                    end=len(ids) + piece.span[1],
+                    distance=start - places[piece.name],
+                )
+            )
+        ids.extend(piece.ids)
+        text.append(piece.text)
+    return RetrievalExample(text="".join(text), ids=tuple(ids), answers=tuple(answers))
+
+
+def _tail(encode: Encode, lines: str, tokens: int) -> str:
+    """The end of `lines` that is its last `tokens` tokens (to the character: the text is for reading)."""
+    low, high = 0, len(lines)
+    while low < high:
+        middle = (low + high) // 2
+        if len(encode(lines[middle:])) > tokens:
+            low = middle + 1
+        else:
+            high = middle
+    return lines[low:]
