@@ -1,0 +1,36 @@
+# Two commands for a stranger: `make demo` and `make test`. Each makes the environment by itself.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint format test-gpu bench clean
+
+$(STAMP): pyproject.toml constraints/dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints/dev.txt torch==2.13.0 --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## train NSA and its twins on this machine, judge them, write report.html
+	$(BIN)/nsa demo
+
+test: $(STAMP)  ## every test that needs no GPU, and the examples
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## the same checks as pre-commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu:  ## on a machine with CUDA, in its own environment
+	$(PYTHON) -m pytest -m gpu
+
+bench: $(STAMP)  ## ours beside torch's SDPA on this CPU, one interleaved run
+	$(BIN)/python benchmarks/bench_cpu.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

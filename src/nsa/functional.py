@@ -1,0 +1,77 @@
+"""Native Sparse Attention as a function: the six steps of the paper, in order."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.ops.combine import combine
+from nsa.ops.compress import compress, phi_mean
+from nsa.ops.selected_attention import selected_attention
+from nsa.ops.selection import compressed_attention_and_selection
+from nsa.ops.window_attention import window_attention
+from nsa.shapes import Sequences
+
+DEFAULT = NSAConfig()
+
+
+def native_sparse_attention(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b s g d"],
+    v: Float[Tensor, "b s g e"],
+    gates: Float[Tensor, "b t h 3"],
+    config: NSAConfig = DEFAULT,
+    *,
+    k_cmp: Float[Tensor, "b c g d"] | None = None,
+    v_cmp: Float[Tensor, "b c g e"] | None = None,
+    k_win: Float[Tensor, "b s_win g d"] | None = None,
+    v_win: Float[Tensor, "b s_win g e"] | None = None,
+    cu_seqlens_q: Int[Tensor, " sequences_plus_1"] | None = None,
+    cu_seqlens_k: Int[Tensor, " sequences_plus_1"] | None = None,
+    seqlens_k: Int[Tensor, " b"] | None = None,
+    seqlens_win: Int[Tensor, " b"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "b t h e"]:
+    """Compressed, selected and window attention of every query, added by its gates.
+
+        o_t = sum over c in {cmp, slc, win} of g_t^c Attn(q_t, K_t^c, V_t^c)      eq. 5
+
+    The queries are the last t of s positions: t == s in training, t == 1 in decoding, anything between in a chunk
+    of prefill.
+
+    Args:
+        q: queries of all heads; h is a multiple of g.
+        k, v: keys and values of the selection branch.
+        gates: one scalar per query, head and branch, in the order cmp, slc, win.
+        config: block sizes and counts.
+        k_cmp, v_cmp: compressed keys and values; by default the block means of k and v.
+        k_win, v_win: keys and values of the window branch, at least the last t + w - 1 of them; by default k and v.
+        cu_seqlens_q, cu_seqlens_k: packed sequences (b == 1) as in FlashAttention's varlen API; the second only
+            where a sequence has more keys than queries.
+        seqlens_k: keys of each row, left-aligned, where rows differ; queries are right-aligned, and those at a
+            negative position are padding.
+        seqlens_win: the same for k_win, where it holds fewer keys than k.
+        scale: factor of the scores, d ** -0.5 by default.
+
+    Returns:
+        [b, t, h, e] in q's dtype. A branch in which a query sees no key adds 0; padding queries give 0.
+
+    Raises:
+        ValueError: shapes or lengths that do not fit, in one line that names the step.
+
+    Source: paper section 3. Tested against the fp64 brute force of nsa.testing, and against itself under every
+    split into prefill chunks and decoding steps.
+    """
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqlens_k)
+    if k_win is None or v_win is None:
+        k_win, v_win, seqlens_win = k, v, seqlens_k
+    sequences_win = sequences if seqlens_win is None else Sequences(seqlens_k=seqlens_win)
+
+    if k_cmp is None or v_cmp is None:
+        k_cmp = compress(k, phi_mean, config, sequences=sequences)
+        v_cmp = compress(v, phi_mean, config, sequences=sequences)
+    out_cmp, _, block_indices = compressed_attention_and_selection(
+        q, k_cmp, v_cmp, config, num_keys=k.shape[1], sequences=sequences, scale=scale
+    )
+    out_slc, _ = selected_attention(q, k, v, block_indices, config, sequences=sequences, scale=scale)
+    out_win, _ = window_attention(q, k_win, v_win, config.window_size, sequences=sequences_win, scale=scale)
+    return combine(out_cmp, out_slc, out_win, gates)

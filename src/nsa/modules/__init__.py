@@ -1,0 +1,1 @@
+"""The layer: projections, rotary positions, compression and gates around `nsa.functional`."""

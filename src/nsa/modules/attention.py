@@ -1,0 +1,258 @@
+"""The NSA layer: from hidden states to hidden states, with or without a cache."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nsa.cache import NSACache
+from nsa.config import NSAConfig
+from nsa.functional import native_sparse_attention
+from nsa.modules.compression import Compression
+from nsa.modules.rotary import RotaryEmbedding, rotate
+from nsa.ops.compress import compress
+from nsa.ops.selection import block_scores, select_blocks
+from nsa.shapes import Sequences
+
+
+class NativeSparseAttention(nn.Module):
+    """Native Sparse Attention with its projections (paper, section 3).
+
+    One query projection serves the three branches; each branch has its own keys and values (§3.3.3), or all share
+    one pair (`config.shared_kv`). Keys of selection and window are rotated at their own positions; compression
+    reads keys before rotation and rotates the compressed key at the block's first position. A linear layer with
+    bias and a sigmoid gates every head of every branch; at the start all gates are 1/2 and compression is the mean.
+
+    Args:
+        hidden_size: width of x.
+        num_heads, num_kv_heads: H and HK; H a multiple of HK.
+        head_dim: d_k, even; hidden_size / num_heads by default.
+        v_head_dim: d_v, by default head_dim.
+        config: block sizes and counts.
+        rope_theta: base of the rotary frequencies.
+        rotary: replaces the rotary embedding; called with (x, positions), returns cos and sin [b, t, head_dim].
+        bias: whether the projections of q, k, v and the output have one.
+
+    Raises:
+        ValueError: head counts or dims that do not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        config: NSAConfig | None = None,
+        *,
+        rope_theta: float = 10000.0,
+        rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"NativeSparseAttention: num_heads should be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+            )
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(
+                f"NativeSparseAttention: give head_dim, or a hidden_size divisible by num_heads; got {hidden_size} and {num_heads}"
+            )
+        self.config_nsa = config = config or NSAConfig()
+        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
+        self.head_dim = head_dim = head_dim or hidden_size // num_heads
+        self.v_head_dim = v_head_dim = v_head_dim or head_dim
+        self.rotary = rotary or RotaryEmbedding(head_dim, rope_theta)
+
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)  # selection, or all branches
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=bias)
+        if not config.shared_kv:
+            self.k_proj_cmp = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+            self.v_proj_cmp = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=bias)
+            self.k_proj_win = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+            self.v_proj_win = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=bias)
+        self.compress_k = Compression(head_dim, config)
+        self.compress_v = Compression(v_head_dim, config)
+        self.gate_proj = nn.Linear(hidden_size, 3 * num_heads)
+        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+        nn.init.zeros_(self.gate_proj.weight)
+        nn.init.zeros_(self.gate_proj.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t hidden"],
+        *,
+        cache: NSACache | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
+    ) -> Float[Tensor, "b t hidden"]:
+        """Attention output of new tokens, after those that the cache remembers.
+
+        Args:
+            x: hidden states of the new tokens.
+            cache: remembers these tokens and gives those before them; every split of a sequence into calls gives
+                the same numbers as one call.
+            attention_mask: [b, at least t], nonzero where a token is; only the last t columns matter, and padding
+                may lie anywhere among them.
+            cu_seqlens: packed sequences (b == 1, no cache).
+
+        Returns:
+            [b, t, hidden_size]; rows of padding carry only the output projection's bias.
+
+        Raises:
+            ValueError: shapes that do not fit, or cu_seqlens together with a cache or mask.
+        """
+        b, t, width = x.shape
+        if width != self.hidden_size:
+            raise ValueError(
+                f"NativeSparseAttention: expected x of width {self.hidden_size}, got {list(x.shape)}"
+            )
+        if cu_seqlens is not None and (cache is not None or attention_mask is not None):
+            raise ValueError(
+                "NativeSparseAttention: cu_seqlens goes with neither a cache nor an attention_mask"
+            )
+        counts = order = None
+        if attention_mask is not None:
+            counts, order = _padding(attention_mask, b, t)
+        if order is not None:
+            x = x.gather(1, order.unsqueeze(-1).expand_as(x))
+
+        past = cache.lengths if cache is not None and cache.lengths else [0] * b
+        positions = _positions(past, counts, t, cu_seqlens, x.device)
+        cos, sin = self.rotary(x, positions)
+        q = rotate(self._heads(self.q_proj, x), cos, sin)
+        k, v, k_win, v_win, k_raw, v_raw = self._keys_and_values(x, cos, sin)
+        gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_heads, 3))
+
+        if cache is not None:
+            views = cache.append(k, v, k_win, v_win, k_raw, v_raw, self._compress_run, counts=counts)
+            k, v, k_cmp, v_cmp = views.k, views.v, views.k_cmp, views.v_cmp
+            k_win, v_win = views.k_win, views.v_win
+            seqlens_k, seqlens_win = views.seqlens_k, views.seqlens_win
+            if (
+                counts is not None and seqlens_k is None
+            ):  # as many tokens in each row, but padding before them
+                seqlens_k = torch.tensor(cache.lengths, device=x.device)
+            if seqlens_k is not None and seqlens_win is None:
+                seqlens_win = torch.tensor(cache.window.lengths, device=x.device)
+        else:
+            seqlens_k = None if counts is None else torch.tensor(counts, device=x.device)
+            seqlens_win = seqlens_k
+            if counts is not None:
+                shift = _left_aligned(counts, t, x.device)
+                k, v, k_win, v_win, k_raw, v_raw = (
+                    y.gather(1, shift[:, :, None, None].expand_as(y))
+                    for y in (k, v, k_win, v_win, k_raw, v_raw)
+                )
+            k_cmp, v_cmp = self._compress_whole(k_raw, v_raw, Sequences(cu_seqlens))
+
+        out = native_sparse_attention(
+            q,
+            k,
+            v,
+            gates,
+            self.config_nsa,
+            k_cmp=k_cmp,
+            v_cmp=v_cmp,
+            k_win=k_win,
+            v_win=v_win,
+            cu_seqlens_q=cu_seqlens,
+            seqlens_k=seqlens_k,
+            seqlens_win=seqlens_win,
+        )
+        y = self.o_proj(out.flatten(2))
+        if order is not None:
+            y = torch.empty_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
+        return y
+
+    @torch.no_grad()
+    def select(
+        self, x: Float[Tensor, "b t hidden"]
+    ) -> tuple[Float[Tensor, "b t g blocks"], Int[Tensor, "b t g n"]]:
+        """What this layer would read of whole sequences x: the block scores and the selected block indices."""
+        cos, sin = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
+        q = rotate(self._heads(self.q_proj, x), cos, sin)
+        *_, k_raw, v_raw = self._keys_and_values(x, cos, sin)
+        k_cmp, _ = self._compress_whole(k_raw, v_raw, Sequences())
+        return block_scores(q, k_cmp, self.config_nsa), select_blocks(q, k_cmp, self.config_nsa)
+
+    def num_parameters(self) -> int:
+        """Parameters of the layer."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def cache_bytes_per_token(self) -> float:
+        """Bytes that a long sequence adds to the cache with each token: one raw pair and 1/d of a compressed pair."""
+        pair = self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.k_proj.weight.element_size()
+        return pair * (1 + 1 / self.config_nsa.compress_stride)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.config_nsa}"
+
+    def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
+        dim = self.head_dim if projection in (self.q_proj, self.k_proj) else None
+        heads = self.num_heads if projection is self.q_proj else self.num_kv_heads
+        return projection(x).unflatten(-1, (heads, dim or -1))
+
+    def _keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """k, v, k_win, v_win rotated; k_raw, v_raw for compression."""
+        k, v = self._heads(self.k_proj, x), self._heads(self.v_proj, x)
+        if self.config_nsa.shared_kv:
+            rotated = rotate(k, cos, sin)
+            return rotated, v, rotated, v, k, v
+        k_win, v_win = self._heads(self.k_proj_win, x), self._heads(self.v_proj_win, x)
+        k_raw, v_raw = self._heads(self.k_proj_cmp, x), self._heads(self.v_proj_cmp, x)
+        return rotate(k, cos, sin), v, rotate(k_win, cos, sin), v_win, k_raw, v_raw
+
+    def _compress_run(self, k_raw: Tensor, v_raw: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Compress raw tokens that begin at block `first`; the keys are rotated at their blocks' first positions."""
+        k_cmp = compress(k_raw, self.compress_k, self.config_nsa)
+        v_cmp = compress(v_raw, self.compress_v, self.config_nsa)
+        blocks = torch.arange(first, first + k_cmp.shape[1], device=k_cmp.device)
+        cos, sin = self.rotary(k_cmp, blocks[None] * self.config_nsa.compress_stride)
+        return rotate(k_cmp, cos, sin), v_cmp
+
+    def _compress_whole(self, k_raw: Tensor, v_raw: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        if not sequences.is_packed:
+            return self._compress_run(k_raw, v_raw, 0)
+        runs = [
+            self._compress_run(*(y[:, p.k_start : p.k_start + p.num_keys] for y in (k_raw, v_raw)), 0)
+            for p in sequences.parts(self.config_nsa, 1, k_raw.shape[1], k_raw.shape[1])
+        ]
+        return torch.cat([k for k, _ in runs], dim=1), torch.cat([v for _, v in runs], dim=1)
+
+
+def _padding(mask: Tensor, b: int, t: int) -> tuple[list[int] | None, Tensor | None]:
+    """Tokens among the last t columns of each row, and the order that moves padding to the front if it is not."""
+    if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] < t:
+        raise ValueError(f"attention_mask should have shape [b={b}, at least t={t}], got {list(mask.shape)}")
+    is_token = mask[:, mask.shape[1] - t :] != 0
+    counts = is_token.sum(1).tolist()
+    if all(count == t for count in counts):
+        return None, None
+    order = is_token.to(torch.int8).argsort(dim=1, stable=True)
+    in_front = bool((order == torch.arange(t, device=mask.device)).all())
+    return counts, None if in_front else order
+
+
+def _positions(
+    past: list[int], counts: list[int] | None, t: int, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor:
+    """Position of every column in its own sequence, [b or 1, t]; 0 for padding."""
+    columns = torch.arange(t, device=device)
+    if cu_seqlens is not None:
+        starts = cu_seqlens[:-1].to(device).repeat_interleave(cu_seqlens.diff().to(device))
+        return (columns[: len(starts)] - starts)[None]
+    if counts is None and len(set(past)) <= 1:
+        return columns[None] + (past[0] if past else 0)
+    counts = [t] * len(past) if counts is None else counts
+    first = torch.tensor([p + n - t for p, n in zip(past, counts, strict=True)], device=device)
+    return (first[:, None] + columns).clamp(min=0)
+
+
+def _left_aligned(counts: list[int], t: int, device: torch.device) -> Tensor:
+    """Columns [b, t] that bring each row's last counts[r] tokens to the front."""
+    shift = t - torch.tensor(counts, device=device)
+    return (torch.arange(t, device=device) + shift[:, None]).clamp(max=t - 1)

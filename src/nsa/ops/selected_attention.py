@@ -1,0 +1,167 @@
+"""Attention over all tokens of the selected blocks (paper, eq. 12).
+
+Three ways to tile the same sum, chosen by size. Gathering n*l' keys for every query costs more memory traffic than
+arithmetic, so long sequences go key-block-outer: each block once, against all queries that selected it.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.ops.tiled_attention import TILE_ELEMENTS, Tile, tiled_attention
+from nsa.shapes import UNIFORM, Part, Sequences, bind
+
+Tiling = Literal["by_query", "by_block", "masked"]
+
+# Up to this many queries, gathering each one's blocks is cheapest (decoding).
+MAX_QUERIES_TO_GATHER = 8
+# Up to this many times the n*l' keys that a query reads, scoring everything and masking is cheapest.
+MAX_CONTEXT_TO_MASK = 4
+# Queries that share a mask; more would mostly add keys after the first of them.
+MAX_QUERIES_TO_MASK = 128
+
+
+def selected_attention(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b s g d"],
+    v: Float[Tensor, "b s g e"],
+    block_indices: Int[Tensor, "b t g n"],
+    config: NSAConfig,
+    *,
+    sequences: Sequences = UNIFORM,
+    scale: float | None = None,
+    tiling: Tiling | None = None,
+) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"]]:
+    """Attention over the tokens of the selected blocks.
+
+        o_t = Attn(q_t, K, V) over the positions j*l' <= p < (j+1)*l' with p <= t, for the blocks j in I_t
+
+    Args:
+        q: queries, the last t of s positions (or as `sequences` says).
+        k, v: keys and values of the selection branch; keys carry their rotary position.
+        block_indices: I_t per query and KV head, int32 or int64, no repeats, -1 for an empty slot, in any order;
+            counted from the start of the query's own sequence.
+        config: gives l'.
+        sequences: where the sequences lie (nsa.shapes.Sequences).
+        scale: factor of the scores, d ** -0.5 by default.
+        tiling: how to order the work, by default chosen by size; the meaning is the same.
+
+    Returns:
+        out in q's dtype, and lse: natural log, fp32 (fp64 for fp64 inputs). A query with no selected block, or
+        whose blocks all lie after it, gives 0 and -inf.
+
+    Raises:
+        ValueError: shapes that do not fit, or a block index outside the sequence.
+
+    Source: paper eq. 12. Tested against the fp64 brute force of nsa.testing in each tiling.
+    """
+    sizes = bind(
+        "selected_attention",
+        q=(q, "b t h d"),
+        k=(k, "b s g d"),
+        v=(v, "b s g e"),
+        block_indices=(block_indices, "b t g n"),
+    )
+    size = config.select_block_size
+
+    def tiles() -> Iterator[Tile]:
+        for part in sequences.parts(config, sizes["b"], sizes["t"], sizes["s"]):
+            if part.num_queries == 0 or part.num_keys == 0:
+                continue
+            blocks = config.num_selection_blocks(part.num_keys)
+            queries = slice(part.q_start, part.q_start + part.num_queries)
+            chosen = block_indices[part.rows, queries].transpose(1, 2).long()  # [rows, g, t, n]
+            if int(chosen.max()) >= blocks or int(chosen.min()) < -1:
+                raise ValueError(
+                    f"selected_attention: block indices should lie between -1 and {blocks - 1} "
+                    f"({part.num_keys} keys), got {int(chosen.min())} to {int(chosen.max())}"
+                )
+            way = tiling or _cheapest(part, sizes["n"] * size)
+            if way == "by_query":
+                yield from _tiles_by_query(part, chosen, size)
+            elif way == "by_block":
+                yield from _tiles_by_block(part, chosen, size, blocks, sizes["h"] // sizes["g"])
+            else:
+                yield from _tiles_masked(part, chosen, size, blocks, sizes["h"])
+
+    return tiled_attention(q, k, v, tiles, scale=scale, revisits=True)
+
+
+def _cheapest(part: Part, keys_per_query: int) -> Tiling:
+    if part.num_queries <= MAX_QUERIES_TO_GATHER:
+        return "by_query"
+    return "masked" if part.num_keys <= MAX_CONTEXT_TO_MASK * keys_per_query else "by_block"
+
+
+def _tiles_by_query(part: Part, chosen: Tensor, size: int) -> Iterator[Tile]:
+    """Each query against its own keys, gathered."""
+    rows, groups, _, _ = chosen.shape
+    offsets = torch.arange(size, device=chosen.device)
+    for row in range(rows):
+        for group in range(groups):
+            for query in range(max(0, -part.first_position), part.num_queries):
+                blocks = chosen[row, group, query]
+                keys = (blocks[blocks >= 0, None] * size + offsets).flatten()
+                keys = keys[keys <= part.first_position + query]
+                if len(keys):
+                    yield Tile(
+                        slice(part.rows.start + row, part.rows.start + row + 1),
+                        slice(group, group + 1),
+                        slice(part.q_start + query, part.q_start + query + 1),
+                        part.k_start + keys,
+                    )
+
+
+def _tiles_by_block(part: Part, chosen: Tensor, size: int, blocks: int, heads: int) -> Iterator[Tile]:
+    """Each key block against all queries that selected it, in order, a bounded number at a time."""
+    rows, groups, _, n = chosen.shape
+    room = max(1, TILE_ELEMENTS // (heads * size))
+    for row in range(rows):
+        row_slice = slice(part.rows.start + row, part.rows.start + row + 1)
+        for group in range(groups):
+            by_block, order = chosen[row, group].flatten().sort(stable=True)
+            queries_by_block = order // n
+            bounds = torch.searchsorted(by_block, torch.arange(blocks + 1, device=chosen.device)).tolist()
+            for block in range(blocks):
+                low, high = block * size, min((block + 1) * size, part.num_keys)
+                queries = queries_by_block[bounds[block] : bounds[block + 1]]
+                # Queries inside the block see a part of it; they come first, and those after it see it all.
+                inside = int(torch.searchsorted(queries, high - part.first_position))
+                for run in (queries[:inside], *queries[inside:].split(room)):
+                    if len(run) == 0:
+                        continue
+                    masks = ()
+                    if int(run[0]) + part.first_position < high - 1:
+                        seen = (
+                            torch.arange(low, high, device=run.device) <= run[:, None] + part.first_position
+                        )
+                        masks = ((0, seen),)
+                    keys = slice(part.k_start + low, part.k_start + high)
+                    yield Tile(row_slice, slice(group, group + 1), part.q_start + run, keys, masks)
+
+
+def _tiles_masked(part: Part, chosen: Tensor, size: int, blocks: int, h: int) -> Iterator[Tile]:
+    """Runs of neighbouring queries against all keys up to them, under the mask of what each selected."""
+    rows, groups, t, _ = chosen.shape
+    first = max(0, -part.first_position)
+    while first < t:
+        room = max(1, TILE_ELEMENTS // (rows * h * (part.first_position + first + size)))
+        last = min(first + min(room, MAX_QUERIES_TO_MASK), t)
+        high = part.first_position + last
+        selected = torch.zeros(rows, groups, last - first, blocks + 1, dtype=torch.bool, device=chosen.device)
+        selected.scatter_(-1, chosen[:, :, first:last].where(chosen[:, :, first:last] >= 0, blocks), True)
+        key_positions = torch.arange(high, device=chosen.device)
+        positions = torch.arange(first, last, device=chosen.device) + part.first_position
+        mask = selected[..., key_positions // size] & (key_positions <= positions[:, None])
+        yield Tile(
+            part.rows,
+            slice(None),
+            slice(part.q_start + first, part.q_start + last),
+            slice(part.k_start, part.k_start + high),
+            masks=((0, mask),),
+        )
+        first = last

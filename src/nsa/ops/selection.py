@@ -1,0 +1,156 @@
+"""Which raw blocks each query reads: the importance of a block (eqs. 8-10) and the top n of them (eq. 11).
+
+No gradient flows through the selection.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.ops.compressed_attention import compressed_tiles
+from nsa.ops.tiled_attention import Tile, tiled_attention
+from nsa.shapes import UNIFORM, Sequences, bind
+
+
+def compressed_attention_and_selection(
+    q: Float[Tensor, "b t h d"],
+    k_cmp: Float[Tensor, "b c g d"],
+    v_cmp: Float[Tensor, "b c g e"],
+    config: NSAConfig,
+    *,
+    num_keys: int | None = None,
+    sequences: Sequences = UNIFORM,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "b t h e"], Float[Tensor, "b t h"], Int[Tensor, "b t g n"]]:
+    """`compressed_attention` and the selection it implies, in one pass over the compressed keys.
+
+    The probabilities of eq. 8 are those of the compressed branch; while they are at hand, each query's are summed
+    into block scores (eqs. 9, 10) and the top n blocks (eq. 11) kept.
+
+    Args, Raises: those of `compressed_attention`.
+
+    Returns:
+        out, lse: those of `compressed_attention`.
+        block_indices: int32, ascending, no repeats, -1 last; all -1 for padding. Forced are the first
+            `num_initial_blocks` and the last `num_local_blocks` up to the query's own; a block after it is never
+            selected; ties go to the lower index.
+
+    Source: paper eqs. 8-11. Tested against the fp64 brute force of nsa.testing, by scores.
+    """
+    op = "compressed_attention_and_selection"
+    bind(op, q=(q, "b t h d"), k_cmp=(k_cmp, "b c g d"), v_cmp=(v_cmp, "b c g e"))
+    tiles = compressed_tiles(op, q, k_cmp, config, num_keys, sequences)
+    b, t, _, _ = q.shape
+    block_indices = q.new_full((b, k_cmp.shape[2], t, config.num_selected_blocks), -1, dtype=torch.int32)
+    # A query that sees no compressed block is before position l - 1, so in selection block 0: its whole past.
+    for part in sequences.parts(config, b, t, t if num_keys is None else num_keys):
+        padding = max(0, -part.first_position)
+        block_indices[part.rows, :, part.q_start + padding : part.q_start + part.num_queries, 0] = 0
+
+    def observe(tile: Tile, p: Tensor) -> None:
+        assert tile.positions is not None
+        scores = _sum_into_blocks(p, config)
+        block_indices[tile.rows, :, tile.queries] = _top_blocks(scores, tile.positions, config)
+
+    out, lse = tiled_attention(q, k_cmp, v_cmp, tiles, scale=scale, observe=observe)
+    return out, lse, block_indices.transpose(1, 2)
+
+
+def select_blocks(
+    q: Float[Tensor, "b t h d"],
+    k_cmp: Float[Tensor, "b c g d"],
+    config: NSAConfig,
+    *,
+    num_keys: int | None = None,
+    sequences: Sequences = UNIFORM,
+    scale: float | None = None,
+) -> Int[Tensor, "b t g n"]:
+    """The block indices of `compressed_attention_and_selection`, without the attention."""
+    no_values = k_cmp[..., :0]
+    return compressed_attention_and_selection(
+        q, k_cmp, no_values, config, num_keys=num_keys, sequences=sequences, scale=scale
+    )[2]
+
+
+@torch.no_grad()
+def block_scores(
+    q: Float[Tensor, "b t h d"],
+    k_cmp: Float[Tensor, "b c g d"],
+    config: NSAConfig,
+    *,
+    num_keys: int | None = None,
+    sequences: Sequences = UNIFORM,
+    scale: float | None = None,
+) -> Float[Tensor, "b t g blocks"]:
+    """The importance of every selection block, for looking at: it holds t * s / l' numbers, the ops never do.
+
+        p_slc[h, j] = sum over m < l'/d, n < l/d of p_cmp[h, (l'/d) (j + 1) - 1 - m - n]      eq. 9, from 0
+        score[j]    = sum of p_slc[h, j] over the query heads h of the group                  eq. 10
+
+    In other words: each compressed block's probability, times its overlap with block j in units of d tokens.
+
+    Args, Raises: those of `compressed_attention`.
+
+    Returns:
+        Scores, fp32 (fp64 for fp64 inputs); 0 for blocks a query does not see and for padding. The number of
+        blocks is that of the longest sequence.
+
+    Source: paper eqs. 8-10. Tested against the overlap of token ranges in nsa.testing.
+    """
+    op = "block_scores"
+    bind(op, q=(q, "b t h d"), k_cmp=(k_cmp, "b c g d"))
+    tiles = compressed_tiles(op, q, k_cmp, config, num_keys, sequences)
+    b, t, _, _ = q.shape
+    longest = max((p.num_keys for p in sequences.parts(config, b, t, num_keys or t)), default=0)
+    blocks = config.num_selection_blocks(longest)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = q.new_zeros((b, k_cmp.shape[2], t, blocks), dtype=wide)
+
+    def observe(tile: Tile, p: Tensor) -> None:
+        tile_scores = _sum_into_blocks(p, config)[..., :blocks]
+        scores[tile.rows, :, tile.queries, : tile_scores.shape[-1]] = tile_scores
+
+    tiled_attention(q, k_cmp, k_cmp[..., :0], tiles, scale=scale, observe=observe)
+    return scores.transpose(1, 2)
+
+
+def _sum_into_blocks(p: Tensor, config: NSAConfig) -> Tensor:
+    """Probabilities [..., c] of compressed blocks to scores [..., blocks] of the selection blocks they touch."""
+    per_compressed = (
+        config.compress_block_size // config.compress_stride
+    )  # strides in a compressed block, l/d
+    per_selected = config.select_block_size // config.compress_stride  # strides in a selection block, l'/d
+    c = p.shape[-1]
+    blocks = -(-(c + per_compressed - 1) // per_selected)
+    # Compressed block i lies on the strides i .. i + l/d - 1, and l'/d strides make a selection block.
+    strides = p.new_zeros((*p.shape[:-1], blocks * per_selected))
+    for shift in range(per_compressed):
+        strides[..., shift : shift + c] += p
+    return strides.unflatten(-1, (blocks, per_selected)).sum(-1)
+
+
+def _top_blocks(scores: Tensor, positions: Tensor, config: NSAConfig) -> Tensor:
+    """The n best blocks [..., queries, n] of scores [..., queries, blocks], forced ones first, ascending, -1 last."""
+    own = (positions // config.select_block_size)[:, None]
+    num_blocks = int(own[-1]) + 1
+    n = config.num_selected_blocks
+    scores = F.pad(scores, (0, max(0, num_blocks - scores.shape[-1])))[..., :num_blocks]
+    block = torch.arange(num_blocks, device=scores.device)
+    forced = (block < config.num_initial_blocks) | (block > own - config.num_local_blocks)
+    scores = scores.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    if num_blocks <= n:
+        chosen = torch.where(block <= own, block, num_blocks).expand(scores.shape)
+        chosen = F.pad(chosen, (0, n - num_blocks), value=num_blocks)
+    else:
+        best, chosen = scores.topk(min(n + 1, num_blocks), sorted=True)
+        # topk breaks ties as it likes. Only a tie between the last block in and the first block out can change
+        # the set; those rare rows are sorted again, the lower index first.
+        tied = (best[..., n - 1] == best[..., n]) & (best[..., n] > -torch.inf)
+        chosen = chosen[..., :n]
+        if tied.any():
+            chosen[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[..., :n]
+        chosen = torch.where(chosen <= own, chosen, num_blocks)
+    chosen = chosen.sort(dim=-1).values
+    return chosen.masked_fill(chosen == num_blocks, -1).to(torch.int32)
