@@ -1,5 +1,8 @@
-"""Before anything of nsa is imported: shape checks, one seed, two threads, reproducible hypothesis."""
+"""Before anything of nsa is imported: shape checks, one seed, one thread, reproducible hypothesis."""
 
+from collections.abc import Iterator
+
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,7 +21,7 @@ settings.register_profile(
 )
 settings.load_profile("reproducible")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests are small; waiting for a second thread costs more than it gives
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +33,11 @@ def _seed() -> None:
 def generator() -> torch.Generator:
     """Seeded, for the input families."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def without_shape_checks() -> Iterator[None]:
+    """As users run the library: its own error messages, not the shape checker's."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -53,6 +53,26 @@ def phi_mean(block: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
     return sum(block[row] for row in range(block.shape[0])) / block.shape[0]
 
 
+def phi_linear(block: Float[Tensor, "l d"], weight: Float[Tensor, "m ld"]) -> Float[Tensor, " m"]:
+    """One linear map of all the block's numbers, the first token's first."""
+    flat = torch.cat([block[row] for row in range(block.shape[0])])
+    return torch.stack([(row * flat).sum() for row in weight])
+
+
+def phi_mlp(
+    block: Float[Tensor, "l d"],
+    position_encoding: Float[Tensor, "l d"],
+    weight_in: Float[Tensor, "m ld"],
+    bias_in: Float[Tensor, " m"],
+    weight_out: Float[Tensor, "d m"],
+    bias_out: Float[Tensor, " d"],
+) -> Float[Tensor, " d"]:
+    """The mean, plus an MLP (one hidden layer, GELU) of the block with its intra-block position encoding."""
+    hidden = phi_linear(block + position_encoding, weight_in) + bias_in
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    return phi_mean(block) + torch.stack([(row * hidden).sum() for row in weight_out]) + bias_out
+
+
 # ---- attention of one query, and of all ----------------------------------------------------------------
 
 

@@ -12,16 +12,22 @@ from torch import Tensor
 from nsa.config import NSAConfig
 
 
-def assert_close_to_fp64(actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
+def assert_close_to_fp64(
+    actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", *, largest_score: float = 0.0
+) -> None:
     """The error of `actual` against `truth` is within the budget that `plain` sets.
 
-        max |actual - truth| <= 2 max |plain - truth| + eps max |truth|, and so for the root mean squares
+        max |actual - truth| <= 2 max |plain - truth| + (eps + eps32 * largest_score) max |truth|
+
+    and the same for the root mean squares.
 
     Args:
         actual: the result to judge.
         plain: the same computed by plain PyTorch in the same dtype.
         truth: the same in float64.
         name: what to call it in the message.
+        largest_score: for what comes out of a softmax, the largest size of its argument. Accumulated in
+            float32 (float64 for float64) it is rounded by eps32 times itself, and so is the result.
 
     Infinities (the lse of empty rows) must be where the truth has them; NaN never passes.
 
@@ -32,7 +38,8 @@ def assert_close_to_fp64(actual: Tensor, plain: Tensor, truth: Tensor, name: str
     assert shapes[0] == shapes[1] == shapes[2], f"{name}: shapes differ: actual, plain, truth are {shapes}"
     assert truth.dtype == torch.float64, f"{name}: the truth should be float64, got {truth.dtype}"
     assert actual.dtype == plain.dtype, f"{name}: dtypes differ: actual {actual.dtype}, plain {plain.dtype}"
-    eps = torch.finfo(actual.dtype).eps
+    accumulated = torch.promote_types(actual.dtype, torch.float32)
+    rounding = torch.finfo(actual.dtype).eps + torch.finfo(accumulated).eps * largest_score
     actual, plain, truth = (x.detach().to("cpu", torch.float64) for x in (actual, plain, truth))
     for label, x in (("actual", actual), ("plain", plain), ("truth", truth)):
         assert not x.isnan().any(), (
@@ -49,7 +56,10 @@ def assert_close_to_fp64(actual: Tensor, plain: Tensor, truth: Tensor, name: str
         return
     error, plain_error = (actual - truth).abs(), (plain - truth).abs()
     for norm, measure in (("largest", torch.amax), ("root mean square", _root_mean_square)):
-        got, allowed = float(measure(error)), float(2 * measure(plain_error) + eps * measure(truth.abs()))
+        got, allowed = (
+            float(measure(error)),
+            float(2 * measure(plain_error) + rounding * measure(truth.abs())),
+        )
         worst = int(error.argmax())
         assert got <= allowed, (
             f"{name}: {norm} error {got:.3g} exceeds the budget {allowed:.3g} (twice plain PyTorch's "
