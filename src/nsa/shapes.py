@@ -84,9 +84,7 @@ class Sequences:
             raise ValueError("give either cu_seqlens_q (packed) or seqlens_k (ragged rows), not both")
         for name in ("cu_seqlens_q", "cu_seqlens_k", "seqlens_k"):
             lengths = getattr(self, name)
-            if lengths is not None and (
-                lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64)
-            ):
+            if lengths is not None and (lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64)):
                 raise ValueError(
                     f"{name} should be a 1-D int32 or int64 tensor, got {lengths.dtype} {list(lengths.shape)}"
                 )
@@ -119,9 +117,7 @@ class Sequences:
         if not self.is_packed:
             return config.num_compressed_blocks(num_keys)
         _, cu_k = self._bounds
-        return sum(
-            config.num_compressed_blocks(end - start) for start, end in zip(cu_k, cu_k[1:], strict=False)
-        )
+        return sum(config.num_compressed_blocks(end - start) for start, end in zip(cu_k, cu_k[1:], strict=False))
 
     def parts(self, config: NSAConfig | None, b: int, t: int, s: int | None) -> Iterator[Part]:
         """The sequences of tensors with b rows, t queries and s keys (None: whatever the lengths say)."""
@@ -130,15 +126,11 @@ class Sequences:
             if b != 1:
                 raise ValueError(f"packed sequences should come with b = 1, got b = {b}")
             if cu_q[-1] != t or (s is not None and cu_k[-1] != s):
-                raise ValueError(
-                    f"cu_seqlens should end at t = {t} and s = {s}, got {cu_q[-1]} and {cu_k[-1]}"
-                )
+                raise ValueError(f"cu_seqlens should end at t = {t} and s = {s}, got {cu_q[-1]} and {cu_k[-1]}")
             c_start = 0
             for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
                 if q1 - q0 > k1 - k0:
-                    raise ValueError(
-                        f"a packed sequence should have t <= s, got t = {q1 - q0}, s = {k1 - k0}"
-                    )
+                    raise ValueError(f"a packed sequence should have t <= s, got t = {q1 - q0}, s = {k1 - k0}")
                 yield Part(slice(0, 1), q0, q1 - q0, k0, k1 - k0, c_start)
                 c_start += config.num_compressed_blocks(k1 - k0) if config else 0
         elif self.seqlens_k is not None:
@@ -152,10 +144,9 @@ class Sequences:
         else:
             assert s is not None
             if t > s:
-                raise ValueError(
-                    f"the queries are the last t of s positions: expected t <= s, got t = {t}, s = {s}"
-                )
-            yield Part(slice(0, b), 0, t, 0, s, 0)
+                raise ValueError(f"the queries are the last t of s positions: expected t <= s, got t = {t}, s = {s}")
+            if b > 0:
+                yield Part(slice(0, b), 0, t, 0, s, 0)
 
 
 UNIFORM = Sequences()

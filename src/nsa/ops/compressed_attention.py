@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.ops.tiled_attention import TILE_ELEMENTS, Tile, tiled_attention
-from nsa.shapes import UNIFORM, Sequences, bind
+from nsa.shapes import UNIFORM, Part, Sequences, bind
 
 # More queries in a tile than this would mostly add blocks that the first of them do not see.
 MAX_QUERIES_PER_TILE = 128
@@ -55,19 +55,16 @@ def compressed_tiles(
     op: str, q: Tensor, k_cmp: Tensor, config: NSAConfig, num_keys: int | None, sequences: Sequences
 ) -> Callable[[], Iterator[Tile]]:
     """Runs of neighbouring queries against every block that the last of them sees; one tile a query."""
-    b, t, h, _ = q.shape
+    h = q.shape[2]
     if num_keys is None:
-        num_keys = t
+        num_keys = q.shape[1]
     if sequences.seqlens_k is None and k_cmp.shape[1] != (
         expected := sequences.num_compressed_blocks(config, num_keys)
     ):
-        raise ValueError(
-            f"{op}: expected {expected} compressed blocks for {num_keys} keys, got {k_cmp.shape[1]}"
-        )
+        raise ValueError(f"{op}: expected {expected} compressed blocks for {num_keys} keys, got {k_cmp.shape[1]}")
 
     def tiles() -> Iterator[Tile]:
-        s = None if sequences.is_packed or sequences.seqlens_k is not None else num_keys
-        for part in sequences.parts(config, b, t, s):
+        for part in compressed_parts(q, config, num_keys, sequences):
             if config.num_compressed_blocks(part.num_keys) > k_cmp.shape[1]:
                 raise ValueError(
                     f"{op}: {part.num_keys} keys need more than the {k_cmp.shape[1]} compressed blocks given"
@@ -93,3 +90,10 @@ def compressed_tiles(
                 first = last
 
     return tiles
+
+
+def compressed_parts(q: Tensor, config: NSAConfig, num_keys: int | None, sequences: Sequences) -> Iterator[Part]:
+    """The sequences behind compressed keys: of the lengths given, or of num_keys (by default t) tokens a row."""
+    b, t = q.shape[:2]
+    has_lengths = sequences.is_packed or sequences.seqlens_k is not None
+    return sequences.parts(config, b, t, None if has_lengths else t if num_keys is None else num_keys)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.compressed_attention import compressed_tiles
+from nsa.ops.compressed_attention import compressed_parts, compressed_tiles
 from nsa.ops.tiled_attention import Tile, tiled_attention
 from nsa.shapes import UNIFORM, Sequences, bind
 
@@ -45,7 +45,7 @@ def compressed_attention_and_selection(
     b, t, _, _ = q.shape
     block_indices = q.new_full((b, k_cmp.shape[2], t, config.num_selected_blocks), -1, dtype=torch.int32)
     # A query that sees no compressed block is before position l - 1, so in selection block 0: its whole past.
-    for part in sequences.parts(config, b, t, t if num_keys is None else num_keys):
+    for part in compressed_parts(q, config, num_keys, sequences):
         padding = max(0, -part.first_position)
         block_indices[part.rows, :, part.q_start + padding : part.q_start + part.num_queries, 0] = 0
 
@@ -103,7 +103,8 @@ def block_scores(
     bind(op, q=(q, "b t h d"), k_cmp=(k_cmp, "b c g d"))
     tiles = compressed_tiles(op, q, k_cmp, config, num_keys, sequences)
     b, t, _, _ = q.shape
-    longest = max((p.num_keys for p in sequences.parts(config, b, t, num_keys or t)), default=0)
+    parts = compressed_parts(q, config, num_keys, sequences)
+    longest = max((part.num_keys for part in parts), default=0)
     blocks = config.num_selection_blocks(longest)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = q.new_zeros((b, k_cmp.shape[2], t, blocks), dtype=wide)
@@ -118,9 +119,7 @@ def block_scores(
 
 def _sum_into_blocks(p: Tensor, config: NSAConfig) -> Tensor:
     """Probabilities [..., c] of compressed blocks to scores [..., blocks] of the selection blocks they touch."""
-    per_compressed = (
-        config.compress_block_size // config.compress_stride
-    )  # strides in a compressed block, l/d
+    per_compressed = config.compress_block_size // config.compress_stride  # strides in a compressed block, l/d
     per_selected = config.select_block_size // config.compress_stride  # strides in a selection block, l'/d
     c = p.shape[-1]
     blocks = -(-(c + per_compressed - 1) // per_selected)
