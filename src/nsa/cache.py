@@ -96,20 +96,14 @@ class NSACache:
         k_slc, v_slc = self.selection.view()
         k_cmp, v_cmp = self.compressed.view()
         k_near, v_near = self.window.view()
-        return CacheViews(
-            k_slc, v_slc, k_cmp, v_cmp, k_near, v_near, self.selection.seqlens(), self.window.seqlens()
-        )
+        return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_near, v_near, self.selection.seqlens(), self.window.seqlens())
 
     def _compress_complete_blocks(self, compress_run: CompressRun) -> None:
         lengths, stored = self.selection.lengths, self.uncompressed.lengths
         if not self.compressed.lengths:
             k, v = self.uncompressed.view()
             self.compressed.append(k[:, :0], v[:, :0], [0] * len(lengths))
-        rows = (
-            [slice(0, len(lengths))]
-            if len(set(lengths)) == 1
-            else [slice(r, r + 1) for r in range(len(lengths))]
-        )
+        rows = [slice(0, len(lengths))] if len(set(lengths)) == 1 else [slice(r, r + 1) for r in range(len(lengths))]
         new: list[tuple[Tensor, Tensor]] = []
         for row in rows:
             length, have = lengths[row.start], self.compressed.lengths[row.start]
@@ -133,9 +127,7 @@ class NSACache:
             ValueError: more than max_crop, or more than a row has.
         """
         if num_tokens > self.max_crop and num_tokens < max(self.lengths, default=0):
-            raise ValueError(
-                f"NSACache: crop takes back at most max_crop={self.max_crop} tokens, got {num_tokens}"
-            )
+            raise ValueError(f"NSACache: crop takes back at most max_crop={self.max_crop} tokens, got {num_tokens}")
         if self.lengths and num_tokens > min(self.lengths):
             raise ValueError(f"NSACache: cannot crop {num_tokens} tokens from rows of {self.lengths}")
         for rows in (self.selection, self.window, self.uncompressed):
@@ -149,9 +141,7 @@ class NSACache:
 
     def num_bytes(self) -> int:
         """Bytes of the keys and values remembered (room for growth not counted)."""
-        return sum(
-            part.num_bytes() for part in (self.selection, self.window, self.uncompressed, self.compressed)
-        )
+        return sum(part.num_bytes() for part in (self.selection, self.window, self.uncompressed, self.compressed))
 
 
 class _Rows:
@@ -197,9 +187,7 @@ class _Rows:
             self.data = tuple(x[:, firsts[0] :].clone() for x in self.data)
         else:
             self.data = tuple(
-                torch.stack([x[row].roll(-first, 0) for row, first in enumerate(firsts)])[
-                    :, : max(self.lengths)
-                ]
+                torch.stack([x[row].roll(-first, 0) for row, first in enumerate(firsts)])[:, : max(self.lengths)]
                 for x in self.data
             )
 
@@ -220,10 +208,7 @@ class _Rows:
 
     def num_bytes(self) -> int:
         return sum(
-            length * x[0, 0].numel() * x.element_size()
-            for x in self.data
-            if x.numel()
-            for length in self.lengths
+            length * x[0, 0].numel() * x.element_size() for x in self.data if x.numel() for length in self.lengths
         )
 
 

@@ -60,9 +60,7 @@ class NSAConfig:
             "num_local_blocks",
         )
         if self.compression not in ("mlp", "linear", "mean"):
-            raise ValueError(
-                f"NSAConfig: compression should be 'mlp', 'linear' or 'mean', got {self.compression!r}"
-            )
+            raise ValueError(f"NSAConfig: compression should be 'mlp', 'linear' or 'mean', got {self.compression!r}")
         if not isinstance(self.shared_kv, bool):
             raise ValueError(f"NSAConfig: shared_kv should be a bool, got {self.shared_kv!r}")
 

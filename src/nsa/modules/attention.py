@@ -107,13 +107,9 @@ class NativeSparseAttention(nn.Module):
         """
         b, t, width = x.shape
         if width != self.hidden_size:
-            raise ValueError(
-                f"NativeSparseAttention: expected x of width {self.hidden_size}, got {list(x.shape)}"
-            )
+            raise ValueError(f"NativeSparseAttention: expected x of width {self.hidden_size}, got {list(x.shape)}")
         if cu_seqlens is not None and (cache is not None or attention_mask is not None):
-            raise ValueError(
-                "NativeSparseAttention: cu_seqlens goes with neither a cache nor an attention_mask"
-            )
+            raise ValueError("NativeSparseAttention: cu_seqlens goes with neither a cache nor an attention_mask")
         counts = order = None
         if attention_mask is not None:
             counts, order = _padding(attention_mask, b, t)
@@ -132,9 +128,7 @@ class NativeSparseAttention(nn.Module):
             k, v, k_cmp, v_cmp = views.k, views.v, views.k_cmp, views.v_cmp
             k_win, v_win = views.k_win, views.v_win
             seqlens_k, seqlens_win = views.seqlens_k, views.seqlens_win
-            if (
-                counts is not None and seqlens_k is None
-            ):  # as many tokens in each row, but padding before them
+            if counts is not None and seqlens_k is None:  # as many tokens in each row, but padding before them
                 seqlens_k = torch.tensor(cache.lengths, device=x.device)
             if seqlens_k is not None and seqlens_win is None:
                 seqlens_win = torch.tensor(cache.window.lengths, device=x.device)
@@ -144,8 +138,7 @@ class NativeSparseAttention(nn.Module):
             if counts is not None:
                 shift = _left_aligned(counts, t, x.device)
                 k, v, k_win, v_win, k_raw, v_raw = (
-                    y.gather(1, shift[:, :, None, None].expand_as(y))
-                    for y in (k, v, k_win, v_win, k_raw, v_raw)
+                    y.gather(1, shift[:, :, None, None].expand_as(y)) for y in (k, v, k_win, v_win, k_raw, v_raw)
                 )
             k_cmp, v_cmp = self._compress_whole(k_raw, v_raw, Sequences(cu_seqlens))
 
@@ -169,9 +162,7 @@ class NativeSparseAttention(nn.Module):
         return y
 
     @torch.no_grad()
-    def select(
-        self, x: Float[Tensor, "b t hidden"]
-    ) -> tuple[Float[Tensor, "b t g blocks"], Int[Tensor, "b t g n"]]:
+    def select(self, x: Float[Tensor, "b t hidden"]) -> tuple[Float[Tensor, "b t g blocks"], Int[Tensor, "b t g n"]]:
         """What this layer would read of whole sequences x: the block scores and the selected block indices."""
         cos, sin = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
         q = rotate(self._heads(self.q_proj, x), cos, sin)

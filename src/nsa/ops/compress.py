@@ -49,10 +49,7 @@ def compress(
         return phi(_blocks(x, config))
     # Queries play no part here: each sequence is given by its keys.
     keys = sequences if sequences.cu_seqlens_k is None else Sequences(cu_seqlens_q=sequences.cu_seqlens_k)
-    runs = [
-        _blocks(x[:, part.k_start : part.k_start + part.num_keys], config)
-        for part in keys.parts(config, b, s, s)
-    ]
+    runs = [_blocks(x[:, part.k_start : part.k_start + part.num_keys], config) for part in keys.parts(config, b, s, s)]
     return phi(torch.cat(runs, dim=1) if runs else _blocks(x, config))
 
 
@@ -61,9 +58,7 @@ def phi_mean(blocks: Float[Tensor, "*blocks l d"]) -> Float[Tensor, "*blocks d"]
     return blocks.mean(-2)
 
 
-def phi_linear(
-    blocks: Float[Tensor, "*blocks l d"], weight: Float[Tensor, "d ld"]
-) -> Float[Tensor, "*blocks d"]:
+def phi_linear(blocks: Float[Tensor, "*blocks l d"], weight: Float[Tensor, "d ld"]) -> Float[Tensor, "*blocks d"]:
     """weight @ flatten(block)."""
     return F.linear(blocks.flatten(-2), weight)
 

@@ -136,9 +136,7 @@ def _tiles_by_block(part: Part, chosen: Tensor, size: int, blocks: int, heads: i
                         continue
                     masks = ()
                     if int(run[0]) + part.first_position < high - 1:
-                        seen = (
-                            torch.arange(low, high, device=run.device) <= run[:, None] + part.first_position
-                        )
+                        seen = torch.arange(low, high, device=run.device) <= run[:, None] + part.first_position
                         masks = ((0, seen),)
                     keys = slice(part.k_start + low, part.k_start + high)
                     yield Tile(row_slice, slice(group, group + 1), part.q_start + run, keys, masks)

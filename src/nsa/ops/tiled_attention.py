@@ -65,7 +65,7 @@ def tiled_attention(
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, tiles, scale, revisits, observe):  # noqa: ANN001
+    def forward(ctx: Any, q, k, v, tiles, scale, revisits, observe):
         b, t, h, _ = q.shape
         g, e = v.shape[2:]
         wide = _accumulation_dtype(q.dtype)
@@ -81,9 +81,7 @@ class _TiledAttention(torch.autograd.Function):
             if revisits:
                 old_lse, old_out = _take_queries(lse, tile), _take_queries(out, tile)
                 new_lse = torch.logaddexp(old_lse, tile_lse)
-                reference = new_lse.masked_fill(
-                    new_lse == -torch.inf, 0.0
-                )  # nothing seen yet: not -inf - -inf
+                reference = new_lse.masked_fill(new_lse == -torch.inf, 0.0)  # nothing seen yet: not -inf - -inf
                 tile_out *= (tile_lse - reference).exp_().unsqueeze(-1)
                 tile_out.addcmul_(old_out, (old_lse - reference).exp_().unsqueeze(-1))
                 tile_lse = new_lse
