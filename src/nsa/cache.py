@@ -82,13 +82,7 @@ class NSACache:
         if self.lengths and len(self.lengths) != b:
             raise ValueError(f"NSACache: expected {len(self.lengths)} rows as before, got {b}")
         counts = [t] * b if counts is None else counts
-        keep_win = self.config.window_size - 1 + self.max_crop
-        # After a crop the first block to compress again may begin this far back.
-        keep_raw = self.config.compress_block_size - 1 + self.max_crop
-
-        self.window.keep_last(keep_win)
         self.window.append(k_win, v_win, counts)
-        self.uncompressed.keep_last(keep_raw)
         self.uncompressed.append(k_raw, v_raw, counts)
         self.selection.append(k, v, counts)
         self._compress_complete_blocks(compress_run)
@@ -96,7 +90,14 @@ class NSACache:
         k_slc, v_slc = self.selection.view()
         k_cmp, v_cmp = self.compressed.view()
         k_near, v_near = self.window.view()
-        return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_near, v_near, self.selection.seqlens(), self.window.seqlens())
+        # Uniform rows need no lengths, unless padding queries stand before their tokens.
+        uniform = len(set(self.lengths)) <= 1 and min(counts, default=t) == t
+        seqlens = [None if uniform else torch.tensor(x.lengths, device=k.device) for x in (self.selection, self.window)]
+        views = CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_near, v_near, *seqlens)
+        # What later queries cannot see goes; the views live until this step's attention is done.
+        self.window.keep_last(self.config.window_size - 1 + self.max_crop)
+        self.uncompressed.keep_last(self.config.compress_block_size - 1 + self.max_crop)
+        return views
 
     def _compress_complete_blocks(self, compress_run: CompressRun) -> None:
         lengths, stored = self.selection.lengths, self.uncompressed.lengths
@@ -124,14 +125,19 @@ class NSACache:
         """Take back the last `num_tokens` tokens of every row, as if they had never come.
 
         Raises:
-            ValueError: more than max_crop, or more than a row has.
+            ValueError: more than a row has, or more than is still remembered (at least max_crop). Nothing changes.
         """
-        if num_tokens > self.max_crop and num_tokens < max(self.lengths, default=0):
-            raise ValueError(f"NSACache: crop takes back at most max_crop={self.max_crop} tokens, got {num_tokens}")
-        if self.lengths and num_tokens > min(self.lengths):
+        if num_tokens < 0 or num_tokens > min(self.lengths, default=0):
             raise ValueError(f"NSACache: cannot crop {num_tokens} tokens from rows of {self.lengths}")
+        for length, near, raw in zip(self.lengths, self.window.lengths, self.uncompressed.lengths, strict=True):
+            left = length - num_tokens
+            pending = left - self.config.num_compressed_blocks(left) * self.config.compress_stride
+            if near - num_tokens < min(left, self.config.window_size - 1) or raw - num_tokens < pending:
+                raise ValueError(
+                    f"NSACache: max_crop={self.max_crop} tokens can be taken back, expected no more, got {num_tokens}"
+                )
         for rows in (self.selection, self.window, self.uncompressed):
-            rows.lengths = [max(0, length - num_tokens) for length in rows.lengths]
+            rows.lengths = [length - num_tokens for length in rows.lengths]
         self.compressed.lengths = [self.config.num_compressed_blocks(length) for length in self.lengths]
 
     def reorder(self, rows: Tensor) -> None:
@@ -195,12 +201,6 @@ class _Rows:
         k, v = self.data
         longest = max(self.lengths, default=0)
         return k[:, :longest], v[:, :longest]
-
-    def seqlens(self) -> Tensor | None:
-        """The lengths as a tensor where rows differ."""
-        if len(set(self.lengths)) <= 1:
-            return None
-        return torch.tensor(self.lengths, device=self.data[0].device)
 
     def reorder(self, rows: Tensor) -> None:
         self.data = tuple(x.index_select(0, rows.to(x.device)) for x in self.data)

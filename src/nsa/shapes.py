@@ -10,6 +10,7 @@ training or prefill, t == 1 is decoding, anything between is a chunk of prefill;
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class Sequences:
         cu_q = self.cu_seqlens_q.tolist()
         cu_k = cu_q if self.cu_seqlens_k is None else self.cu_seqlens_k.tolist()
         for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-            if not cu or cu[0] != 0 or any(low > high for low, high in zip(cu, cu[1:], strict=False)):
+            if not cu or cu[0] != 0 or any(low > high for low, high in pairwise(cu)):
                 raise ValueError(f"{name} should rise from 0, got {cu}")
         if len(cu_q) != len(cu_k):
             raise ValueError(
@@ -117,7 +118,7 @@ class Sequences:
         if not self.is_packed:
             return config.num_compressed_blocks(num_keys)
         _, cu_k = self._bounds
-        return sum(config.num_compressed_blocks(end - start) for start, end in zip(cu_k, cu_k[1:], strict=False))
+        return sum(config.num_compressed_blocks(end - start) for start, end in pairwise(cu_k))
 
     def parts(self, config: NSAConfig | None, b: int, t: int, s: int | None) -> Iterator[Part]:
         """The sequences of tensors with b rows, t queries and s keys (None: whatever the lengths say)."""
@@ -138,7 +139,8 @@ class Sequences:
             if len(lengths) != b:
                 raise ValueError(f"seqlens_k should have shape [b={b}], got [{len(lengths)}]")
             if any(length < 0 or (s is not None and length > s) for length in lengths):
-                raise ValueError(f"seqlens_k should lie between 0 and s = {s}, got {lengths}")
+                bound = "the number of keys" if s is None else f"s = {s}"
+                raise ValueError(f"seqlens_k should lie between 0 and {bound}, got {lengths}")
             for row, length in enumerate(lengths):
                 yield Part(slice(row, row + 1), 0, t, 0, length, 0)
         else:

@@ -54,13 +54,15 @@ class NativeSparseAttention(nn.Module):
         super().__init__()
         if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
-                f"NativeSparseAttention: num_heads should be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+                "NativeSparseAttention: num_heads should be a multiple of num_kv_heads, "
+                f"got {num_heads} and {num_kv_heads}"
             )
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(
-                f"NativeSparseAttention: give head_dim, or a hidden_size divisible by num_heads; got {hidden_size} and {num_heads}"
+                "NativeSparseAttention: give head_dim, or a hidden_size divisible by num_heads; "
+                f"got {hidden_size} and {num_heads}"
             )
-        self.config_nsa = config = config or NSAConfig()
+        self.config = config = config or NSAConfig()
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim = head_dim = head_dim or hidden_size // num_heads
         self.v_head_dim = v_head_dim = v_head_dim or head_dim
@@ -125,17 +127,13 @@ class NativeSparseAttention(nn.Module):
 
         if cache is not None:
             views = cache.append(k, v, k_win, v_win, k_raw, v_raw, self._compress_run, counts=counts)
-            k, v, k_cmp, v_cmp = views.k, views.v, views.k_cmp, views.v_cmp
-            k_win, v_win = views.k_win, views.v_win
+            k, v, k_win, v_win = views.k, views.v, views.k_win, views.v_win
+            k_cmp, v_cmp = views.k_cmp, views.v_cmp
             seqlens_k, seqlens_win = views.seqlens_k, views.seqlens_win
-            if counts is not None and seqlens_k is None:  # as many tokens in each row, but padding before them
-                seqlens_k = torch.tensor(cache.lengths, device=x.device)
-            if seqlens_k is not None and seqlens_win is None:
-                seqlens_win = torch.tensor(cache.window.lengths, device=x.device)
         else:
-            seqlens_k = None if counts is None else torch.tensor(counts, device=x.device)
-            seqlens_win = seqlens_k
+            seqlens_k = seqlens_win = None
             if counts is not None:
+                seqlens_k = seqlens_win = torch.tensor(counts, device=x.device)
                 shift = _left_aligned(counts, t, x.device)
                 k, v, k_win, v_win, k_raw, v_raw = (
                     y.gather(1, shift[:, :, None, None].expand_as(y)) for y in (k, v, k_win, v_win, k_raw, v_raw)
@@ -147,7 +145,7 @@ class NativeSparseAttention(nn.Module):
             k,
             v,
             gates,
-            self.config_nsa,
+            self.config,
             k_cmp=k_cmp,
             v_cmp=v_cmp,
             k_win=k_win,
@@ -156,6 +154,10 @@ class NativeSparseAttention(nn.Module):
             seqlens_k=seqlens_k,
             seqlens_win=seqlens_win,
         )
+        if counts is not None:
+            # In a chunk, the columns before a row's tokens fall on positions of its past; they are still padding.
+            padding = torch.arange(t, device=x.device) < t - torch.tensor(counts, device=x.device)[:, None]
+            out = out.masked_fill(padding[:, :, None, None], 0.0)
         y = self.o_proj(out.flatten(2))
         if order is not None:
             y = torch.empty_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
@@ -168,7 +170,7 @@ class NativeSparseAttention(nn.Module):
         q = rotate(self._heads(self.q_proj, x), cos, sin)
         *_, k_raw, v_raw = self._keys_and_values(x, cos, sin)
         k_cmp, _ = self._compress_whole(k_raw, v_raw, Sequences())
-        return block_scores(q, k_cmp, self.config_nsa), select_blocks(q, k_cmp, self.config_nsa)
+        return block_scores(q, k_cmp, self.config), select_blocks(q, k_cmp, self.config)
 
     def num_parameters(self) -> int:
         """Parameters of the layer."""
@@ -177,10 +179,10 @@ class NativeSparseAttention(nn.Module):
     def cache_bytes_per_token(self) -> float:
         """Bytes that a long sequence adds to the cache with each token: one raw pair and 1/d of a compressed pair."""
         pair = self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.k_proj.weight.element_size()
-        return pair * (1 + 1 / self.config_nsa.compress_stride)
+        return pair * (1 + 1 / self.config.compress_stride)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.config_nsa}"
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.config}"
 
     def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
         dim = self.head_dim if projection in (self.q_proj, self.k_proj) else None
@@ -190,7 +192,7 @@ class NativeSparseAttention(nn.Module):
     def _keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """k, v, k_win, v_win rotated; k_raw, v_raw for compression."""
         k, v = self._heads(self.k_proj, x), self._heads(self.v_proj, x)
-        if self.config_nsa.shared_kv:
+        if self.config.shared_kv:
             rotated = rotate(k, cos, sin)
             return rotated, v, rotated, v, k, v
         k_win, v_win = self._heads(self.k_proj_win, x), self._heads(self.v_proj_win, x)
@@ -199,10 +201,10 @@ class NativeSparseAttention(nn.Module):
 
     def _compress_run(self, k_raw: Tensor, v_raw: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Compress raw tokens that begin at block `first`; the keys are rotated at their blocks' first positions."""
-        k_cmp = compress(k_raw, self.compress_k, self.config_nsa)
-        v_cmp = compress(v_raw, self.compress_v, self.config_nsa)
+        k_cmp = compress(k_raw, self.compress_k, self.config)
+        v_cmp = compress(v_raw, self.compress_v, self.config)
         blocks = torch.arange(first, first + k_cmp.shape[1], device=k_cmp.device)
-        cos, sin = self.rotary(k_cmp, blocks[None] * self.config_nsa.compress_stride)
+        cos, sin = self.rotary(k_cmp, blocks[None] * self.config.compress_stride)
         return rotate(k_cmp, cos, sin), v_cmp
 
     def _compress_whole(self, k_raw: Tensor, v_raw: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -210,7 +212,7 @@ class NativeSparseAttention(nn.Module):
             return self._compress_run(k_raw, v_raw, 0)
         runs = [
             self._compress_run(*(y[:, p.k_start : p.k_start + p.num_keys] for y in (k_raw, v_raw)), 0)
-            for p in sequences.parts(self.config_nsa, 1, k_raw.shape[1], k_raw.shape[1])
+            for p in sequences.parts(self.config, 1, k_raw.shape[1], k_raw.shape[1])
         ]
         return torch.cat([k for k, _ in runs], dim=1), torch.cat([v for _, v in runs], dim=1)
 

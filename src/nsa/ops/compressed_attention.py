@@ -32,8 +32,8 @@ def compressed_attention(
         q: queries, the last t of s positions (or as `sequences` says).
         k_cmp, v_cmp: compressed keys and values (`nsa.ops.compress`), keys rotated at position i*d.
         config: gives l and d.
-        num_keys: s, the number of raw tokens behind k_cmp; by default s = t, a whole sequence. Not used where
-            `sequences` gives the lengths.
+        num_keys: s, the number of raw tokens behind k_cmp; by default s = t, a whole sequence. Where
+            `sequences` gives the lengths it may be left out.
         sequences: where the sequences lie; packed compressed blocks follow one another in the same order.
         scale: factor of the scores, d ** -0.5 by default.
 
@@ -96,4 +96,4 @@ def compressed_parts(q: Tensor, config: NSAConfig, num_keys: int | None, sequenc
     """The sequences behind compressed keys: of the lengths given, or of num_keys (by default t) tokens a row."""
     b, t = q.shape[:2]
     has_lengths = sequences.is_packed or sequences.seqlens_k is not None
-    return sequences.parts(config, b, t, None if has_lengths else t if num_keys is None else num_keys)
+    return sequences.parts(config, b, t, t if num_keys is None and not has_lengths else num_keys)

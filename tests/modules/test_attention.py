@@ -1,0 +1,179 @@
+"""The layer: one meaning for every split into calls, every padding, every packing."""
+
+import pytest
+import torch
+
+from nsa import NativeSparseAttention, NSACache, NSAConfig
+
+CONFIG = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=10)
+
+
+def layer(config=CONFIG, **kwargs) -> NativeSparseAttention:
+    """In fp64, with gates and phi away from where they start, so that nothing cancels."""
+    torch.manual_seed(0)
+    attention = NativeSparseAttention(24, 4, 2, 6, 10, config, **kwargs).double()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return attention
+
+
+def in_chunks(attention, x, chunks, mask=None):
+    cache, outs, done = NSACache(attention.config, max_crop=2), [], 0
+    for chunk in chunks:
+        upto = None if mask is None else mask[:, : done + chunk]
+        outs.append(attention(x[:, done : done + chunk], cache=cache, attention_mask=upto))
+        done += chunk
+    return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 12, 17, 33])
+def test_every_split_into_prefill_and_decoding_gives_the_whole(length):
+    attention, x = layer(), torch.randn(2, length, 24, dtype=torch.float64)
+    with torch.no_grad():
+        whole = attention(x)
+        for prefill in range(length + 1):
+            out = in_chunks(attention, x, [prefill] + [1] * (length - prefill))
+            torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", range(0, 61, 5))
+def test_every_chunking_gives_the_whole(first):
+    attention, x = layer(), torch.randn(1, 60, 24, dtype=torch.float64)
+    with torch.no_grad():
+        whole = attention(x)
+        for second in range(first, 61, 3):
+            out = in_chunks(attention, x, [first, second - first, 60 - second])
+            torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shared_kv", [False, True])
+@pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])
+def test_chunks_give_the_whole_for_every_compression_and_shared_keys(compression, shared_kv):
+    config = NSAConfig.from_dict({**CONFIG.to_dict(), "compression": compression, "shared_kv": shared_kv})
+    attention, x = layer(config), torch.randn(2, 50, 24, dtype=torch.float64)
+    with torch.no_grad():
+        out = in_chunks(attention, x, [20, 1, 1, 28])
+        torch.testing.assert_close(out, attention(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "holes", "an empty row"])
+@pytest.mark.parametrize("chunks", [[45], [20, 25], [30] + [1] * 15, [1] * 45], ids=lambda c: f"{len(c)} chunks")
+def test_a_padded_batch_gives_what_each_row_gives_alone(padding, chunks):
+    attention, x = layer(), torch.randn(3, 45, 24, dtype=torch.float64)
+    column, lengths = torch.arange(45), torch.tensor([45, 13, 30])[:, None]
+    mask = {
+        "left": column >= 45 - lengths,
+        "right": column < lengths,
+        "holes": torch.rand(3, 45) > 0.4,
+        "an empty row": (column >= 45 - lengths) & torch.tensor([[True], [False], [True]]),
+    }[padding]
+    with torch.no_grad():
+        out = in_chunks(attention, x, chunks, mask.long()) if len(chunks) > 1 else attention(x, attention_mask=mask)
+        for row in range(3):
+            if mask[row].any():
+                alone = attention(x[row : row + 1, mask[row]])
+                torch.testing.assert_close(out[row : row + 1, mask[row]], alone, rtol=1e-10, atol=1e-10)
+        assert (out[~mask] == 0).all()
+
+
+def test_packed_sequences_give_what_each_gives_alone_whole_or_in_chunks():
+    attention, x = layer(), torch.randn(1, 90, 24, dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, 3, 3, 40, 47, 90])
+    with torch.no_grad():
+        packed = attention(x, cu_seqlens=cu_seqlens)
+        for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+            if end > start:
+                alone = in_chunks(attention, x[:, start:end], [(end - start).item() - 1, 1])
+                torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_padded_and_packed_batches_are_those_of_the_rows_alone():
+    attention = layer()
+    x = torch.randn(1, 50, 24, dtype=torch.float64)
+    target = torch.randn(1, 50, 24, dtype=torch.float64)
+
+    def gradients(loss):
+        attention.zero_grad()
+        loss.backward()
+        return [parameter.grad.clone() for parameter in attention.parameters()]
+
+    alone = gradients((attention(x[:, :20]) * target[:, :20]).sum() + (attention(x[:, 20:]) * target[:, 20:]).sum())
+    packed = gradients((attention(x, cu_seqlens=torch.tensor([0, 20, 50])) * target).sum())
+    rows = torch.zeros(2, 30, 24, dtype=torch.float64)
+    rows[0, 10:], rows[1] = x[0, :20], x[0, 20:]
+    targets = torch.zeros_like(rows)
+    targets[0, 10:], targets[1] = target[0, :20], target[0, 20:]
+    mask = torch.ones(2, 30)
+    mask[0, :10] = 0
+    padded = gradients((attention(rows, attention_mask=mask) * targets).sum())
+    for one, two, three in zip(alone, packed, padded, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(three, one, rtol=1e-9, atol=1e-9)
+
+
+def test_the_layer_starts_near_mean_pooling_with_gates_at_one_half():
+    torch.manual_seed(0)
+    attention = NativeSparseAttention(24, 4, 2, config=CONFIG)
+    blocks = torch.randn(5, 8, 6)
+    torch.testing.assert_close(attention.compress_k(blocks), blocks.mean(-2))
+    linear = NativeSparseAttention(24, 4, 2, config=NSAConfig.from_dict({**CONFIG.to_dict(), "compression": "linear"}))
+    torch.testing.assert_close(linear.compress_v(blocks), blocks.mean(-2))
+    assert (attention.gate_proj(torch.randn(3, 24)).sigmoid() == 0.5).all()
+
+
+def test_forward_and_gradients_are_finite_in_bf16():
+    torch.manual_seed(0)
+    attention = NativeSparseAttention(64, 4, 2, config=CONFIG).bfloat16()
+    x = (torch.randn(2, 100, 64) * 10).bfloat16().requires_grad_()
+    attention(x).float().square().mean().backward()
+    assert x.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in attention.parameters())
+
+
+def test_every_parameter_gets_a_gradient():
+    attention = layer()
+    attention(torch.randn(1, 40, 24, dtype=torch.float64)).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in attention.parameters())
+
+
+def test_nan_in_one_token_is_never_hidden_from_those_that_see_it():
+    attention, x = layer(), torch.randn(1, 40, 24, dtype=torch.float64)
+    x[0, 20] = torch.nan
+    with torch.no_grad():
+        out = attention(x)
+    assert out[0, 20].isnan().all()
+    assert out[0, 21:30].isnan().all()  # inside the window of the token
+
+
+def test_parameters_and_cache_bytes_are_counted():
+    attention = NativeSparseAttention(24, 4, 2, 6, 10, CONFIG)
+    phi = sum(8 * d + (8 * d * 2 * d + 2 * d) + (2 * d * d + d) for d in (6, 10))
+    projections = 24 * 4 * 6 + 3 * (24 * 2 * 6 + 24 * 2 * 10) + 4 * 10 * 24
+    assert attention.num_parameters() == projections + phi + (24 * 12 + 12)
+    assert attention.cache_bytes_per_token() == 2 * (6 + 10) * 4 * (1 + 1 / 4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: NativeSparseAttention(24, 4, 3), "multiple of num_kv_heads, got 4 and 3"),
+        (lambda: NativeSparseAttention(25, 4, 2), "got 25 and 4"),
+        (lambda: NativeSparseAttention(20, 4, 2, 5), "head_dim should be even, got 5"),
+        (lambda: layer()(torch.zeros(1, 3, 23, dtype=torch.float64)), "width 24, got \\[1, 3, 23\\]"),
+        (
+            lambda: layer()(torch.zeros(2, 3, 24, dtype=torch.float64), attention_mask=torch.ones(2, 2)),
+            "\\[b=2, at least t=3\\], got \\[2, 2\\]",
+        ),
+        (
+            lambda: layer()(
+                torch.zeros(1, 3, 24, dtype=torch.float64), cache=NSACache(CONFIG), cu_seqlens=torch.tensor([0, 3])
+            ),
+            "neither a cache nor",
+        ),
+    ],
+)
+def test_a_wrong_shape_is_one_clear_line(build, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build()
+    assert "\n" not in str(error.value)
