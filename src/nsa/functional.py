@@ -61,6 +61,9 @@ def native_sparse_attention(
     Source: paper section 3. Tested against the fp64 brute force of nsa.testing, and against itself under every
     split into prefill chunks and decoding steps.
     """
+    for pair, one, other in (("k_cmp and v_cmp", k_cmp, v_cmp), ("k_win and v_win", k_win, v_win)):
+        if (one is None) != (other is None):
+            raise ValueError(f"native_sparse_attention: give {pair} together, got only one of them")
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqlens_k)
     if k_win is None or v_win is None:
         k_win, v_win, seqlens_win = k, v, seqlens_k
