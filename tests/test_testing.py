@@ -19,9 +19,7 @@ from nsa.testing import (
 from nsa.testing import brute_force as paper
 from nsa.testing import brute_force_selection as selection
 
-SMALL = NSAConfig(
-    compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=3, window_size=5
-)
+SMALL = NSAConfig(compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=3, window_size=5)
 
 
 def inputs(generator: torch.Generator, family: str = "random", **sizes: int):
@@ -78,9 +76,7 @@ def test_importance_of_the_papers_sizes_is_the_overlap_1_2_2_2_1():
     for j in range(1, 3):
         for i in range(12):
             p_cmp = [float(i == other) for other in range(12)]
-            expected = {4 * j - 1: 1.0, 4 * j: 2.0, 4 * j + 1: 2.0, 4 * j + 2: 2.0, 4 * j + 3: 1.0}.get(
-                i, 0.0
-            )
+            expected = {4 * j - 1: 1.0, 4 * j: 2.0, 4 * j + 1: 2.0, 4 * j + 2: 2.0, 4 * j + 3: 1.0}.get(i, 0.0)
             assert selection.importance_by_overlap(p_cmp, 3, config)[j] == expected
 
 
@@ -93,9 +89,7 @@ def test_importance_is_p_cmp_itself_when_all_sizes_are_equal():
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 40), st.randoms(use_true_random=False))
 def test_importance_from_token_ranges_equals_the_printed_sum(strides, extra, num_compressed, random):
-    config = NSAConfig(
-        compress_block_size=2 * strides, compress_stride=2, select_block_size=2 * (strides + extra)
-    )
+    config = NSAConfig(compress_block_size=2 * strides, compress_stride=2, select_block_size=2 * (strides + extra))
     p_cmp = [random.random() for _ in range(num_compressed)]
     num_blocks = random.randrange(20)
     assert selection.importance_by_formula(p_cmp, num_blocks, config) == pytest.approx(
@@ -170,9 +164,7 @@ def test_dense_attention_is_torchs(generator, num_queries):
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1), *(x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v)), attn_mask=mask
     )
-    torch.testing.assert_close(
-        paper.dense_attention(q, k, v)[0], expected.transpose(0, 1), rtol=0, atol=1e-14
-    )
+    torch.testing.assert_close(paper.dense_attention(q, k, v)[0], expected.transpose(0, 1), rtol=0, atol=1e-14)
 
 
 def test_all_blocks_selected_is_dense(generator):
@@ -188,9 +180,7 @@ def test_all_blocks_selected_is_dense(generator):
 
 def test_a_window_over_everything_is_dense(generator):
     q, k, v = inputs(generator)
-    torch.testing.assert_close(
-        paper.window_attention(q, k, v, 40), paper.dense_attention(q, k, v), rtol=0, atol=0
-    )
+    torch.testing.assert_close(paper.window_attention(q, k, v, 40), paper.dense_attention(q, k, v), rtol=0, atol=0)
 
 
 def test_queries_without_visible_keys_give_zero(generator):

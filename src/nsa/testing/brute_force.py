@@ -36,15 +36,10 @@ Visible = Callable[[int, int, int], list[int]]
 # ---- compression, eq. 7 --------------------------------------------------------------------------------
 
 
-def compress(
-    x: Float[Tensor, "s g d"], config: NSAConfig, phi: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "c g d"]:
+def compress(x: Float[Tensor, "s g d"], config: NSAConfig, phi: Callable[[Tensor], Tensor]) -> Float[Tensor, "c g d"]:
     """Eq. 7: phi of every block and head; phi maps [l, d] to [d]."""
     blocks = compression_blocks(x.shape[0], config)
-    rows = [
-        torch.stack([phi(x[block.start : block.stop, head]) for head in range(x.shape[1])])
-        for block in blocks
-    ]
+    rows = [torch.stack([phi(x[block.start : block.stop, head]) for head in range(x.shape[1])]) for block in blocks]
     return torch.stack(rows) if rows else x.new_zeros(0, *x.shape[1:])
 
 
@@ -174,9 +169,7 @@ def window_attention(
     """Attention over the last `window_size` keys."""
     length = k.shape[0]
     positions = query_positions(q.shape[0], length)
-    return attention(
-        q, k, v, positions, lambda _row, pos, _group: visible_window(pos, length, window_size), scale
-    )
+    return attention(q, k, v, positions, lambda _row, pos, _group: visible_window(pos, length, window_size), scale)
 
 
 def dense_attention(

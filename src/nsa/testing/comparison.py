@@ -42,15 +42,11 @@ def assert_close_to_fp64(
     rounding = torch.finfo(actual.dtype).eps + torch.finfo(accumulated).eps * largest_score
     actual, plain, truth = (x.detach().to("cpu", torch.float64) for x in (actual, plain, truth))
     for label, x in (("actual", actual), ("plain", plain), ("truth", truth)):
-        assert not x.isnan().any(), (
-            f"{name}: {int(x.isnan().sum())} of {x.numel()} elements of {label} are NaN"
-        )
+        assert not x.isnan().any(), f"{name}: {int(x.isnan().sum())} of {x.numel()} elements of {label} are NaN"
     infinite = truth.isinf()
     for label, x in (("actual", actual), ("plain", plain)):
         misplaced = (x.isinf() | infinite) & (x != truth)
-        assert not misplaced.any(), (
-            f"{name}: {int(misplaced.sum())} infinities of {label} differ from the truth's"
-        )
+        assert not misplaced.any(), f"{name}: {int(misplaced.sum())} infinities of {label} differ from the truth's"
     actual, plain, truth = actual[~infinite], plain[~infinite], truth[~infinite]
     if truth.numel() == 0:
         return
@@ -114,9 +110,7 @@ def assert_same_selection(
     ascending = (indices[..., 1:] > indices[..., :-1]) | ~filled[..., 1:]
     _require(ascending.all(-1), "blocks ascend without repeats", indices)
     _require((indices <= own).all(-1) | (positions < 0)[..., None], "no block after the query's own", indices)
-    _require(
-        (filled.sum(-1, keepdim=True) == (own + 1).clamp(0, n)).all(-1), "as many blocks as exist", indices
-    )
+    _require((filled.sum(-1, keepdim=True) == (own + 1).clamp(0, n)).all(-1), "as many blocks as exist", indices)
 
     block = torch.arange(num_blocks)
     chosen = torch.zeros(*indices.shape[:-1], num_blocks + 1, dtype=torch.bool)
@@ -126,9 +120,7 @@ def assert_same_selection(
     forced = candidates & ((block < config.num_initial_blocks) | (block > own - config.num_local_blocks))
     _require((chosen | ~forced).all(-1), "forced blocks are selected", indices)
 
-    budget = (
-        2 * (plain_scores - scores).abs().amax() + rounding * scores.abs().amax() if scores.numel() else 0.0
-    )
+    budget = 2 * (plain_scores - scores).abs().amax() + rounding * scores.abs().amax() if scores.numel() else 0.0
     best = scores.masked_fill(~candidates | forced, -torch.inf).sort(dim=-1, descending=True).values
     picked = scores.masked_fill(~chosen | forced, -torch.inf).sort(dim=-1, descending=True).values
     rule = f"free picks score as high as the best, within {budget:.3g}"

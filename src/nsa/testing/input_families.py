@@ -31,9 +31,7 @@ def random_inputs(generator: torch.Generator, shape: InputShape) -> Inputs:
         (shape.b, shape.s, shape.g, shape.d),
         (shape.b, shape.s, shape.g, shape.e),
     )
-    q, k, v = (
-        torch.randn(size, generator=generator, dtype=torch.float64, device=generator.device) for size in sizes
-    )
+    q, k, v = (torch.randn(size, generator=generator, dtype=torch.float64, device=generator.device) for size in sizes)
     return q, k, v
 
 

@@ -69,6 +69,5 @@ def per_sequence(batch: list[Member], function: Callable[[Member], tuple[Tensor,
     rows = sorted({member.row for member in batch})
     outputs = [[function(member) for member in batch if member.row == row] for row in rows]
     return tuple(
-        torch.stack([torch.cat([parts[i] for parts in row]) for row in outputs])
-        for i in range(len(outputs[0][0]))
+        torch.stack([torch.cat([parts[i] for parts in row]) for row in outputs]) for i in range(len(outputs[0][0]))
     )
