@@ -60,7 +60,7 @@ class Branch:
         num_keys = layout.num_compressed_blocks(config) if self.compressed else layout.s
         shape = InputShape(b=layout.b, t=layout.t, s=num_keys, h=h, g=g, d=d, e=e)
         q, k, v = INPUT_FAMILIES[family](generator, shape)
-        return Case(layout, config, q, k, v, _random_selection(layout, config, g, generator))
+        return Case(layout, config, q, k, v, random_selection(layout, config, g, generator))
 
     def run(self, case: Case, *tensors: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
         return self.op(case, *(tensors or case.tensors), scale)
@@ -93,7 +93,7 @@ class Branch:
         return per_sequence(case.layout.members(case.config), one)
 
 
-def _random_selection(layout: Layout, config: NSAConfig, g: int, generator: torch.Generator) -> Tensor:
+def random_selection(layout: Layout, config: NSAConfig, g: int, generator: torch.Generator) -> Tensor:
     """A selection by random scores: forced blocks, -1 where there are too few."""
 
     def one(member: Member) -> tuple[Tensor, ...]:
