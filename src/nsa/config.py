@@ -86,7 +86,8 @@ class NSAConfig:
     def keys_per_query(self, length: int) -> int:
         """Keys that the last of `length` positions reads, compressed ones counted as one (paper, table 4).
 
-        s/d + n*l' + w, cut to what exists: 2048 at 8k tokens, 5632 at 64k with the defaults (dense reads s).
+        s/d + n*l' + w, cut to what exists (dense reads s): 2048 at 8k tokens and 5632 at 64k with the defaults, less
+        the one block of s/d that would end after s.
         """
         selected = min(length, self.num_selected_blocks * self.select_block_size)
         return self.num_compressed_blocks(length) + selected + min(length, self.window_size)

@@ -5,7 +5,7 @@ arithmetic, so long sequences go key-block-outer: each block once, against all q
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -55,7 +55,7 @@ def selected_attention(
         whose blocks all lie after it, gives 0 and -inf.
 
     Raises:
-        ValueError: shapes that do not fit, or a block index outside the sequence.
+        ValueError: shapes that do not fit, a block index outside the sequence, or an unknown tiling.
 
     Source: paper eq. 12. Tested against the fp64 brute force of nsa.testing in each tiling.
     """
@@ -67,6 +67,8 @@ def selected_attention(
         block_indices=(block_indices, "b t g n"),
     )
     size = config.select_block_size
+    if tiling is not None and tiling not in get_args(Tiling):
+        raise ValueError(f"selected_attention: tiling should be one of {get_args(Tiling)}, got {tiling!r}")
 
     def tiles() -> Iterator[Tile]:
         for part in sequences.parts(config, sizes["b"], sizes["t"], sizes["s"]):
