@@ -56,12 +56,12 @@ def compressed_tiles(
 ) -> Callable[[], Iterator[Tile]]:
     """Runs of neighbouring queries against every block that the last of them sees; one tile a query."""
     h = q.shape[2]
-    if num_keys is None:
-        num_keys = q.shape[1]
-    if sequences.seqlens_k is None and k_cmp.shape[1] != (
-        expected := sequences.num_compressed_blocks(config, num_keys)
-    ):
-        raise ValueError(f"{op}: expected {expected} compressed blocks for {num_keys} keys, got {k_cmp.shape[1]}")
+    if sequences.seqlens_k is None:
+        s = q.shape[1] if num_keys is None else num_keys
+        expected = sequences.num_compressed_blocks(config, s)
+        if k_cmp.shape[1] != expected:
+            behind = "the packed sequences" if sequences.is_packed else f"{s} keys"
+            raise ValueError(f"{op}: expected {expected} compressed blocks for {behind}, got {k_cmp.shape[1]}")
 
     def tiles() -> Iterator[Tile]:
         for part in compressed_parts(q, config, num_keys, sequences):
