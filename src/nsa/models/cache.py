@@ -49,8 +49,9 @@ class NSALlamaCacheLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.num_columns
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last tokens; a positive number is the length to keep, as in transformers' older versions."""
+        tokens_to_remove = int(tokens_to_remove)
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.num_columns - tokens_to_remove)
         if remove:
             self.nsa.crop(remove)

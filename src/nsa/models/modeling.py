@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     and_masks,
@@ -24,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, Llama
 
 from nsa.models.cache import NSALlamaCache
 from nsa.models.configuration import NSALlamaConfig
-from nsa.modules.attention import NativeSparseAttention
+from nsa.modules.attention import Gates, NativeSparseAttention
 from nsa.modules.compression import Compression
 
 
@@ -62,7 +63,7 @@ class NSALlamaAttention(NativeSparseAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: NSALlamaCache | None = None,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
@@ -112,8 +113,8 @@ class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
             elif module.kind == "mlp":
                 init.normal_(module.position_encoding, std=self.config.initializer_range)
                 init.zeros_(module.out.weight)
-        elif isinstance(module, NativeSparseAttention):
-            init.zeros_(module.gate_proj.weight)
+        elif isinstance(module, Gates):
+            init.zeros_(module.weight)
 
 
 class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
@@ -130,7 +131,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         self,
         input_ids: Tensor | None = None,
         *args: Any,
-        past_key_values: NSALlamaCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:

@@ -16,6 +16,20 @@ from nsa.ops.selection import block_scores, select_blocks
 from nsa.shapes import Sequences
 
 
+class Gates(nn.Linear):
+    """sigmoid(W x + b): a scalar in (0, 1) per query head and branch (cmp, slc, win); all 1/2 at the start."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__(hidden_size, 3 * num_heads)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "b t hidden"]) -> Float[Tensor, "b t h 3"]:
+        return super().forward(x).sigmoid().unflatten(-1, (-1, 3))
+
+
 class NativeSparseAttention(nn.Module):
     """Native Sparse Attention with its projections (paper, section 3).
 
@@ -78,10 +92,8 @@ class NativeSparseAttention(nn.Module):
             self.v_proj_win = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=bias)
         self.compress_k = Compression(head_dim, config)
         self.compress_v = Compression(v_head_dim, config)
-        self.gate_proj = nn.Linear(hidden_size, 3 * num_heads)
+        self.gate_proj = Gates(hidden_size, num_heads)
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias)
-        nn.init.zeros_(self.gate_proj.weight)
-        nn.init.zeros_(self.gate_proj.bias)
 
     def forward(
         self,
@@ -123,7 +135,7 @@ class NativeSparseAttention(nn.Module):
         cos, sin = self.rotary(x, positions)
         q = rotate(self._heads(self.q_proj, x), cos, sin)
         k, v, k_win, v_win, k_raw, v_raw = self._keys_and_values(x, cos, sin)
-        gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_heads, 3))
+        gates = self.gate_proj(x)
 
         if cache is not None:
             views = cache.append(k, v, k_win, v_win, k_raw, v_raw, self._compress_run, counts=counts)
