@@ -74,12 +74,13 @@ class Branch:
 
         return per_sequence(case.layout.members(case.config), one)
 
-    def plain(self, case: Case) -> tuple[Tensor, Tensor]:
+    def plain(self, case: Case, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The same in plain PyTorch, in the inputs' dtype: a full score matrix under a mask."""
+        queries, keys, values = tensors or case.tensors
 
         def one(member: Member) -> tuple[Tensor, Tensor]:
             take = member.blocks if self.compressed else member.keys
-            q, k, v = member.queries(case.q), take(case.k), take(case.v)
+            q, k, v = member.queries(queries), take(keys), take(values)
             heads_per_group = q.shape[1] // k.shape[1]
             mask = torch.zeros(q.shape[1], q.shape[0], k.shape[0], dtype=torch.bool)
             for row, position in enumerate(query_positions(q.shape[0], member.length)):

@@ -158,14 +158,22 @@ def test_nan_reaches_every_query_that_sees_it_and_no_other_sequence(branch, whic
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("family", ["random", "peaked", "near_uniform"])
 def test_low_precision_stays_within_twice_plain_pytorchs_error(branch, dtype, family):
-    case = branch.case(Layout(b=1, t=64, s=96), family=family, d=16, e=16).to(dtype)
-    truth = branch.expected(case.to(torch.float64))
-    actual, plain = branch.run(case), branch.plain(case)
-    assert actual[0].dtype == dtype
-    assert actual[1].dtype == torch.float32
-    largest_score = float(case.q.norm(dim=-1).max() * case.k.norm(dim=-1).max()) * 16**-0.5
-    assert_close_to_fp64(actual[0], plain[0], truth[0], "out", largest_score=largest_score)
-    assert_close_to_fp64(actual[1], plain[1].float(), truth[1], "lse")
+    case = branch.case(Layout(t=24, s=64), family=family, h=3, g=1, d=12, e=16).to(dtype)
+    exact = case.to(torch.float64)
+    results = []
+    for run, judged in ((branch.run, case), (branch.plain, case), (branch.expected, exact)):
+        leaves = [x.detach().requires_grad_() for x in judged.tensors]
+        out, lse = run(judged, *leaves)
+        gradients = torch.autograd.grad((out * torch.linspace(-1, 1, 16, dtype=out.dtype)).sum(), leaves)
+        results.append({"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))})
+    actual, plain, truth = results
+    assert actual["lse"].dtype == torch.float32
+    largest_score = float(exact.q.norm(dim=-1).max() * exact.k.norm(dim=-1).max()) * 12**-0.5
+    for name in truth:
+        assert name == "lse" or actual[name].dtype == dtype
+        assert_close_to_fp64(
+            actual[name], plain[name].to(actual[name].dtype), truth[name], name, largest_score=largest_score
+        )
 
 
 EDGE_LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 507, 511, 512, 513]
