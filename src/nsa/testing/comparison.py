@@ -26,8 +26,8 @@ def assert_close_to_fp64(
         plain: the same computed by plain PyTorch in the same dtype.
         truth: the same in float64.
         name: what to call it in the message.
-        largest_score: for what comes out of a softmax, the largest size of its argument. Accumulated in
-            float32 (float64 for float64) it is rounded by eps32 times itself, and so is the result.
+        largest_score: for what comes out of a softmax, the largest size of the exponentials' argument. Accumulated
+            in float32 (float64 for float64) it is rounded by eps32 times itself, and so is the result.
 
     Infinities (the lse of empty rows) must be where the truth has them; NaN never passes.
 
