@@ -1,0 +1,16 @@
+"""Judging language models at long context: what do they find, and how well do they predict?
+
+The twins of this library (NSA, dense, window-only) differ in their attention and in nothing else, so every
+difference in these numbers is the attention's. To keep it so, the prompts of a task depend on its parameters,
+its seed and the tokenizer only: every model answers exactly the same questions.
+
+    prompts.py   prompts of an exact length in tokens, with facts planted at exact places
+    scoring.py   one forward pass a batch: exact match of the answer, loss at every position, intervals
+    tasks/       one file a task: a dataclass of its parameters and `run(model, tokenizer) -> rows`
+    models.py    folders -> models, and one clear line when a folder holds none
+    runner.py    models x tasks -> a result, as a table and as JSON
+    blocks.py    which blocks does a query of an NSA model select, how many keys does it read?
+    report.py    a result -> one HTML file that needs nothing else
+    demo.py      `nsa demo`: train the three twins, judge them, write the report
+    command.py   the arguments of `nsa eval` and `nsa demo`
+"""

@@ -1,0 +1,68 @@
+"""The arguments of `nsa eval` and `nsa demo`; the work is imported when it is run, so that `--help` is fast."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Judge models at long context: needle, recall, perplexity by position; twins side by side."""
+
+    models: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of models, from `nsa train` or save_pretrained."""
+    tasks: tuple[str, ...] = ("needle", "recall", "perplexity")
+    """Which tasks: needle, recall, perplexity."""
+    lengths: tuple[int, ...] = ()
+    """Lengths in tokens; the longest one is that of recall and perplexity. Default: 1/4, 1/2 and all of the models'
+    positions."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where needles lie: 0 is the text's start, 1 right before the question."""
+    samples: int | None = None
+    """Samples in each cell. Default: each task's own."""
+    keys: int = 4
+    """Values in a text of recall, of which one is asked for."""
+    hops: tuple[int, ...] = (1, 2)
+    """Hops from a question of recall to the value."""
+    window_size: int | None = None
+    """Window by which recall tells near from far. Default: the models' own."""
+    seed: int = 0
+    """Decides all prompts."""
+    text: Path | None = None
+    """A file or folder of text that the models have not seen. Default: the corpus' held-out Python packages."""
+    output: Path | None = None
+    """Folder for eval.json and report.html."""
+    overwrite: bool = False
+    """Replace the results in --output."""
+    json: bool = False
+    """Print the result as JSON instead of a table."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, cuda:1."""
+    dtype: str = "float32"
+    """Number format of the models: float32, bfloat16, float16."""
+
+    def run(self) -> None:
+        from nsa.eval.runner import judge
+
+        judge(self)
+
+
+@dataclass(frozen=True)
+class DemoArguments:
+    """Train NSA and its dense and window-only twins on this machine, judge them, write report.html."""
+
+    output: Path = Path("nsa-demo")
+    """Folder for the models, demo.json and report.html. A run that was stopped goes on where it was."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Training steps of each twin. Default: the demo's recipe."""
+    seed: int = 0
+    """Decides data, initial weights and prompts."""
+    overwrite: bool = False
+    """Start again although there are results in --output."""
+
+    def run(self) -> None:
+        from nsa.eval.demo import demo
+
+        demo(self)

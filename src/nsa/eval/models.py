@@ -1,0 +1,84 @@
+"""From folders on the command line to models ready to be judged."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model under judgement: its folder, the name it has in tables, and what it is."""
+
+    name: str
+    folder: Path
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def attention(self) -> str:
+        """ "nsa", "dense" or "window" for a twin of this library; the model type for any other model."""
+        config = self.model.config
+        return str(getattr(config, "attention", None) or config.model_type)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def describe(self) -> dict[str, Any]:
+        """What a result file says about the model."""
+        config = self.model.config
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "attention": self.attention,
+            "num_parameters": self.num_parameters,
+            "num_layers": config.num_hidden_layers,
+            "max_positions": getattr(config, "max_position_embeddings", None),
+            "vocab_size": config.vocab_size,
+            "nsa": dict(getattr(config, "nsa", None) or {}),
+        }
+
+
+def check_folder(folder: Path) -> None:
+    """One clear line for a path that cannot be a model; reads nothing but the folder's listing."""
+    if not folder.exists():
+        raise ValueError(f"no such folder: {folder} (expected a model saved by `nsa train` or save_pretrained)")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; expected the folder of a model")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model: it has no config.json (saved by `nsa train` or save_pretrained)")
+
+
+def load(folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32") -> Candidate:
+    """Load a saved causal language model and its tokenizer, ready to be judged (eval mode, no gradients)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    import nsa.models  # noqa: F401  (registers nsa_llama with the Auto classes)
+
+    check_folder(folder)
+    logging.disable_progress_bar()  # loading a shard is no news among the progress of the tasks
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} could not be loaded as a causal language model: {reason[:200]}") from error
+    return Candidate(name, folder, model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """Short names that tell the folders apart: the last part, and as many parents as it takes."""
+    resolved = [folder.resolve() for folder in folders]
+    repeated = {str(f) for f in resolved if resolved.count(f) > 1}
+    if repeated:
+        raise ValueError(f"a model is named twice: {', '.join(sorted(repeated))}")
+    parts = 1
+    while True:
+        names = ["/".join(folder.parts[-parts:]) for folder in resolved]
+        if len(set(names)) == len(names):
+            return names
+        parts += 1

@@ -1,0 +1,217 @@
+"""The report: every section, well-formed, nothing loaded from elsewhere; results survive their file."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nsa.config import NSAConfig
+from nsa.eval.maps import color_of, heat_map, marked_text
+from nsa.eval.pictures import BlockPicture, Curve, Head, KeysRead
+from nsa.eval.report import Report
+from nsa.eval.result import Result, paired_difference
+from nsa.eval.svg import Series, format_number, line_chart
+from nsa.eval.table import blocks_of, own_and_shared
+from nsa.eval.tasks import Row
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; collects ids, tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def example_result() -> Result:
+    rows = {}
+    for name, right in (("nsa", 3), ("dense", 4), ("window", 0)):
+        rows[name] = [
+            Row.of_answers("needle", {"length": length, "depth": depth}, [i < right for i in range(4)], 0.01)
+            for length in (64, 128)
+            for depth in (0.0, 1.0)
+        ]
+        where = {"length": 128, "region": "beyond the window"}
+        rows[name].append(Row.of_answers("recall", where, [i < right for i in range(4)], 0.01))
+        for positions in ("all", [1, 64], [64, 128]):
+            losses = [2.0 - 0.1 * right + 0.3 * i for i in range(4)]
+            rows[name].append(Row.of_losses("perplexity", {"length": 128, "positions": positions}, losses))
+    models = [
+        {"name": name, "folder": f"runs/{name}", "attention": name, "num_parameters": 1000, "num_layers": 2,
+         "max_positions": 128, "vocab_size": 256, "nsa": NSAConfig(window_size=32).to_dict()}
+        for name in rows
+    ]  # fmt: skip
+    run = {"command": "nsa eval <runs>", "date": "2026-01-01", "versions": {"torch": "2"},
+           "hardware": {"processor": "p", "threads": 1, "device": "CPU only", "system": "Linux"}}  # fmt: skip
+    tasks = {"needle": {"lengths": [64, 128], "samples": 4}, "recall": {"length": 128}, "perplexity": {"length": 128}}
+    return Result(models=models, tasks=tasks, rows=rows, run=run, notes=["a note & <more>"])
+
+
+def example_report() -> Report:
+    head = Head(name="layer 1", scores=[0.1, 0.9, 0.2, 0.3], selected=[0, 1, 3], forced=[0, 3])
+    picture = BlockPicture(model="nsa", pieces=list("<text & needle in it>" + "." * 43), needle=(9, 17), answer="x<y",
+                           window_size=8, block_size=16, heads=[head])  # fmt: skip
+    keys = KeysRead(model="nsa", config=NSAConfig(), contexts=[32, 64], counted=[30.0, 50.0])
+    curve = Curve(steps=[1, 2], losses=[3.0, math.nan], held_out_steps=[2], held_out_losses=[2.5])
+    return Report(
+        result=example_result(),
+        title="A title",
+        lead="A lead",
+        tiles=[("97%", "of all")],
+        curves={"nsa": curve},
+        picture=picture,
+        keys=keys,
+        samples={"nsa": ("def f(", "x): return x < 1")},
+    )
+
+
+def test_the_page_has_every_section_and_closes_every_tag():
+    page = Page(example_report().render())
+    assert page.ids == ["results", "context", "needle", "curves", "blocks", "keys", "sample", "run"]
+    for words in ("A title", "A lead", "97%", "x): return x < 1", "nsa eval <runs>", "a note & <more>", "x<y"):
+        assert words in page.text
+
+
+def test_the_page_loads_nothing():
+    html = example_report().render()
+    assert "://" not in html
+    assert "@import" not in html
+    assert "url(" not in html
+    page = Page(html)
+    assert not any(name in ("src", "href", "xlink:href") for _, name, _ in page.attributes)
+    assert not any(tag in ("script", "link", "iframe", "img") for tag, _, _ in page.attributes)
+
+
+def test_a_report_without_pictures_leaves_their_sections_out():
+    page = Page(Report(result=example_result()).render())
+    assert page.ids == ["results", "context", "needle", "run"]
+
+
+def test_saving_leaves_one_file(tmp_path):
+    example_report().save(tmp_path / "deep" / "report.html")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
+
+
+def test_a_result_survives_its_file(tmp_path: Path):
+    result = example_result()
+    result.save(tmp_path / "eval.json")
+    text = (tmp_path / "eval.json").read_text(encoding="utf-8")
+    again = Result.from_json(text)
+    assert again == result
+    assert again.to_json() + "\n" == text
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_nan_survives_as_nan():
+    row = Row.of_losses("perplexity", {}, [math.nan, 1.0])
+    result = Result(models=[], tasks={}, rows={"m": [row]})
+    assert "NaN" not in result.to_json()
+    again = Result.from_json(result.to_json()).rows["m"][0]
+    assert math.isnan(again.value)
+    assert math.isnan(again.values[0])
+    assert again.values[1] == 1.0
+
+
+def test_a_file_of_another_format_is_refused():
+    with pytest.raises(ValueError, match="expected a result of format 1, got 99"):
+        Result.from_json('{"format": 99}')
+    with pytest.raises(ValueError, match=r"unknown fields \['colour'\]"):
+        Row.from_dict({"colour": 1})
+
+
+def test_differences_are_paired():
+    """Two models that differ by 0.1 on every sequence differ without doubt, however different the sequences are."""
+    one = Row.of_losses("perplexity", {"length": 8}, [1.0, 5.0, 9.0])
+    two = Row.of_losses("perplexity", {"length": 8}, [0.9, 4.9, 8.9])
+    difference, error = paired_difference(two, one)
+    assert difference == pytest.approx(-0.1)
+    assert error == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ValueError, match="rows of different samples"):
+        paired_difference(one, Row.of_losses("perplexity", {"length": 9}, [1.0, 2.0, 3.0]))
+
+
+def test_the_dense_twin_is_the_reference():
+    result = example_result()
+    assert result.reference == "dense"
+    result.models = [model for model in result.models if model["name"] != "dense"]
+    assert result.reference == "nsa"
+    result.models = result.models[:1]
+    assert result.reference is None
+
+
+def test_the_table_sums_needles_over_depths_and_sets_losses_beside_dense():
+    needle, recall, perplexity = blocks_of(example_result())
+    assert needle.title == "needle: all depths, chance 1.0%"
+    assert [(line.where, line.cells[0]) for line in needle.lines] == [
+        ("64 tokens", ("75.0%", "6/8 (41-93%)")),
+        ("128 tokens", ("75.0%", "6/8 (41-93%)")),
+    ]
+    assert recall.lines[0].where == "128 tokens, beyond the window"
+    nsa, dense, window = perplexity.lines[0].cells
+    assert (nsa, window) == (("2.150", "+0.100 ± 0.000"), ("2.450", "+0.400 ± 0.000"))
+    assert dense == ("2.050", "± 0.194")
+
+
+def test_rows_are_told_apart_by_what_differs():
+    places = [{"length": 64, "hops": 1, "keys": 4}, {"length": 64, "hops": 2, "keys": 4}]
+    assert own_and_shared(places) == (["1 hop", "2 hops"], "64 tokens, 4 keys")
+
+
+def test_the_heat_map_shows_every_cell_in_its_place():
+    svg = heat_map({(64, 0.0): (1, 4), (64, 1.0): (4, 4), (128, 0.0): (0, 4), (128, 1.0): (2, 4)}, title="t")
+    cells = re.findall(r"<title>(.*?)</title><rect x=\"(\d+)\" y=\"(\d+)\"", svg)
+    x = {title: int(x) for title, x, _ in cells}
+    y = {title: int(y) for title, _, y in cells}
+    assert x["128 tokens, needle at 0%: 0 of 4"] > x["64 tokens, needle at 0%: 1 of 4"]
+    assert y["64 tokens, needle at 100%: 4 of 4"] > y["64 tokens, needle at 0%: 1 of 4"]
+    assert len({color_of(0.0), color_of(0.5), color_of(1.0)}) == 3
+
+
+def test_marked_text_is_the_text():
+    pieces = list('if a < b: print("x")\n' * 20)
+    page = Page(marked_text(pieces, [0, 1, 0, 3], top=4, needle=(30, 70), block_size=16, context=10_000))
+    assert page.text == "".join(pieces)
+    assert page.attributes.count(("mark", "class", "needle-text")) == 4  # of four blocks: 30-31, 32-47, 48-63, 64-69
+
+
+def test_marked_text_leaves_out_what_nobody_selected():
+    page = Page(marked_text(["x"] * 1600, [1] + [0] * 99, top=1, needle=(1590, 1595), block_size=16, context=32))
+    assert page.text.count("x") == 16 * 3 + 16 * 3
+    assert "… 1,504 tokens …" in page.text
+
+
+def test_charts_take_losses_that_are_not_finite():
+    labels = {"title": "t", "x_label": "x", "y_label": "y"}
+    assert "nan" not in line_chart([Series(name="a", color="red", x=[1, 2, 3], y=[1.0, math.nan, 2.0])], **labels)
+    empty = line_chart([Series(name="a", color="red", x=[], y=[])], **labels)
+    assert "no data" in empty
+
+
+def test_numbers_are_short():
+    assert [format_number(x) for x in (0.0, 64, 1536, 8192, 65536, 0.123456, math.nan)] == [
+        "0", "64", "1,536", "8k", "64k", "0.123", "–",
+    ]  # fmt: skip
