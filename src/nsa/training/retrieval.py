@@ -1,13 +1,13 @@
 """Retrieval examples in the manner of source code: constants defined far above and used later.
 
-    QX = "k7fp"                          the definition
-    ...real code, hundreds of lines...   the filler
-    assert QX == "k7fp"                  the use: the model must recall k7fp
+    QX=4821                               the definition
+    ...real code, hundreds of lines...    the filler
+    f(QX=4821)                            the use, a keyword argument: the model must recall 4821
 
-A name is a few capital letters, a value a few random letters and digits, so that guessing is worthless: the
-chance of a whole value is 1 / 36**value_length. A row holds many definitions and as many uses, which supervises
-every row densely. With `num_hops` > 1 a use goes through aliases (`BC = QX`). Names are split for good by a
-checksum: a tenth of them never occurs in training and is used by evaluation alone (`held_out=True`).
+A name is a few capital letters, a value a few random digits, so that guessing is worthless: the chance of a whole
+value is 1 / 9**value_length. A row holds many definitions and as many uses, which supervises every row densely.
+With `num_hops` > 1 a use goes through aliases (`BC=QX`). Names are split for good by a checksum: a tenth of them
+never occurs in training and is used by evaluation alone (`held_out=True`).
 
 Everything is drawn from the `random.Random` that the caller passes, so an example is a function of its seed.
 Each piece of text is tokenized by itself and the ids are joined: where an answer lies in the tokens is then
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 NAME_LETTERS = string.ascii_uppercase
-VALUE_LETTERS = string.ascii_lowercase + string.digits
+VALUE_LETTERS = "123456789"  # no zero: a literal may not start with one
 HELD_OUT_ONE_IN = 10
 
 Encode = Callable[[str], Sequence[int]]
@@ -96,8 +96,8 @@ def retrieval_example(
         num_keys: names defined; None: a random number, up to as many as fit (training's dense rows).
         num_questions: names used afterwards, each once, in random order; None: all of them.
         num_hops: 1 asks for a name defined by a literal; h > 1 goes through h - 1 aliases.
-        distance: tokens from the first question's answer back to the value in its definition, exactly; the uses
-            end the row. With depth None too: filler at random places.
+        distance: tokens from the first question's answer back to the value in its definition, exactly; the
+            uses end the row. With depth None too: filler at random places.
         depth: instead of distance, 0 (definitions at the row's start) to 1 (right before the uses).
         name_length, value_length: letters in a name and in a value.
         held_out: use evaluation's names instead of training's.
@@ -170,11 +170,8 @@ def _draw_keys(
     held_out: bool,
     encode: Encode,
 ) -> list[_Key]:
-    for label, number in (
-        ("num_hops", num_hops),
-        ("name_length", name_length),
-        ("value_length", value_length),
-    ):
+    sizes = {"num_hops": num_hops, "name_length": name_length, "value_length": value_length}
+    for label, number in sizes.items():
         if number < 1:
             raise ValueError(f"{label} must be at least 1, got {number}")
     budget = length * (1.0 - 0.5 * rng.random()) if num_keys is None else None
@@ -189,11 +186,9 @@ def _draw_keys(
                 names.append(name)
                 taken.add(name)
         value = "".join(rng.choices(VALUE_LETTERS, k=value_length))
-        lines = [_piece(encode, f'{names[0]} = "', value, '"\n', names[0])]
-        lines += [
-            _piece(encode, f"{new} = ", old, "\n", new) for old, new in zip(names, names[1:], strict=False)
-        ]
-        key = _Key(tuple(lines), _piece(encode, f'assert {names[-1]} == "', value, '"\n', names[-1]))
+        lines = [_piece(encode, f"{names[0]}=", value, "\n", names[0])]
+        lines += [_piece(encode, f"{new}=", old, "\n", new) for old, new in pairwise(names)]
+        key = _Key(tuple(lines), _piece(encode, f"f({names[-1]}=", value, ")\n", names[-1]))
         used += sum(len(piece.ids) for piece in [*key.definition, key.use])
         if budget is not None and keys and used > budget:
             break
@@ -236,9 +231,7 @@ def _split_filler(
     return spare - inside, inside
 
 
-def _sprinkle(
-    rng: random.Random, inside: int, definitions: list[_Piece], uses: list[_Piece], exact: bool
-) -> list[int]:
+def _sprinkle(rng: random.Random, inside: int, definitions: list[_Piece], uses: list[_Piece], exact: bool) -> list[int]:
     """Filler tokens before each line after the first; most between definitions and uses."""
     gaps = [0] * (len(definitions) + len(uses))
     middle = len(definitions)
