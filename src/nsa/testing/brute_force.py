@@ -45,7 +45,10 @@ def compress(x: Float[Tensor, "s g d"], config: NSAConfig, phi: Callable[[Tensor
 
 def phi_mean(block: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
     """The mean of the block's tokens."""
-    return sum(block[row] for row in range(block.shape[0])) / block.shape[0]
+    total = torch.zeros_like(block[0])
+    for row in range(block.shape[0]):
+        total = total + block[row]
+    return total / block.shape[0]
 
 
 def phi_linear(block: Float[Tensor, "l d"], weight: Float[Tensor, "m ld"]) -> Float[Tensor, " m"]:
