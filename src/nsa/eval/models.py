@@ -61,12 +61,22 @@ def load(folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32"
 
     check_folder(folder)
     logging.disable_progress_bar()  # loading a shard is no news among the progress of the tasks
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what does not fit is our error below, in one line
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} could not be loaded as a causal language model: {reason[:200]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing, misshapen = loaded["missing_keys"], loaded["mismatched_keys"]
+    if missing or misshapen:
+        counts = f"{len(missing)} missing, {len(misshapen)} of another shape"
+        raise ValueError(f"{folder}: the weights do not fit config.json: {counts}")
     return Candidate(name, folder, model.to(device).eval().requires_grad_(False), tokenizer)
 
 

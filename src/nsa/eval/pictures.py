@@ -16,6 +16,8 @@ from nsa.eval.result import Result
 from nsa.eval.tasks import Needle
 from nsa.eval.text import held_out_texts
 
+SAMPLE_TOKENS = 240
+
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
@@ -106,16 +108,16 @@ def picture_prompt(candidates: Sequence[Candidate], result: Result) -> Prompt | 
     return task.prompts(candidate.tokenizer, **where)[solved]
 
 
-def continuation(candidate: Candidate, text: str | None, *, num_tokens: int = 240, seed: int = 0) -> tuple[str, str]:
+def continuation(candidate: Candidate, text: str | None, *, seed: int = 0) -> tuple[str, str]:
     """A held-out document's beginning, and how the model goes on (sampled at temperature 0.7, seeded)."""
     beginning = max(held_out_texts(text), key=len)[:240]
     beginning = beginning[: beginning.rfind("\n") + 1] or beginning
     tokens = candidate.tokenizer(beginning, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    positions = getattr(candidate.model.config, "max_position_embeddings", None) or num_tokens + tokens.shape[1]
-    tokens = tokens[:, : max(1, positions - num_tokens)]
+    positions = getattr(candidate.model.config, "max_position_embeddings", None) or SAMPLE_TOKENS + tokens.shape[1]
+    tokens = tokens[:, : max(1, positions - SAMPLE_TOKENS)]
     torch.manual_seed(seed)
     out = candidate.model.generate(  # type: ignore[operator]
-        tokens.to(candidate.model.device), max_new_tokens=num_tokens, do_sample=True, temperature=0.7, top_k=0
+        tokens.to(candidate.model.device), max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.7, top_k=0
     )
     return beginning, candidate.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
 
