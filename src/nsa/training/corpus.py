@@ -91,9 +91,7 @@ def _python_packages() -> dict[str, list[Path]]:
             continue
         for entry in sorted(root.iterdir()):
             name = entry.stem if entry.is_file() else entry.name
-            if entry.suffix == ".py" and name not in LEFT_OUT:
-                packages.setdefault(name, []).append(entry)
-            elif entry.is_dir() and (entry / "__init__.py").exists() and name not in LEFT_OUT:
+            if (entry.suffix == ".py" and name not in LEFT_OUT) or (entry.is_dir() and (entry / "__init__.py").exists() and name not in LEFT_OUT):
                 packages.setdefault(name, []).append(entry)
     return packages
 

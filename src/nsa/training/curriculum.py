@@ -1,0 +1,57 @@
+"""The curriculum: how long the rows are at each step, and what they hold."""
+
+import re
+from dataclasses import dataclass
+
+SHARES = ("repeated", "retrieval")
+GRAMMAR = "LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:keys=NUMBER], such as 512x1000:retrieval=0.5"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`steps` optimizer steps with rows of `length` tokens.
+
+    `repeated` and `retrieval` are the shares of rows that are examples of nsa.training.retrieval; the rest is text
+    of the corpus. `keys` is the number of names in a retrieval row, 0 for as many as come to fit.
+    """
+
+    length: int
+    steps: int
+    repeated: float = 0.0
+    retrieval: float = 0.0
+    keys: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.length}x{self.steps}"]
+        parts += [f"{name}={getattr(self, name):g}" for name in (*SHARES, "keys") if getattr(self, name)]
+        return ":".join(parts)
+
+
+def parse_stage(text: str) -> Stage:
+    """The stage that `text` spells; ValueError with the grammar if it spells none."""
+    size, *options = text.split(":")
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if match is None:
+        raise ValueError(f"curriculum stage {text!r}: expected {GRAMMAR}")
+    length, steps = int(match[1]), int(match[2])
+    values: dict[str, float] = {}
+    for option in options:
+        match = re.fullmatch(r"(repeated|retrieval)=([\d.]+)|(keys)=(\d+)", option)
+        if match is None:
+            raise ValueError(f"curriculum stage {text!r}: expected {GRAMMAR}, got the option {option!r}")
+        if match[1]:
+            values[match[1]] = float(match[2])
+        else:
+            values["keys"] = int(match[4])
+    if length < 8 or steps < 1 or sum(values.get(name, 0.0) for name in SHARES) > 1.0:
+        raise ValueError(
+            f"curriculum stage {text!r}: rows have at least 8 tokens, a stage at least 1 step, shares add up to at most 1"
+        )
+    keys = int(values.pop("keys", 0))
+    return Stage(length=length, steps=steps, keys=keys, **values)
+
+
+def parse_curriculum(texts: tuple[str, ...]) -> tuple[Stage, ...]:
+    if not texts:
+        raise ValueError(f"the curriculum is empty: expected at least one stage {GRAMMAR}")
+    return tuple(parse_stage(text) for text in texts)

@@ -1,0 +1,251 @@
+"""Training rows: a function of the seed and the number of the step, so that a resumed run reads what it would have.
+
+Two layouts. `rows`: [b, t] tokens, each row from one document (of a document's end, what fills no row is left out;
+where a document is cut changes with every pass). `flat`: one row of b * t tokens in which pieces of documents follow
+each other, with `position_ids` that start again from 0 at each piece: the field's way (transformers'
+DataCollatorWithFlattening), which wastes nothing on short documents. In neither does attention, or a loss, cross
+from one document to another.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from nsa.training.corpus import Corpus, Document
+from nsa.training.curriculum import Stage
+from nsa.training.retrieval import repeated_example, retrieval_example
+
+Layout = Literal["rows", "flat"]
+Encode = Callable[[str], Sequence[int]]
+IGNORED = -100  # a label that no loss counts
+
+
+class Documents:
+    """Tokens of documents, one after the other, and where each begins."""
+
+    def __init__(self, tokens: np.ndarray, starts: Sequence[int]) -> None:
+        self.tokens = tokens
+        self.starts = np.asarray([*starts, len(tokens)], dtype=np.int64)
+
+    @classmethod
+    def from_texts(cls, documents: Sequence[Document], encode: Encode, dtype: type = np.uint32) -> "Documents":
+        encoded = [_as_array(encode(document.text), dtype) for document in documents]
+        starts = np.cumsum([0, *(len(ids) for ids in encoded)])[:-1]
+        return cls(np.concatenate(encoded) if encoded else np.zeros(0, dtype), starts.tolist())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def require(self, length: int, what: str) -> None:
+        """ValueError if no document holds a sequence of `length` tokens."""
+        longest = int(self.lengths.max(initial=0))
+        if longest < length:
+            raise ValueError(
+                f"the {what} is too small for one sequence of {length} tokens: it has {len(self.tokens)} tokens in "
+                f"{len(self.lengths)} documents, the longest {longest}"
+            )
+
+
+def read_documents(corpus: Corpus, encode: Encode) -> tuple[Documents, Documents]:
+    """The corpus as tokens: for training and for validation."""
+    if corpus.train_tokens is not None and corpus.validation_tokens is not None:
+        return Documents(corpus.train_tokens, [0]), Documents(corpus.validation_tokens, [0])
+    return Documents.from_texts(corpus.train, encode), Documents.from_texts(corpus.validation, encode)
+
+
+class TrainingBatches(Dataset):
+    """Item i is the whole i-th batch: input_ids and labels [b, t], in the flat layout [1, b * t] with position_ids.
+
+    Args:
+        documents: the training text.
+        stages: the curriculum; `batches_per_step` items make one of its steps.
+        batch_tokens: tokens in an item; a row longer than that is an item of its own.
+        encode: str -> ids, for retrieval examples.
+        filler: text between a definition and its use.
+        seed: all randomness.
+        layout: "rows" or "flat".
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        stages: Sequence[Stage],
+        batch_tokens: int,
+        *,
+        encode: Encode,
+        filler: str,
+        seed: int,
+        layout: Layout = "rows",
+        batches_per_step: int = 1,
+    ) -> None:
+        for stage in stages:
+            if layout == "rows":
+                documents.require(stage.length, "training corpus")
+        if len(documents.tokens) < 2:
+            raise ValueError(f"the training corpus has {len(documents.tokens)} tokens: nothing to learn from")
+        self.documents, self.stages, self.batch_tokens = documents, tuple(stages), batch_tokens
+        self.encode, self.filler, self.seed, self.layout = encode, filler, seed, layout
+        self.ends = np.cumsum([stage.steps * batches_per_step for stage in stages])
+        self._pieces = lru_cache(maxsize=4)(self._cut)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = int(np.searchsorted(self.ends, index, side="right"))
+        stage = self.stages[which]
+        first = index - (int(self.ends[which - 1]) if which else 0)
+        num_rows = max(1, self.batch_tokens // stage.length)
+        rng = random.Random(f"{self.seed}/{index}")
+        rows, boundaries = [], []
+        for row in range(first * num_rows, (first + 1) * num_rows):
+            ids, starts = self._row(rng, which, stage, row)
+            rows.append(ids)
+            boundaries.append(starts)
+        ids = torch.from_numpy(np.stack(rows))
+        if self.layout == "rows":
+            return {"input_ids": ids, "labels": ids.clone()}
+        return flatten(ids, boundaries)
+
+    def _row(self, rng: random.Random, which: int, stage: Stage, row: int) -> tuple[np.ndarray, list[int]]:
+        """A row's tokens and where in it pieces start."""
+        kind = rng.random()
+        if kind < stage.repeated:
+            ids = list(self.encode(repeated_example(rng, stage.length)))[: stage.length]
+            ids += ids[: stage.length - len(ids)]
+            return _fit(ids, stage.length), [0]
+        if kind < stage.repeated + stage.retrieval:
+            example = retrieval_example(
+                rng, self.filler, stage.length, num_keys=stage.keys or None, tokenizer=self.encode
+            )
+            return np.asarray(example.ids, dtype=np.int64), [0]
+        return self._text(which, stage.length, row)
+
+    def _text(self, which: int, length: int, row: int) -> tuple[np.ndarray, list[int]]:
+        """Row number `row` of this stage's passes over the text."""
+        starts, sizes, ends = self._pieces(which, length, 0)
+        per_pass = max(1, int(ends[-1]) // length)
+        starts, sizes, ends = self._pieces(which, length, row // per_pass)
+        place = (row % per_pass) * length
+        out, boundaries = np.empty(length, np.int64), []
+        filled = 0
+        piece = int(np.searchsorted(ends, place, side="right"))
+        while filled < length:
+            skip = place + filled - int(ends[piece] - sizes[piece])
+            take = min(length - filled, int(sizes[piece]) - skip)
+            start = int(starts[piece]) + skip
+            boundaries.append(filled)
+            out[filled : filled + take] = self.documents.tokens[start : start + take]
+            filled += take
+            piece = (piece + 1) % len(ends)
+            if piece == 0:
+                place = -filled  # a corpus smaller than the row starts again
+        return out, boundaries
+
+    def _cut(self, which: int, length: int, turn: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pieces of at most `length` tokens in the order of one pass: their starts, sizes, and summed sizes."""
+        rng = np.random.default_rng([self.seed, which, turn])
+        starts, sizes = [], []
+        for start, size in zip(self.documents.starts, self.documents.lengths, strict=False):
+            if self.layout == "rows":
+                shift = int(rng.integers(size % length + 1)) if size >= length else 0
+                first = np.arange(start + shift, start + size - length + 1, length)
+                starts.append(first)
+                sizes.append(np.full(len(first), length))
+            else:
+                first = np.arange(start, start + size, length)
+                starts.append(first)
+                sizes.append(np.minimum(length, start + size - first))
+        all_starts, all_sizes = np.concatenate(starts), np.concatenate(sizes)
+        order = rng.permutation(len(all_starts))
+        return all_starts[order], all_sizes[order], np.cumsum(all_sizes[order])
+
+
+class FixedBatches(Dataset):
+    """Batches made beforehand, for evaluation."""
+
+    def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.batches[index]
+
+
+def text_batches(documents: Documents, length: int, batch_tokens: int, num_tokens: int) -> FixedBatches:
+    """Rows of held-out text, evenly spread over the documents, `num_tokens` of them or as many as there are."""
+    documents.require(length, "validation corpus")
+    starts = [
+        np.arange(start, start + size - length + 1, length)
+        for start, size in zip(documents.starts, documents.lengths, strict=False)
+    ]
+    every = np.concatenate(starts)
+    wanted = min(len(every), max(1, num_tokens // length))
+    chosen = every[np.linspace(0, len(every) - 1, wanted).astype(int)]
+    rows = [torch.from_numpy(documents.tokens[s : s + length].astype(np.int64)) for s in chosen]
+    return _batched(rows, rows, max(1, batch_tokens // length))
+
+
+def retrieval_batches(
+    encode: Encode, filler: str, length: int, batch_tokens: int, num_rows: int, seed: int
+) -> FixedBatches:
+    """Retrieval rows with held-out names; only the answers' tokens are labelled."""
+    rows, labels = [], []
+    for number in range(num_rows):
+        rng = random.Random(f"evaluation/{seed}/{number}")
+        keys = max(1, min(4, length // 40))
+        example = retrieval_example(rng, filler, length, num_keys=keys, held_out=True, tokenizer=encode)
+        ids = torch.tensor(example.ids)
+        label = torch.full_like(ids, IGNORED)
+        for answer in example.answers:
+            label[answer.start : answer.end] = ids[answer.start : answer.end]
+        rows.append(ids)
+        labels.append(label)
+    return _batched(rows, labels, max(1, batch_tokens // length))
+
+
+def flatten(ids: torch.Tensor, boundaries: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Rows [b, t] with pieces starting at `boundaries` as one packed row: no piece sees another."""
+    b, t = ids.shape
+    starts = torch.tensor([row * t + start for row in range(b) for start in boundaries[row]])
+    sizes = torch.diff(starts, append=torch.tensor([b * t]))
+    positions = torch.arange(b * t) - starts.repeat_interleave(sizes)
+    flat = ids.reshape(1, -1)
+    labels = flat.clone()
+    labels[0, starts] = IGNORED
+    return {"input_ids": flat, "labels": labels, "position_ids": positions[None]}
+
+
+def unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The collator: an item is a batch already."""
+    (item,) = items
+    return item
+
+
+def _batched(rows: list[torch.Tensor], labels: list[torch.Tensor], size: int) -> FixedBatches:
+    return FixedBatches(
+        [
+            {"input_ids": torch.stack(rows[i : i + size]), "labels": torch.stack(labels[i : i + size])}
+            for i in range(0, len(rows), size)
+        ]
+    )
+
+
+def _as_array(ids: Sequence[int], dtype: type) -> np.ndarray:
+    return (np.frombuffer(ids, np.uint8) if isinstance(ids, bytes) else np.asarray(ids)).astype(dtype)
+
+
+def _fit(ids: list[int], length: int) -> np.ndarray:
+    while len(ids) < length:
+        ids = ids + ids[: length - len(ids)]
+    return np.asarray(ids[:length], dtype=np.int64)

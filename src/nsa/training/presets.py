@@ -1,0 +1,115 @@
+"""Presets: functions that return a whole configuration. A flag of the command line changes a single value."""
+
+from collections.abc import Callable
+
+from nsa.config import NSAConfig
+from nsa.training.config import TrainConfig
+
+
+def demo() -> TrainConfig:
+    """Two CPU cores, a minute or two: recall far beyond the window, learned from nothing.
+
+    Short rows of repeated words first, for there a model learns to copy (previous-token head and matching head);
+    then many constants and their uses, and rows that grow to eight times the window. docs/log.md tells what failed.
+    """
+    return TrainConfig(
+        preset="demo",
+        max_bytes=4_000_000,
+        curriculum=(
+            "32x300:repeated=0.5:retrieval=0.4",
+            "64x200:repeated=0.4:retrieval=0.5",
+            "128x120:retrieval=0.8",
+            "256x80:retrieval=0.8",
+            "512x120:retrieval=0.6",
+        ),
+        batch_tokens=2048,
+        hidden_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=256,
+        initializer_range=0.05,
+        nsa=NSAConfig(
+            compress_block_size=8,
+            compress_stride=4,
+            select_block_size=16,
+            num_selected_blocks=8,
+            window_size=64,
+        ),
+        learning_rate=1.5e-3,
+        beta2=0.99,
+        eval_every=100,
+        eval_tokens=16384,
+        save_every=0,
+        log_every=20,
+    )
+
+
+def small() -> TrainConfig:
+    """About 25M parameters at a context of 4096: an evening on one GPU."""
+    return TrainConfig(
+        preset="small",
+        max_bytes=300_000_000,
+        tokenizer="bpe",
+        curriculum=("512x2000:retrieval=0.2", "2048x4000:retrieval=0.1", "4096x4000:retrieval=0.1"),
+        layout="flat",
+        batch_tokens=32768,
+        accumulation=2,
+        hidden_size=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        intermediate_size=1376,
+        nsa=NSAConfig(
+            compress_block_size=16,
+            compress_stride=8,
+            select_block_size=32,
+            num_selected_blocks=16,
+            window_size=256,
+        ),
+        learning_rate=1e-3,
+        warmup_steps=200,
+        dtype="bfloat16",
+        eval_every=500,
+        eval_tokens=262144,
+        save_every=500,
+        log_every=20,
+    )
+
+
+def one_billion() -> TrainConfig:
+    """About 1B parameters with the paper's block sizes at a context of 8192, for GPUs: bring a token file."""
+    return TrainConfig(
+        preset="1b",
+        max_bytes=10_000_000_000,
+        tokenizer="bpe",
+        vocab_size=32768,
+        curriculum=("4096x20000:retrieval=0.02", "8192x20000:retrieval=0.02"),
+        layout="flat",
+        batch_tokens=32768,
+        accumulation=16,
+        hidden_size=2048,
+        num_layers=20,
+        num_heads=32,
+        num_kv_heads=2,
+        intermediate_size=5632,
+        rope_theta=500000.0,
+        nsa=NSAConfig(),
+        learning_rate=4e-4,
+        warmup_steps=1000,
+        gradient_checkpointing=True,
+        dtype="bfloat16",
+        eval_every=1000,
+        eval_tokens=1048576,
+        save_every=1000,
+        log_every=10,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "small": small, "1b": one_billion}
+
+
+def preset(name: str) -> TrainConfig:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,86 @@
+"""transformers' Trainer, with checkpoints that appear whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PrinterCallback, Trainer
+
+from nsa.training.data import unwrap
+
+PARTIAL = ".partial"  # what is being written, inside the run's folder
+
+
+class WholeCheckpointTrainer(Trainer):
+    """A checkpoint is written beside its place and moved there when every file is complete.
+
+    An interruption, a full disk or a loss of power leaves the checkpoints before it as they were.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(data_collator=unwrap, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self._parent: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._parent) if self._parent else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self.args.output_dir)
+        with _Partial(run) as self._parent:
+            try:
+                super()._save_checkpoint(model, trial)
+                name = f"checkpoint-{self.state.global_step}"
+                _replace(self._parent / name, run / name)
+            finally:
+                self._parent = None
+        for old in checkpoints(run)[: -(self.args.save_total_limit or 10**9)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def save_final(self, run: Path) -> None:
+        """The model and its tokenizer in the run's own folder, for from_pretrained."""
+        with _Partial(run) as part:
+            self.save_model(str(part / "model"))
+            for file in sorted((part / "model").iterdir()):
+                os.replace(file, run / file.name)
+
+
+class _Partial:
+    """A fresh folder that does not outlive the block; an error on writing becomes one OSError."""
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / PARTIAL
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self.folder
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, (AssertionError, TypeError)):
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            last = last_checkpoint(self.folder.parent)
+            kept = f"{last} is whole" if last else "there is none before it"
+            raise OSError(f"the checkpoint could not be written to {self.folder.parent} ({reason}); {kept}") from error
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's whole checkpoints, oldest first."""
+    if not run.is_dir():
+        return []
+    found = [path for path in run.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)
