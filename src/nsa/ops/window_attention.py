@@ -59,8 +59,8 @@ def window_attention(
                 # Only the first and last keys of the tile are hidden from some of its queries.
                 age = positions[:, None] - torch.arange(low, high, device=q.device)
                 edge = last - first
-                masks = ((0, age < window_size),) if high - low < 2 * edge else ((0, age[:, :edge] < window_size),)
-                masks += ((high - low - edge, age[:, -edge:] >= 0),)
+                first_keys = age if high - low < 2 * edge else age[:, :edge]
+                masks = ((0, first_keys < window_size), (high - low - edge, age[:, -edge:] >= 0))
                 yield Tile(
                     part.rows,
                     slice(None),
