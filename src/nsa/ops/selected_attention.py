@@ -90,7 +90,7 @@ def selected_attention(
             else:
                 yield from _tiles_masked(part, chosen, size, blocks, sizes["h"])
 
-    return tiled_attention(q, k, v, tiles, scale=scale, revisits=True)
+    return tiled_attention(q, k, v, tiles, scale=scale)
 
 
 def _cheapest(part: Part, keys_per_query: int) -> Tiling:
@@ -136,12 +136,12 @@ def _tiles_by_block(part: Part, chosen: Tensor, size: int, blocks: int, heads: i
                 for run in (queries[:inside], *queries[inside:].split(room)):
                     if len(run) == 0:
                         continue
-                    masks = ()
+                    masks: tuple[tuple[int, Tensor], ...] = ()
                     if int(run[0]) + part.first_position < high - 1:
                         seen = torch.arange(low, high, device=run.device) <= run[:, None] + part.first_position
                         masks = ((0, seen),)
                     keys = slice(part.k_start + low, part.k_start + high)
-                    yield Tile(row_slice, slice(group, group + 1), part.q_start + run, keys, masks)
+                    yield Tile(row_slice, slice(group, group + 1), part.q_start + run, keys, masks, partial=True)
 
 
 def _tiles_masked(part: Part, chosen: Tensor, size: int, blocks: int, h: int) -> Iterator[Tile]:
@@ -156,7 +156,7 @@ def _tiles_masked(part: Part, chosen: Tensor, size: int, blocks: int, h: int) ->
         selected.scatter_(-1, chosen[:, :, first:last].where(chosen[:, :, first:last] >= 0, blocks), True)
         key_positions = torch.arange(high, device=chosen.device)
         positions = torch.arange(first, last, device=chosen.device) + part.first_position
-        mask = selected[..., key_positions // size] & (key_positions <= positions[:, None])
+        mask = selected.repeat_interleave(size, dim=-1)[..., :high] & (key_positions <= positions[:, None])
         yield Tile(
             part.rows,
             slice(None),

@@ -28,6 +28,7 @@ class Tile:
     keys: slice | Tensor  # columns of k and v
     # From this key of the tile on, which are visible: bool, broadcastable to [b, g, queries, keys covered].
     masks: tuple[tuple[int, Tensor], ...] = ()
+    partial: bool = False  # whether its queries meet more keys in other tiles
     positions: Tensor | None = None  # of the queries in their sequence, for those who observe
 
 
@@ -42,7 +43,6 @@ def tiled_attention(
     tiles: Callable[[], Iterable[Tile]],
     *,
     scale: float | None = None,
-    revisits: bool = False,
     observe: Observer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out = softmax(scale * q k^T over the visible keys) v, and its log-sum-exp.
@@ -51,7 +51,6 @@ def tiled_attention(
         q, k, v: [b, t, h, d], [b, s, g, d], [b, s, g, e]; h a multiple of g.
         tiles: yields the tiles, the same ones at each call. A (query, key) pair may occur once.
         scale: factor of the scores; d ** -0.5 by default.
-        revisits: whether a query may occur in more than one tile.
         observe: sees the probabilities of each tile, normalised over it; no gradient flows through it.
 
     Returns:
@@ -60,12 +59,12 @@ def tiled_attention(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _TiledAttention.apply(q, k, v, tiles, scale, revisits, observe)
+    return _TiledAttention.apply(q, k, v, tiles, scale, observe)
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, tiles, scale, revisits, observe):
+    def forward(ctx: Any, q, k, v, tiles, scale, observe):
         b, t, h, _ = q.shape
         g, e = v.shape[2:]
         wide = _accumulation_dtype(q.dtype)
@@ -78,7 +77,7 @@ class _TiledAttention(torch.autograd.Function):
             tile_out = _attend(p, _take_keys(v_heads, tile, wide))
             if observe is not None:
                 observe(tile, p.sum(-2))
-            if revisits:
+            if tile.partial:
                 old_lse, old_out = _take_queries(lse, tile), _take_queries(out, tile)
                 new_lse = torch.logaddexp(old_lse, tile_lse)
                 reference = new_lse.masked_fill(new_lse == -torch.inf, 0.0)  # nothing seen yet: not -inf - -inf
@@ -111,7 +110,11 @@ class _TiledAttention(torch.autograd.Function):
         for tile in ctx.tiles():
             q_tile = _take_queries(q_heads, tile).to(wide)
             d_out_tile = _take_queries(d_out, tile).to(wide)
-            p = _scores(tile, q_heads, k_heads).sub_(_take_queries(lse, tile).unsqueeze(-1)).exp_()
+            scores = _scores(tile, q_heads, k_heads)
+            if tile.partial:
+                p = scores.sub_(_take_queries(lse, tile).unsqueeze(-1)).exp_()
+            else:
+                p, _ = _probabilities(scores)
             ds = _attend(d_out_tile, _take_keys(v_heads, tile, wide).transpose(-1, -2))
             ds.sub_(_take_queries(delta, tile).unsqueeze(-1)).mul_(p)
             _add_keys(dv, tile, _transposed(p) @ d_out_tile.flatten(2, 3))
@@ -120,7 +123,7 @@ class _TiledAttention(torch.autograd.Function):
 
         dq = _from_group(dq.mul_(ctx.scale)).to(q.dtype)
         dk, dv = dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
