@@ -222,10 +222,9 @@ class NativeSparseAttention(nn.Module):
     def _compress_whole(self, k_raw: Tensor, v_raw: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         if not sequences.is_packed:
             return self._compress_run(k_raw, v_raw, 0)
-        runs = [
-            self._compress_run(*(y[:, p.k_start : p.k_start + p.num_keys] for y in (k_raw, v_raw)), 0)
-            for p in sequences.parts(self.config, 1, k_raw.shape[1], k_raw.shape[1])
-        ]
+        parts = list(sequences.parts(self.config, 1, k_raw.shape[1], k_raw.shape[1]))
+        own = [slice(part.k_start, part.k_start + part.num_keys) for part in parts]
+        runs = [self._compress_run(k_raw[:, one], v_raw[:, one], 0) for one in own]
         return torch.cat([k for k, _ in runs], dim=1), torch.cat([v for _, v in runs], dim=1)
 
 
