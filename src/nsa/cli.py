@@ -14,6 +14,8 @@ from typing import Any
 COMMANDS = {
     "train": ("nsa.training.config:TrainConfig", "train a language model from scratch, NSA or one of its twins"),
     "generate": ("nsa.training.generation:GenerateConfig", "continue a prompt with a trained model"),
+    "eval": ("nsa.eval.command:EvalArguments", "judge models at long context: needle, recall, perplexity"),
+    "demo": ("nsa.eval.command:DemoArguments", "train three twins on this machine, judge them, write a report"),
 }
 
 HELP = """usage: nsa COMMAND [--help] ...

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-ASKED = re.compile(r'assert (\w+) == "(\w*)$')
+ASKED = re.compile(r"f\((\w+)=(\w*)$")
 
 
 def write_text(folder: Path) -> str:
@@ -50,7 +50,7 @@ class Rigged(nn.Module):
         letter = " "
         if asked is not None:
             name, said = asked.groups()
-            value = self.answer(name, dict(re.findall(r'^([A-Z]+) = "?(\w+)"?$', text, re.MULTILINE)))
+            value = self.answer(name, dict(re.findall(r"^([A-Z]+)=(\w+)$", text, re.MULTILINE)))
             letter = value[len(said)] if value.startswith(said) and len(said) < len(value) else " "
         return self.tokenizer(letter)["input_ids"][0]
 

@@ -8,7 +8,7 @@ from nsa.eval.text import held_out_text
 from nsa.training.retrieval import is_held_out
 from nsa.training.tokenizer import byte_tokenizer, train_bpe
 
-CLOSING = '"\n'
+CLOSING = ")\n"
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def test_the_needle_is_the_answer(tokenizer, filler):
     first, last = prompt.needle
     assert prompt.tokens[first:last] == prompt.answer
     text = tokenizer.decode(prompt.tokens)
-    name = text.rsplit("assert ", 1)[1].split(" ")[0]
-    assert f'{name} = "{tokenizer.decode(prompt.answer)}"' in text
-    assert text.endswith(f'assert {name} == "')
+    name = text.rsplit("f(", 1)[1].split("=")[0]
+    assert f"{name}={tokenizer.decode(prompt.answer)}\n" in text
+    assert text.endswith(f"f({name}=")
     assert is_held_out(name)
 
 

@@ -150,8 +150,8 @@ def test_impossible_parameters_are_one_clear_line(make, message):
 
 
 def test_rows_too_short_for_their_needle_say_both_sizes(text, tokenizer):
-    with pytest.raises(ValueError, match=r"a retrieval row of 20 tokens cannot hold 1 keys .* they take \d+"):
-        Needle(lengths=(20,), text=text).run(Uniform(tokenizer), tokenizer)
+    with pytest.raises(ValueError, match=r"a retrieval row of 12 tokens cannot hold 1 keys .* they take \d+"):
+        Needle(lengths=(12,), text=text).run(Uniform(tokenizer), tokenizer)
 
 
 def test_text_too_short_for_the_sequences_says_how_many_it_holds(text, tokenizer):

@@ -77,6 +77,6 @@ def counted_keys(layers: Sequence[LayerSelection], position: int) -> float:
 
 def _keep(inputs: dict[int, Tensor], index: int) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[index] = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+        inputs[index] = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "x"]
 
     return hook

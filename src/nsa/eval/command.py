@@ -31,7 +31,7 @@ class EvalArguments:
     seed: int = 0
     """Decides all prompts."""
     text: Path | None = None
-    """A file or folder of text that the models have not seen. Default: the corpus' held-out Python packages."""
+    """A file or folder of text that the models have not seen. Default: what their training held out."""
     output: Path | None = None
     """Folder for eval.json and report.html."""
     overwrite: bool = False

@@ -40,9 +40,9 @@ def heat_map(scores: Mapping[tuple[int, float], tuple[int, int]], *, title: str)
             )
     bottom = 8 + CELL_HEIGHT * len(depths)
     for column, length in enumerate(lengths):
-        x = 62 + (column + 0.5) * CELL_WIDTH
+        middle = 62 + (column + 0.5) * CELL_WIDTH
         name = format_number(length)
-        parts.append(f'<text class="tick" x="{x}" y="{bottom + 17}" text-anchor="middle">{name}</text>')
+        parts.append(f'<text class="tick" x="{middle}" y="{bottom + 17}" text-anchor="middle">{name}</text>')
     middle = 62 + CELL_WIDTH * len(lengths) / 2
     parts.append(f'<text class="label" x="{middle}" y="{bottom + 37}" text-anchor="middle">length in tokens</text>')
     parts.append(

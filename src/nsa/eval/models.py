@@ -19,7 +19,7 @@ class Candidate:
     @property
     def attention(self) -> str:
         """ "nsa", "dense" or "window" for a twin of this library; the model type for any other model."""
-        config = self.model.config
+        config: Any = self.model.config
         return str(getattr(config, "attention", None) or config.model_type)
 
     @property
@@ -28,7 +28,7 @@ class Candidate:
 
     def describe(self) -> dict[str, Any]:
         """What a result file says about the model."""
-        config = self.model.config
+        config: Any = self.model.config
         return {
             "name": self.name,
             "folder": str(self.folder),
@@ -65,7 +65,7 @@ def load(folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32"
     logging.set_verbosity_error()  # what does not fit is our error below, in one line
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, KeyError) as error:
@@ -73,6 +73,7 @@ def load(folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32"
         raise ValueError(f"{folder} could not be loaded as a causal language model: {reason[:200]}") from error
     finally:
         logging.set_verbosity(verbosity)
+    model, loaded = found
     missing, misshapen = loaded["missing_keys"], loaded["mismatched_keys"]
     if missing or misshapen:
         counts = f"{len(missing)} missing, {len(misshapen)} of another shape"

@@ -72,6 +72,8 @@ class Curve:
     losses: list[float] = field(default_factory=list)
     held_out_steps: list[int] = field(default_factory=list)
     held_out_losses: list[float] = field(default_factory=list)
+    retrieval_steps: list[int] = field(default_factory=list)
+    retrieval_losses: list[float] = field(default_factory=list)
     seconds_per_step: float | None = None
 
 
@@ -99,16 +101,19 @@ def picture_prompt(candidates: Sequence[Candidate], result: Result) -> Prompt | 
     """The needle prompt to look into: the longest, about a third down, if possible one that the NSA model solved."""
     if Needle.name not in result.tasks or not candidates:
         return None
-    parameters = result.tasks[Needle.name]
-    task = Needle(**{key: tuple(v) if isinstance(v, list) else v for key, v in parameters.items()})
-    where = {"length": max(task.lengths), "depth": min(task.depths, key=lambda depth: abs(depth - 0.3))}
+    parameters: dict[str, Any] = result.tasks[Needle.name]
+    arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in parameters.items()}
+    task = Needle(**arguments)
+    length, depth = max(task.lengths), min(task.depths, key=lambda depth: abs(depth - 0.3))
     candidate = next((c for c in candidates if c.attention == "nsa"), candidates[0])
-    row = next(row for row in result.of_task(candidate.name, Needle.name) if row.where == where)
+    row = next(
+        row for row in result.of_task(candidate.name, Needle.name) if row.where == {"length": length, "depth": depth}
+    )
     solved = row.values.index(1.0) if 1.0 in row.values else 0
-    return task.prompts(candidate.tokenizer, **where)[solved]
+    return task.prompts(candidate.tokenizer, length, depth)[solved]
 
 
-def continuation(candidate: Candidate, text: str | None, *, seed: int = 0) -> tuple[str, str]:
+def continuation(candidate: Candidate, text: str, *, seed: int = 0) -> tuple[str, str]:
     """A held-out document's beginning, and how the model goes on (sampled at temperature 0.7, seeded)."""
     beginning = max(held_out_texts(text), key=len)[:240]
     beginning = beginning[: beginning.rfind("\n") + 1] or beginning
@@ -128,14 +133,19 @@ def read_curve(folder: Path) -> Curve:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return curve
+    targets = {
+        "loss": (curve.steps, curve.losses),
+        "eval_text_loss": (curve.held_out_steps, curve.held_out_losses),
+        "eval_retrieval_loss": (curve.retrieval_steps, curve.retrieval_losses),
+    }
     for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if "loss" in entry:
-            curve.steps.append(entry["step"])
-            curve.losses.append(entry["loss"])
-        if "eval_loss" in entry:
-            curve.held_out_steps.append(entry["step"])
-            curve.held_out_losses.append(entry["eval_loss"])
+        record = json.loads(line)
+        for key, (steps, losses) in targets.items():
+            if key in record:
+                steps.append(record["step"])
+                losses.append(record[key])
+        if record["step"]:
+            curve.seconds_per_step = record["seconds"] / record["step"]
     return curve
 
 

@@ -30,7 +30,7 @@ class Report:
     samples: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, candidates: Sequence[Candidate], result: Result, *, text: str | None = None, **more: Any) -> "Report":
+    def of(cls, candidates: Sequence[Candidate], result: Result, *, text: str, **more: Any) -> "Report":
         """Fill in what can be read from the models: curves of training, selected blocks, keys read, samples."""
         prompt = picture_prompt(candidates, result)
         inside = next(filter(None, (look_inside(c, prompt) for c in candidates)), None) if prompt else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -22,6 +23,8 @@ from nsa.eval.report import Report
 from nsa.eval.result import Result
 from nsa.eval.table import rich_table
 from nsa.eval.tasks import TASKS, Needle, Perplexity, Recall, Row, Task
+from nsa.eval.text import HELD_OUT
+from nsa.training.config import CONFIG_FILE
 
 if TYPE_CHECKING:
     from nsa.eval.command import EvalArguments
@@ -54,7 +57,7 @@ def judge(arguments: EvalArguments) -> Result:
             console.print(f"note: {note}", style="yellow")
     if arguments.output is not None:
         result.save(arguments.output / "eval.json")
-        report = Report.of(candidates, result, text=None if arguments.text is None else str(arguments.text))
+        report = Report.of(candidates, result, text=text_of(arguments.text, arguments.models))
         report.save(arguments.output / "report.html")
         Console(stderr=True).print(f"wrote {Path(arguments.output, 'report.html')}", highlight=False)
     return result
@@ -62,14 +65,14 @@ def judge(arguments: EvalArguments) -> Result:
 
 def tasks_of(arguments: EvalArguments, candidates: Sequence[Candidate]) -> list[Task]:
     """The tasks asked for; what was not given follows from the models."""
-    configs = [candidate.model.config for candidate in candidates]
+    configs: list[Any] = [candidate.model.config for candidate in candidates]
     positions = min(getattr(config, "max_position_embeddings", 1024) for config in configs)
     lengths = arguments.lengths or tuple(sorted({positions // 4, positions // 2, positions}))
     windows = [config.nsa["window_size"] for config in configs if getattr(config, "nsa", None)]
     window_size = arguments.window_size or (windows[0] if windows else 512)
-    text = None if arguments.text is None else str(arguments.text)
-    samples = {} if arguments.samples is None else {"samples": arguments.samples}
-    shared = {"text": text, **samples}
+    shared: dict[str, Any] = {"text": text_of(arguments.text, arguments.models)}
+    if arguments.samples is not None:
+        shared["samples"] = arguments.samples
     made: dict[str, Any] = {
         Needle.name: lambda: Needle(lengths=lengths, depths=arguments.depths, seed=arguments.seed, **shared),
         Recall.name: lambda: Recall(
@@ -111,6 +114,17 @@ def evaluate(candidates: Sequence[Candidate], tasks: Sequence[Task], *, console:
     )
 
 
+def text_of(asked: Path | None, folders: Sequence[Path]) -> str:
+    """The text asked for; else what the training of these models held out; else the `python` corpus' held-out part."""
+    if asked is not None:
+        return str(asked)
+    sources = {json.loads(file.read_text())["data"] for f in folders if (file := f / CONFIG_FILE).is_file()}
+    if len(sources) > 1:
+        raise ValueError(f"the models were trained on {', '.join(sorted(sources))}; name a text for all with --text")
+    source = next(iter(sources), "python")
+    return source if source == "python" else source + HELD_OUT
+
+
 def notes_on(candidates: Sequence[Candidate], tasks: Sequence[Task]) -> list[str]:
     """What a reader must know to read the numbers rightly."""
     notes = []
@@ -118,7 +132,8 @@ def notes_on(candidates: Sequence[Candidate], tasks: Sequence[Task]) -> list[str
     if len(vocabularies) > 1:
         notes.append("the models have different tokenizers: neither prompts nor losses per token are comparable")
     for candidate in candidates:
-        limit = getattr(candidate.model.config, "max_position_embeddings", None)
+        config: Any = candidate.model.config
+        limit = getattr(config, "max_position_embeddings", None)
         longest = max((max(_lengths(task)) for task in tasks), default=0)
         if limit is not None and longest > limit:
             notes.append(f"{candidate.name}: {longest} tokens are more than the {limit} positions it was made for")

@@ -16,7 +16,8 @@ Colors = Mapping[str, str]
 
 def colors_of(result: Result) -> dict[str, str]:
     """The twins keep their colours everywhere; other models take the remaining ones in turn."""
-    colors, others = {}, 0
+    colors: dict[str, str] = {}
+    others = 0
     for model in result.models:
         color = f"var(--{model['attention']})" if model["attention"] in ("nsa", "dense", "window") else ""
         if not color or color in colors.values():
@@ -53,22 +54,23 @@ def table(result: Result, colors: Colors) -> str:
 
 
 def curves(all_curves: Mapping[str, Curve], colors: Colors) -> str:
-    """Training loss and, where it was measured, loss on held-out text."""
+    """Training loss and, where they were measured, the losses on held-out text and on values to be recalled."""
     shown = {name: curve for name, curve in all_curves.items() if curve.steps or curve.held_out_steps}
     if not shown:
         return ""
-    train = [Series(name=n, color=colors[n], x=c.steps, y=c.losses) for n, c in shown.items()]
-    held_out = [
-        Series(name=n, color=colors[n], x=c.held_out_steps, y=c.held_out_losses, dots=True) for n, c in shown.items()
-    ]
-    charts = [("While training", "training loss", train), ("On held-out text", "held-out loss", held_out)]
-    cards = [
-        _card(title, line_chart(series, title=title, x_label="step", y_label="nats per token"))
-        for title, _, series in charts
-        if any(len(s.x) for s in series)
-    ]
-    text = "The same data in the same order, steps and learning rate: twins differ in their attention only."
-    return section("curves", "Loss curves", text, legend({n: colors[n] for n in shown}) + _grid(cards))
+    charts = {
+        "While training": [(n, c.steps, c.losses, False) for n, c in shown.items()],
+        "On held-out text": [(n, c.held_out_steps, c.held_out_losses, True) for n, c in shown.items()],
+        "On values to be recalled": [(n, c.retrieval_steps, c.retrieval_losses, True) for n, c in shown.items()],
+    }
+    cards = []
+    for title, lines in charts.items():
+        series = [Series(name=n, color=colors[n], x=x, y=y, dots=dots) for n, x, y, dots in lines]
+        if any(len(s.x) for s in series):
+            cards.append(_card(title, line_chart(series, title=title, x_label="step", y_label="nats per token")))
+    text = "The same data in the same order, steps and learning rate: twins differ in their attention only. The "
+    text += "training loss follows what the rows hold: it jumps where the curriculum goes to longer ones."
+    return section("curves", "Loss curves", text, legend({n: colors[n] for n in shown}) + _grid(cards, "three"))
 
 
 def long_context(result: Result, colors: Colors) -> str:
@@ -173,8 +175,14 @@ def keys_read(read: KeysRead | None, longest: int = 65_536) -> str:
     ]  # fmt: skip
     name = f"{read.model}, counted"
     series.append(Series(name=name, color="var(--nsa)", x=read.contexts, y=read.counted, dots=True, line=False))
-    labels = {"x_label": "context in tokens", "y_label": "keys read by one query"}
-    chart = line_chart(series, title="keys read per query", **labels, log_x=True, log_y=True)
+    chart = line_chart(
+        series,
+        title="keys read per query",
+        x_label="context in tokens",
+        y_label="keys read by one query",
+        log_x=True,
+        log_y=True,
+    )
     cells = []
     for context, counted in zip(read.contexts, read.counted, strict=True):
         values = [keys_per_query(a, read.config, context) for a in ("dense", "window", "nsa")]

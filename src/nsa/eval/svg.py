@@ -102,8 +102,8 @@ def interval_chart(groups: Sequence[str], series: Sequence[Series], *, title: st
     step = min(34.0, 0.8 * column / len(series))
     for index, s in enumerate(series):
         shift = (index - (len(series) - 1) / 2) * step
-        for i, (group, y) in enumerate(zip(s.x, s.y, strict=True)):
-            x = LEFT + (group + 0.5) * column + shift
+        for i, (place, y) in enumerate(zip(s.x, s.y, strict=True)):
+            x = LEFT + (place + 0.5) * column + shift
             low, high = (s.low[i], s.high[i]) if s.low else (y, y)
             parts.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y_axis(low):.1f}" y2="{y_axis(high):.1f}" '
@@ -158,8 +158,8 @@ def _axis(low: float, high: float, start: float, end: float, log: bool) -> Axis:
     if log:
         low, high = max(low, 1e-12), max(high, 1e-12)
         first, last = math.log2(low), math.log2(high)
-        step = max(1, math.ceil((last - first) / 6))
-        ticks = [2.0**e for e in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1, step)]
+        every = max(1, math.ceil((last - first) / 6))
+        ticks = [2.0**e for e in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1, every)]
         return Axis(low, high, start, end, True, ticks)
     span = (high - low) or 1.0
     raw = span / 5

@@ -1,4 +1,11 @@
-"""Held-out text: what needles are hidden in, and what losses are measured on."""
+"""Held-out text: what needles are hidden in, and what losses are measured on.
+
+A source is one word, which a result file can keep:
+
+    python           the packages that `nsa train` on the `python` corpus keeps for validation
+    PATH             all of a text file, or of the files of a folder
+    PATH#held-out    what `nsa train --data PATH` keeps for validation
+"""
 
 from functools import lru_cache
 from pathlib import Path
@@ -7,16 +14,20 @@ from typing import Any
 from nsa.training.corpus import read_corpus
 from nsa.training.tokenizer import encoder
 
-PYTHON_BYTES = 10_000_000  # of the `python` corpus, of which a tenth is held out
+HELD_OUT = "#held-out"
+CORPUS_BYTES = 10_000_000  # read of a corpus, of which a tenth is held out
 MAX_CHARACTERS = 4_000_000  # as much as any task draws from; the rest of a large folder is not read
 
 
 @lru_cache(maxsize=4)
-def held_out_texts(text: str | None) -> tuple[str, ...]:
-    """Documents of a file or folder; None takes the held-out packages of the `python` corpus."""
-    if text is None:
-        return python_held_out()
-    path = Path(text)
+def held_out_texts(source: str) -> tuple[str, ...]:
+    """The documents of a source; ValueError in one line if there are none."""
+    if source == "python" or source.endswith(HELD_OUT):
+        corpus = read_corpus(source.removesuffix(HELD_OUT), max_bytes=CORPUS_BYTES)
+        if not corpus.validation:
+            raise ValueError(f"{corpus.source} holds tokens, not text; name a text with --text")
+        return tuple(document.text for document in corpus.validation)
+    path = Path(source)
     if not path.exists():
         raise ValueError(f"no such text: {path} (expected a file or folder of held-out text)")
     paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -33,19 +44,13 @@ def held_out_texts(text: str | None) -> tuple[str, ...]:
     return tuple(documents)
 
 
-def python_held_out() -> tuple[str, ...]:
-    """The packages that `nsa train` on the `python` corpus keeps for validation, whatever its size."""
-    corpus = read_corpus("python", max_bytes=PYTHON_BYTES)
-    return tuple(document.text for document in corpus.validation)
-
-
 @lru_cache(maxsize=4)
-def held_out_text(text: str | None) -> str:
+def held_out_text(source: str) -> str:
     """All documents as one text, for filler."""
-    return "\n".join(held_out_texts(text))
+    return "\n".join(held_out_texts(source))
 
 
-def held_out_documents(text: str | None, tokenizer: Any) -> list[list[int]]:
+def held_out_documents(source: str, tokenizer: Any) -> list[list[int]]:
     """The documents as tokens, without special ones."""
     encode = encoder(tokenizer)
-    return [list(encode(document)) for document in held_out_texts(text)]
+    return [list(encode(document)) for document in held_out_texts(source)]

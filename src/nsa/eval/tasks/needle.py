@@ -22,7 +22,7 @@ class Needle:
         depths: where the definition lies, from 0 (the text's start, farthest from the question) to 1 (right before).
         samples: prompts a cell.
         seed: decides all prompts, together with the tokenizer and the text.
-        text: a file or folder of held-out text; None takes the held-out part of the `python` corpus.
+        text: a source of held-out text (nsa.eval.text).
     """
 
     name: ClassVar[str] = "needle"
@@ -31,7 +31,7 @@ class Needle:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     samples: int = 20
     seed: int = 0
-    text: str | None = None
+    text: str = "python"
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:

@@ -28,7 +28,7 @@ class Perplexity:
         length: tokens a sequence.
         samples: sequences.
         first_bucket: the first bucket's end; each further one ends at twice the end of the one before.
-        text: a file or folder of held-out text; None takes the held-out part of the `python` corpus.
+        text: a source of held-out text (nsa.eval.text).
     """
 
     name: ClassVar[str] = "perplexity"
@@ -36,7 +36,7 @@ class Perplexity:
     length: int = 1024
     samples: int = 32
     first_bucket: int = 64
-    text: str | None = None
+    text: str = "python"
 
     def __post_init__(self) -> None:
         if self.length < 2:

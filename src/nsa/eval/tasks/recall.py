@@ -38,7 +38,7 @@ class Recall:
         hops: numbers of hops to ask for.
         samples: prompts a row.
         seed: decides all prompts, together with the tokenizer and the text.
-        text: a file or folder of held-out text; None takes the held-out part of the `python` corpus.
+        text: a source of held-out text (nsa.eval.text).
     """
 
     name: ClassVar[str] = "recall"
@@ -50,7 +50,7 @@ class Recall:
     hops: tuple[int, ...] = (1, 2)
     samples: int = 100
     seed: int = 0
-    text: str | None = None
+    text: str = "python"
 
     def __post_init__(self) -> None:
         for name in ("length", "window_size", "num_layers", "num_keys", "samples"):
