@@ -43,12 +43,14 @@ def branch_inputs(layout: Layout, config: NSAConfig = SMALL) -> dict[str, Tensor
     }
 
 
-def brute_force(layout: Layout, config: NSAConfig, q, k, v, gates, **branches: Tensor) -> Tensor:
+def brute_force(
+    layout: Layout, config: NSAConfig, q, k, v, gates, *, scale: float | None = None, **branches: Tensor
+) -> Tensor:
     def one(member) -> tuple[Tensor]:
         own = {name: (member.blocks if name.endswith("cmp") else member.keys)(x) for name, x in branches.items()}
         return (
             paper.native_sparse_attention(
-                member.queries(q), member.keys(k), member.keys(v), member.queries(gates), config, **own
+                member.queries(q), member.keys(k), member.keys(v), member.queries(gates), config, scale=scale, **own
             ),
         )
 
@@ -72,6 +74,15 @@ def test_equals_the_brute_force_with_keys_of_its_own_for_every_branch(layout):
     tensors, branches = inputs(layout), branch_inputs(layout)
     actual = native_sparse_attention(*tensors, SMALL, **branches, **layout.lengths())
     torch.testing.assert_close(actual, brute_force(layout, SMALL, *tensors, **branches), **EXACT)
+
+
+@pytest.mark.parametrize("branch", range(3))
+def test_the_scale_multiplies_the_scores_of_every_branch(branch):
+    q, k, v, gates = inputs(LAYOUTS["suffix"])
+    gates = torch.zeros_like(gates)
+    gates[..., branch] = 1
+    actual = native_sparse_attention(q, k, v, gates, SMALL, scale=0.3)
+    torch.testing.assert_close(actual, brute_force(LAYOUTS["suffix"], SMALL, q, k, v, gates, scale=0.3), **EXACT)
 
 
 @pytest.mark.parametrize("family", ["random", "peaked", "correlated"])
