@@ -90,10 +90,10 @@ def _python_packages() -> dict[str, list[Path]]:
         if not root.is_dir():
             continue
         for entry in sorted(root.iterdir()):
-            name = entry.stem if entry.is_file() else entry.name
-            if (entry.suffix == ".py" and name not in LEFT_OUT) or (entry.is_dir() and (entry / "__init__.py").exists() and name not in LEFT_OUT):
-                packages.setdefault(name, []).append(entry)
-    return packages
+            is_package = entry.is_dir() and (entry / "__init__.py").exists()
+            if is_package or entry.suffix == ".py":
+                packages.setdefault(entry.stem if entry.is_file() else entry.name, []).append(entry)
+    return {name: entries for name, entries in packages.items() if name not in LEFT_OUT}
 
 
 def _files(entry: Path) -> Iterator[Path]:

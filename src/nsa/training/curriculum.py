@@ -45,7 +45,8 @@ def parse_stage(text: str) -> Stage:
             values["keys"] = int(match[4])
     if length < 8 or steps < 1 or sum(values.get(name, 0.0) for name in SHARES) > 1.0:
         raise ValueError(
-            f"curriculum stage {text!r}: rows have at least 8 tokens, a stage at least 1 step, shares add up to at most 1"
+            f"curriculum stage {text!r}: rows have at least 8 tokens, a stage at least 1 step, "
+            "and shares add up to at most 1"
         )
     keys = int(values.pop("keys", 0))
     return Stage(length=length, steps=steps, keys=keys, **values)

@@ -119,9 +119,7 @@ class TrainingBatches(Dataset):
         """A row's tokens and where in it pieces start."""
         kind = rng.random()
         if kind < stage.repeated:
-            ids = list(self.encode(repeated_example(rng, stage.length)))[: stage.length]
-            ids += ids[: stage.length - len(ids)]
-            return _fit(ids, stage.length), [0]
+            return _fit(self.encode(repeated_example(rng, stage.length)), stage.length), [0]
         if kind < stage.repeated + stage.retrieval:
             example = retrieval_example(
                 rng, self.filler, stage.length, num_keys=stage.keys or None, tokenizer=self.encode
@@ -131,8 +129,7 @@ class TrainingBatches(Dataset):
 
     def _text(self, which: int, length: int, row: int) -> tuple[np.ndarray, list[int]]:
         """Row number `row` of this stage's passes over the text."""
-        starts, sizes, ends = self._pieces(which, length, 0)
-        per_pass = max(1, int(ends[-1]) // length)
+        per_pass = max(1, int(self._pieces(which, length, 0)[2][-1]) // length)
         starts, sizes, ends = self._pieces(which, length, row // per_pass)
         place = (row % per_pass) * length
         out, boundaries = np.empty(length, np.int64), []
@@ -245,7 +242,6 @@ def _as_array(ids: Sequence[int], dtype: type) -> np.ndarray:
     return (np.frombuffer(ids, np.uint8) if isinstance(ids, bytes) else np.asarray(ids)).astype(dtype)
 
 
-def _fit(ids: list[int], length: int) -> np.ndarray:
-    while len(ids) < length:
-        ids = ids + ids[: length - len(ids)]
-    return np.asarray(ids[:length], dtype=np.int64)
+def _fit(ids: Sequence[int], length: int) -> np.ndarray:
+    """The first `length` ids, again from the start where there are fewer."""
+    return np.resize(np.asarray(list(ids), dtype=np.int64), length)

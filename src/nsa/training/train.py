@@ -7,11 +7,12 @@ appear whole or not at all, metrics in files, and one clear line for what a user
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.config import CONFIG_FILE, TrainConfig, differences
@@ -30,8 +31,10 @@ from nsa.training.trainer import WholeCheckpointTrainer, last_checkpoint
 RETRIEVAL_ROWS = 32
 
 
-def train(config: TrainConfig) -> NSALlamaForCausalLM:
+def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> NSALlamaForCausalLM:
     """Train as configured; returns the model, which is also in `config.out` with its tokenizer and configuration.
+
+    `callbacks` are transformers' own, beside those for metrics and progress.
 
     Raises:
         ValueError: a configuration, data or checkpoint that does not fit, in one line.
@@ -57,7 +60,7 @@ def train(config: TrainConfig) -> NSALlamaForCausalLM:
         train_dataset=train_set,
         eval_dataset=eval_sets,
         processing_class=tokenizer,
-        callbacks=[metrics, *([] if config.quiet else [Progress()])],
+        callbacks=[metrics, *([] if config.quiet else [Progress()]), *callbacks],
     )
     if checkpoint is not None:
         metrics.forget_after(_step_of(checkpoint))
