@@ -35,13 +35,18 @@ if TYPE_CHECKING:
 
 Attention = Literal["nsa", "dense", "window"]
 TWINS: tuple[Attention, ...] = ("nsa", "dense", "window")
-COLUMNS = ("held-out loss", "less dense's", "inside window", "beyond window", "out of reach", "keys/query", "ms/step")
+COLUMNS = (
+    "held-out\nloss", "less\ndense's", "recall in\nwindow", "recall\nbeyond", "recall out\nof reach", "keys per\nquery",
+    "ms per\nstep",
+)  # fmt: skip
 
 
 def demo(arguments: DemoArguments) -> None:
     """Train what is not trained yet, judge, print, write."""
     console, out = Console(), arguments.output
-    recipes = {twin: recipe(out, twin, steps=arguments.steps, seed=arguments.seed) for twin in TWINS}
+    recipes: dict[str, TrainConfig] = {
+        twin: recipe(out, twin, steps=arguments.steps, seed=arguments.seed) for twin in TWINS
+    }
     if arguments.overwrite:
         forget(out)
     check_same_settings(recipes)
@@ -122,11 +127,11 @@ def tasks_for(config: TrainConfig, seed: int) -> list[Task]:
     length = config.context
     return [
         Recall(
-            length=length, window_size=config.nsa.window_size, num_layers=config.num_layers, hops=(1,), samples=200,
+            length=length, window_size=config.nsa.window_size, num_layers=config.num_layers, hops=(1,), samples=100,
             seed=seed,
         ),
         Perplexity(length=length, samples=64),
-        Needle(lengths=(length // 4, length // 2, length), samples=20, seed=seed),
+        Needle(lengths=(length // 4, length // 2, length), samples=10, seed=seed),
     ]  # fmt: skip
 
 
@@ -137,8 +142,8 @@ def describe(candidates: list[Candidate], result: Result, config: TrainConfig) -
         result,
         text="python",
         title="Three attentions, one model",
-        lead=f"Three small language models, equal in everything but their attention, trained for {config.total_steps} "
-        "steps each on this machine's Python sources, and judged on packages and names that none of them has seen.",
+        lead=f"Three small language models that differ in their attention only, trained for {config.total_steps} steps "
+        "each on this machine's Python sources, and judged on packages and names that none of them has seen.",
     )
     rows = {name: recall_of(result, name) for name in result.names}
     far = {name: found.get(OUT_OF_REACH) or found[BEYOND] for name, found in rows.items()}
@@ -192,14 +197,20 @@ def show(summary: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name, row in summary["table"].items():
         recall = [_recall_cell(row["recall"].get(region)) for region in (INSIDE, BEYOND, OUT_OF_REACH)]
-        difference = "" if name == "dense" else f"{row['difference']:+.3f} ± {row['difference_error']:.3f}"
+        difference = "" if name == "dense" else _two_lines(f"{row['difference']:+.3f}", row["difference_error"])
         time = "" if row["seconds_per_step"] is None else f"{1000 * row['seconds_per_step']:.0f}"
-        loss = f"{row['loss']:.3f} ± {row['loss_error']:.3f}"
-        table.add_row(name, loss, difference, *recall, f"{row['keys_per_query']:.0f}", time)
+        table.add_row(
+            name,
+            _two_lines(f"{row['loss']:.3f}", row["loss_error"]),
+            difference,
+            *recall,
+            f"{row['keys_per_query']:.0f}",
+            time,
+        )
     console.print(table)
     console.print(
-        "Loss in nats per token ± standard error. Recall: one of 4 values asked for; right answers in 100, and their "
-        "95% interval. Out of reach: farther than the window of every layer together.",
+        "Loss in nats per token ± standard error. Recall of one of 4 values: the share of right answers and its 95% "
+        "interval; beyond the window, and out of the reach of all layers' windows together.",
         style="dim",
     )
     sample = summary["sample"]
@@ -226,8 +237,12 @@ def save(summary: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
+def _two_lines(value: str, error: float) -> str:
+    return f"{value}\n[dim]± {error:.3f}[/dim]"
+
+
 def _recall_cell(found: list[float] | None) -> str:
     if found is None:
         return "–"
     correct, n, low, high = found
-    return f"{100 * correct / n:.0f}% ({100 * low:.0f}-{100 * high:.0f})"
+    return f"{correct / n:.0%}\n[dim]{100 * low:.0f}-{high:.0%}[/dim]"

@@ -131,6 +131,10 @@ def notes_on(candidates: Sequence[Candidate], tasks: Sequence[Task]) -> list[str
     vocabularies = {frozenset(candidate.tokenizer.get_vocab().items()) for candidate in candidates}
     if len(vocabularies) > 1:
         notes.append("the models have different tokenizers: neither prompts nor losses per token are comparable")
+    counts = {candidate.name: candidate.num_parameters for candidate in candidates}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        notes.append(f"the models differ in size: {listed} parameters")
     for candidate in candidates:
         config: Any = candidate.model.config
         limit = getattr(config, "max_position_embeddings", None)

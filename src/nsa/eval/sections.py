@@ -68,9 +68,11 @@ def curves(all_curves: Mapping[str, Curve], colors: Colors) -> str:
         series = [Series(name=n, color=colors[n], x=x, y=y, dots=dots) for n, x, y, dots in lines]
         if any(len(s.x) for s in series):
             cards.append(_card(title, line_chart(series, title=title, x_label="step", y_label="nats per token")))
-    text = "The same data in the same order, steps and learning rate: twins differ in their attention only. The "
-    text += "training loss follows what the rows hold: it jumps where the curriculum goes to longer ones."
-    return section("curves", "Loss curves", text, legend({n: colors[n] for n in shown}) + _grid(cards, "three"))
+    text = "Twins see the same data in the same order, with the same steps and learning rate."
+    hint = "The training loss follows what the rows hold: it jumps where the curriculum goes on to other rows. The "
+    hint += "held-out losses are of text, and of values to be recalled, at the full length and from the start on."
+    cards.append(f'<div class="card"><h3>Reading the curves</h3><p>{hint}</p></div>')
+    return section("curves", "Loss curves", text, legend({n: colors[n] for n in shown}) + _grid(cards))
 
 
 def long_context(result: Result, colors: Colors) -> str:
@@ -211,7 +213,7 @@ def samples(texts: Mapping[str, tuple[str, str]], colors: Colors) -> str:
         for name, (prompt, text) in texts.items()
     ]
     text = "Continuations of the same prompt (grey)."
-    return section("sample", "A sample of generated text", text, _grid(cards))
+    return section("sample", "A sample of generated text", text, _grid(cards, "three"))
 
 
 def what_was_run(result: Result) -> str:
