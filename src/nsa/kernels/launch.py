@@ -1,0 +1,190 @@
+"""Sizes of tiles by kernel, head width, dtype and the device's shared memory: a table, no run-time tuning.
+
+For each kernel the candidates are tried in order and the first that fits the device is taken, so one table serves an
+A100 (163 KB a program), an L4 or 4090 (99 KB) and an H100, H200 or B200 (227 KB). Sequence lengths play no part.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa.kernels.layout import PACKED, Layout
+
+# Rows (queries x heads), keys, warps, software-pipelining stages.
+Candidate = tuple[int, int, int, int]
+
+# 16-bit inputs, in order of preference; the first column is the largest head width the row is meant for.
+TABLE: dict[str, list[tuple[int, Candidate]]] = {
+    "contiguous_forward": [
+        (128, (128, 128, 8, 3)),
+        (128, (128, 64, 8, 3)),
+        (256, (128, 64, 8, 2)),
+        (256, (64, 64, 4, 2)),
+        (256, (64, 32, 4, 2)),
+        (256, (64, 16, 4, 2)),
+    ],
+    "contiguous_dq": [
+        (128, (128, 64, 8, 3)),
+        (128, (64, 64, 4, 3)),
+        (256, (64, 64, 8, 2)),
+        (256, (64, 32, 4, 2)),
+        (256, (32, 32, 4, 2)),
+        (256, (32, 16, 4, 1)),
+    ],
+    "contiguous_dkdv": [
+        (128, (32, 128, 8, 3)),
+        (128, (32, 64, 4, 3)),
+        (256, (32, 64, 8, 2)),
+        (256, (32, 32, 4, 2)),
+        (256, (16, 32, 4, 1)),
+    ],
+    "scoring": [
+        (128, (128, 128, 8, 3)),
+        (256, (128, 64, 8, 2)),
+        (256, (64, 64, 4, 2)),
+        (256, (64, 32, 4, 2)),
+    ],
+    "selected_forward": [
+        (128, (64, 64, 4, 3)),
+        (256, (64, 64, 4, 2)),
+        (256, (64, 32, 4, 2)),
+        (256, (32, 32, 4, 2)),
+    ],
+    "selected_dq": [
+        (128, (64, 64, 4, 2)),
+        (256, (64, 32, 4, 2)),
+        (256, (32, 32, 4, 2)),
+        (256, (32, 16, 4, 1)),
+    ],
+    "selected_dkdv": [
+        (128, (32, 64, 4, 3)),
+        (128, (32, 64, 4, 2)),
+        (256, (32, 64, 8, 2)),
+        (256, (32, 32, 4, 2)),
+        (256, (16, 32, 4, 1)),
+    ],
+}
+# 32-bit inputs: exact dots on the ordinary units, so small tiles.
+TABLE_FP32: list[Candidate] = [(32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads in groups, and the two head widths, each with its power of two."""
+
+    h: int
+    g: int
+    d: int
+    e: int
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor) -> "Heads":
+        return Heads(q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+
+    @property
+    def per_group(self) -> int:
+        return self.h // self.g
+
+    @property
+    def padded_group(self) -> int:
+        return triton.next_power_of_2(self.per_group)
+
+    @property
+    def padded_d(self) -> int:
+        return max(16, triton.next_power_of_2(self.d))
+
+    @property
+    def padded_e(self) -> int:
+        return max(16, triton.next_power_of_2(self.e))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {
+            "G": self.per_group,
+            "GP": self.padded_group,
+            "D": self.d,
+            "DP": self.padded_d,
+            "E": self.e,
+            "EP": self.padded_e,
+        }
+
+
+@dataclass(frozen=True)
+class TileSize:
+    block_q: int
+    block_n: int
+    warps: int
+    stages: int
+    precision: str
+
+    def with_queries(self, block_q: int) -> "TileSize":
+        return replace(self, block_q=block_q)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {
+            "BLOCK_Q": self.block_q,
+            "BLOCK_N": self.block_n,
+            "PRECISION": self.precision,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def tile_for(kernel: str, heads: Heads, q: Tensor, largest_block_n: int = 1 << 30) -> TileSize:
+    """The tile of `kernel` for these heads on q's device; `largest_block_n` where a block of keys is smaller."""
+    return choose(kernel, heads, q.element_size(), shared_memory(q.device), largest_block_n)
+
+
+def choose(kernel: str, heads: Heads, bytes_each: int, shared: int, largest_block_n: int = 1 << 30) -> TileSize:
+    width = max(heads.padded_d, heads.padded_e)
+    if bytes_each == 4:
+        candidates = TABLE_FP32
+    else:
+        candidates = [candidate for widest, candidate in TABLE[kernel] if width <= widest]
+    # scoring has one query head in a tile at a time
+    group = 1 if kernel == "scoring" else heads.padded_group
+    for candidate in candidates:
+        rows, block_n, warps, stages = candidate
+        block_n = min(block_n, max(16, triton.next_power_of_2(largest_block_n)))
+        if needed(kernel, (rows, block_n, warps, stages), heads, bytes_each) <= shared:
+            break
+    block_q = max(1, rows // group)
+    return TileSize(block_q, block_n, warps, stages, "ieee" if bytes_each == 4 else "tf32")
+
+
+def needed(kernel: str, candidate: Candidate, heads: Heads, bytes_each: int) -> int:
+    """About how many bytes of shared memory a program takes: what stays, and what is loaded ahead."""
+    rows, block_n, _, stages = candidate
+    d, both = heads.padded_d, heads.padded_d + heads.padded_e
+    stays, streams = {
+        "contiguous_forward": (rows * d, block_n * both),
+        "selected_forward": (rows * d, block_n * both),
+        "contiguous_dq": (rows * both, block_n * both),
+        "selected_dq": (rows * both, block_n * both),
+        "contiguous_dkdv": (block_n * both, rows * both),
+        "selected_dkdv": (block_n * both, rows * both),
+        "scoring": (block_n * d, rows * d),
+    }[kernel]
+    return bytes_each * (stays + stages * streams) + 8 * rows * block_n // 4
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def empty(
+    layout: Layout, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, fill: float = 0.0
+) -> Tensor:
+    """Room for a result that the kernels write in full; packed lengths are not read, so rows past them get `fill`."""
+    if layout.kind == PACKED:
+        return torch.full(shape, fill, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)

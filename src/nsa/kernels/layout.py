@@ -1,0 +1,93 @@
+"""Where sequences lie, as the kernels see it: tensors on the device, never a host synchronisation.
+
+A kernel's program works on one tile of one sequence. In a uniform or ragged batch the tile's number and the row of the
+batch are grid coordinates; in a packed batch a map from tile number to sequence, built on the device, says whose it is,
+and the grid is as large as it can get (tiles past the end return at once).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+from torch import Tensor
+
+UNIFORM, PACKED, RAGGED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """How many tiles to launch, and for packed sequences whose each one is."""
+
+    count: int
+    sequence: Tensor | None = None  # int32 [count]
+    first: Tensor | None = None  # int32 [sequences + 1]: number of each sequence's first tile
+
+
+@dataclass(frozen=True)
+class Layout:
+    """b rows, t queries, s raw keys (a bound where lengths are given), and one key every `stride` of `block` tokens."""
+
+    b: int
+    t: int
+    s: int
+    block: int = 1
+    stride: int = 1
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqlens_k: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        if self.cu_seqlens_q is not None:
+            return PACKED
+        return UNIFORM if self.seqlens_k is None else RAGGED
+
+    @cached_property
+    def cu_q(self) -> Tensor | None:
+        return None if self.cu_seqlens_q is None else self.cu_seqlens_q.to(torch.int32)
+
+    @cached_property
+    def cu_k(self) -> Tensor | None:
+        return self.cu_q if self.cu_seqlens_k is None else self.cu_seqlens_k.to(torch.int32)
+
+    @cached_property
+    def lengths(self) -> Tensor | None:
+        return None if self.seqlens_k is None else self.seqlens_k.to(torch.int32)
+
+    @cached_property
+    def key_start(self) -> Tensor | None:
+        """Where each packed sequence's keys (compressed or raw) begin, int32 [sequences + 1]."""
+        if self.cu_k is None or self.stride == self.block == 1:
+            return self.cu_k
+        return _starts(((self.cu_k.diff() - self.block).div(self.stride, rounding_mode="floor") + 1).clamp_min(0))
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """What `tiles.locate` loads from."""
+        return self.cu_q, self.cu_k, self.key_start, self.lengths
+
+    def query_tiles(self, size: int) -> TileMap:
+        return self._tiles(self.t, size, self.cu_q)
+
+    def key_tiles(self, num_keys: int, size: int) -> TileMap:
+        return self._tiles(num_keys, size, self.key_start)
+
+    def _tiles(self, total: int, size: int, starts: Tensor | None) -> TileMap:
+        if starts is None:
+            return TileMap(triton.cdiv(total, size))
+        count = triton.cdiv(total, size) + len(starts) - 1
+        first = _starts((starts.diff() + (size - 1)).div(size, rounding_mode="floor"))
+        return TileMap(count, sequence_of(first, count), first)
+
+
+def sequence_of(first: Tensor, count: int) -> Tensor:
+    """For each of `count` numbers the interval of `first` it lies in; past the end, the last one."""
+    numbers = torch.arange(count, device=first.device, dtype=first.dtype)
+    return (torch.searchsorted(first, numbers, right=True, out_int32=True) - 1).clamp_max(len(first) - 2)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    starts = counts.new_zeros(len(counts) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, out=starts[1:])
+    return starts

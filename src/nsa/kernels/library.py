@@ -1,0 +1,241 @@
+"""The kernels as torch.library operators: traced by torch.compile as they are, differentiable, one launch list each.
+
+Every operator gives the layout as (cu_seqlens_q, cu_seqlens_k, seqlens_k, num_keys) and the configuration as seven
+integers in the order of `_SIZES`. Lengths stay on the device and are trusted: nothing here reads them.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward
+from nsa.kernels.contiguous_backward import contiguous_backward
+from nsa.kernels.contiguous_forward import contiguous_forward
+from nsa.kernels.layout import Layout
+from nsa.kernels.rows import rowsum_delta
+from nsa.kernels.selected_backward import selected_dkdv
+from nsa.kernels.selected_forward import selected_dq, selected_forward
+from nsa.kernels.selection import select_top_blocks
+
+_SIZES = (
+    "compress_block_size",
+    "compress_stride",
+    "select_block_size",
+    "num_selected_blocks",
+    "num_initial_blocks",
+    "num_local_blocks",
+    "window_size",
+)
+
+
+def sizes_of(config: NSAConfig) -> list[int]:
+    return [getattr(config, name) for name in _SIZES]
+
+
+def _config(sizes: list[int]) -> NSAConfig:
+    return NSAConfig(**dict(zip(_SIZES, sizes, strict=True)))
+
+
+def _layout(
+    q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, num_keys: int, block: int, stride: int
+) -> Layout:
+    return Layout(q.shape[0], q.shape[1], num_keys, block, stride, cu_q, cu_k, lengths)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with its last dimension side by side, as the kernels read it; any other stride will do."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+# ---- one contiguous range of keys: compressed (window 0), window, dense ------------------------------------
+
+
+@torch.library.custom_op("nsa::contiguous_attention", mutates_args=())
+def contiguous_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None,
+    num_keys: int, block: int, stride: int, window: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layout = _layout(q, cu_q, cu_k, lengths, num_keys, block, stride)
+    return contiguous_forward(_rows(q), _rows(k), _rows(v), layout, window or None, scale)
+
+
+@contiguous_attention.register_fake
+def _(q, k, v, cu_q, cu_k, lengths, num_keys, block, stride, window, scale):
+    return _like_out(q, v)
+
+
+@torch.library.custom_op("nsa::contiguous_attention_backward", mutates_args=())
+def contiguous_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor,
+    cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None,
+    num_keys: int, block: int, stride: int, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layout = _layout(q, cu_q, cu_k, lengths, num_keys, block, stride)
+    d_out = d_out.contiguous()
+    delta = rowsum_delta(out, d_out, d_lse.contiguous())
+    return contiguous_backward(_rows(q), _rows(k), _rows(v), d_out, lse, delta, layout, window or None, scale)
+
+
+@contiguous_attention_backward.register_fake
+def _(q, k, v, *_):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save_contiguous(ctx, inputs, output):
+    q, k, v, *rest = inputs
+    ctx.save_for_backward(q, k, v, *output, *rest[:3])
+    ctx.rest = rest[3:]
+
+
+def _contiguous_gradients(ctx, d_out, d_lse):
+    q, k, v, out, lse, *lengths = ctx.saved_tensors
+    grads = contiguous_attention_backward(q, k, v, out, lse, d_out, d_lse, *lengths, *ctx.rest)
+    return *grads, *[None] * 8
+
+
+contiguous_attention.register_autograd(_contiguous_gradients, setup_context=_save_contiguous)
+
+
+# ---- selection ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("nsa::select_top_blocks", mutates_args=())
+def top_blocks(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None,
+    num_keys: int, sizes: list[int], scale: float,
+) -> Tensor:  # fmt: skip
+    config = _config(sizes)
+    layout = _layout(q, cu_q, cu_k, lengths, num_keys, config.compress_block_size, config.compress_stride)
+    return select_top_blocks(_rows(q), _rows(k_cmp), lse, layout, config, scale)
+
+
+@top_blocks.register_fake
+def _(q, k_cmp, lse, cu_q, cu_k, lengths, num_keys, sizes, scale):
+    return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], sizes[3], dtype=torch.int32)
+
+
+# ---- selected attention ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("nsa::selected_attention", mutates_args=())
+def selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor,
+    cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layout = _layout(q, cu_q, cu_k, lengths, k.shape[1], 1, 1)
+    return selected_forward(_rows(q), _rows(k), _rows(v), block_indices, layout, _config(sizes), scale)
+
+
+@selected_attention.register_fake
+def _(q, k, v, block_indices, cu_q, cu_k, lengths, sizes, scale):
+    return _like_out(q, v)
+
+
+@torch.library.custom_op("nsa::selected_attention_backward", mutates_args=())
+def selected_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor,
+    cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layout = _layout(q, cu_q, cu_k, lengths, k.shape[1], 1, 1)
+    d_out = d_out.contiguous()
+    delta = rowsum_delta(out, d_out, d_lse.contiguous())
+    given = (_rows(q), _rows(k), _rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale)
+    return selected_dq(*given), *selected_dkdv(*given)
+
+
+@selected_attention_backward.register_fake
+def _(q, k, v, *_):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save_selected(ctx, inputs, output):
+    q, k, v, block_indices, *rest = inputs
+    ctx.save_for_backward(q, k, v, block_indices, *output, *rest[:3])
+    ctx.rest = rest[3:]
+
+
+def _selected_gradients(ctx, d_out, d_lse):
+    q, k, v, block_indices, out, lse, *lengths = ctx.saved_tensors
+    grads = selected_attention_backward(q, k, v, block_indices, out, lse, d_out, d_lse, *lengths, *ctx.rest)
+    return *grads, *[None] * 6
+
+
+selected_attention.register_autograd(_selected_gradients, setup_context=_save_selected)
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------
+
+
+def _layouts(
+    q: Tensor, k: Tensor, k_win: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    lengths: Tensor | None, lengths_win: Tensor | None, config: NSAConfig,
+) -> Layouts:  # fmt: skip
+    where = (cu_q, cu_k, lengths)
+    return Layouts(
+        _layout(q, *where, k.shape[1], config.compress_block_size, config.compress_stride),
+        _layout(q, *where, k.shape[1], 1, 1),
+        _layout(q, cu_q, cu_k, lengths_win, k_win.shape[1], 1, 1),
+    )
+
+
+@torch.library.custom_op("nsa::native_sparse_attention", mutates_args=())
+def whole(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
+    cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
+    sizes: list[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out; then what backward needs: the branches' outputs and log-sum-exps (cmp, slc, win), block_indices."""
+    config = _config(sizes)
+    layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
+    pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
+    out, saved = attention_forward(_rows(q), *pairs, gates.contiguous(), layouts, config, scale)
+    return out, *saved.outs, *saved.lses, saved.block_indices
+
+
+@whole.register_fake
+def _(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, cu_q, cu_k, lengths, lengths_win, sizes, scale):
+    outs, lses = zip(*(_like_out(q, v) for _ in range(3)), strict=True)
+    indices = q.new_empty(q.shape[0], q.shape[1], k.shape[2], sizes[3], dtype=torch.int32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), *outs, *lses, indices
+
+
+@torch.library.custom_op("nsa::native_sparse_attention_backward", mutates_args=())
+def whole_backward(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
+    d_out: Tensor, saved: list[Tensor],
+    cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
+    sizes: list[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    config = _config(sizes)
+    layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
+    pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
+    kept = Saved(tuple(saved[:3]), tuple(saved[3:6]), saved[6])
+    dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
+        _rows(q), *pairs, gates.contiguous(), d_out.contiguous(), kept, layouts, config, scale
+    )
+    return dq, *d_cmp, *d_slc, *d_win, d_gates
+
+
+@whole_backward.register_fake
+def _(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *_):
+    inputs = (q, k_cmp, v_cmp, k, v, k_win, v_win, gates)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+
+
+def _save_whole(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8], *output[1:], *inputs[8:12])
+    ctx.rest = inputs[12:]
+
+
+def _whole_gradients(ctx, d_out, *_):
+    tensors = ctx.saved_tensors
+    grads = whole_backward(*tensors[:8], d_out, list(tensors[8:15]), *tensors[15:], *ctx.rest)
+    return *grads, *[None] * 6
+
+
+whole.register_autograd(_whole_gradients, setup_context=_save_whole)

@@ -1,0 +1,215 @@
+"""dk and dv of attention over the selected blocks, by blocks of keys: each gathers the queries that selected it.
+
+The inverse index (which queries selected a block) is a stable sort on the device, so queries come in order and sums
+repeat bit by bit; nothing is added atomically. A popular block (every query selects the first one) is split into work
+items of at most QUERIES_PER_ITEM queries; their fp32 sums are added afterwards, in order.
+
+dk, dv      grid (work items, steps of BLOCK_N keys): rows are BLOCK_Q gathered queries x GROUP heads; scores are kept
+            transposed, so that P and dS feed the next product from registers
+sums        grid (blocks x KV heads, steps)
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.launch import Heads, empty, tile_for
+from nsa.kernels.layout import PACKED, Layout, sequence_of
+from nsa.kernels.tiles import load_log2_lse, load_rows, wide
+
+QUERIES_PER_ITEM = 2048
+
+
+@dataclass(frozen=True)
+class InverseIndex:
+    """For each segment (KV head, block of the batch): its queries, ascending, cut into work items."""
+
+    queries: Tensor  # int32: b * t + column, by segment
+    segment_start: Tensor  # int32 [segments + 1]: into queries
+    item_start: Tensor  # int32 [segments + 1]: into the work items
+    item_segment: Tensor  # int32 [items]
+    items: int  # a bound, known without asking the device
+    blocks: int  # of the whole batch, a bound too
+    block_sequence: Tensor | None  # packed: int32 [blocks]
+    block_start: Tensor | None  # packed: first block of each sequence, int32 [sequences + 1]
+
+
+def invert(block_indices: Tensor, layout: Layout, config: NSAConfig) -> InverseIndex:
+    b, t, g, n = block_indices.shape
+    device = block_indices.device
+    block_sequence = block_start = None
+    if layout.kind == PACKED:
+        block_map = layout.key_tiles(layout.s, config.select_block_size)
+        blocks, block_sequence, block_start = block_map.count, block_map.sequence, block_map.first
+        sequence = sequence_of(layout.cu_q, t)
+        first_block = block_start[sequence.long()].view(1, t, 1, 1)
+    else:
+        blocks = b * config.num_selection_blocks(layout.s)
+        first_block = torch.arange(0, blocks, blocks // b, device=device, dtype=torch.int32).view(b, 1, 1, 1)
+    groups = torch.arange(g, device=device, dtype=torch.int32).view(1, 1, g, 1)
+    segments = g * blocks
+    # [g, b, t, n], so that within a segment queries ascend; empty slots go last.
+    segment = torch.where(block_indices >= 0, groups * blocks + first_block + block_indices, segments)
+    ordered, order = segment.to(torch.int32).permute(2, 0, 1, 3).reshape(-1).sort(stable=True)
+    queries = (order.div_(n, rounding_mode="floor").remainder_(b * t)).to(torch.int32)
+    edges = torch.arange(segments + 1, device=device, dtype=torch.int32)
+    segment_start = torch.searchsorted(ordered, edges, out_int32=True)
+    item_start = torch.zeros_like(segment_start)
+    items_each = (segment_start.diff() + (QUERIES_PER_ITEM - 1)).div(QUERIES_PER_ITEM, rounding_mode="floor")
+    torch.cumsum(items_each, 0, out=item_start[1:])
+    items = triton.cdiv(block_indices.numel(), QUERIES_PER_ITEM) + min(segments, block_indices.numel())
+    return InverseIndex(
+        queries, segment_start, item_start, sequence_of(item_start, items), items, blocks, block_sequence, block_start
+    )
+
+
+@triton.jit
+def _keys_of(segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, num_queries, num_keys, num_rows,
+             LAYOUT: tl.constexpr):  # fmt: skip
+    """KV head, row, block in its sequence; the sequence's first query row, queries, first key row, keys."""
+    group, block = wide(segment // blocks), segment % blocks
+    if LAYOUT == 1:
+        sequence = tl.load(block_sequence + block)
+        block -= tl.load(block_start + sequence)
+        row = block * 0
+        q_start = tl.load(cu_q + sequence)
+        t = tl.load(cu_q + sequence + 1) - q_start
+        k_start = tl.load(cu_k + sequence)
+        s = tl.load(cu_k + sequence + 1) - k_start
+    else:
+        row = block // (blocks // num_rows)
+        block = block % (blocks // num_rows)
+        q_start = row * num_queries
+        t = num_queries
+        k_start = row * 0
+        s = tl.load(lengths + row) if LAYOUT == 2 else num_keys
+    return group, row, block, q_start, t, k_start, s
+
+
+@triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows"])
+def selected_dkdv_kernel(
+    q, k, v, d_out, lse, delta, dk, dv, queries, segment_start, item_start, item_segment, block_sequence, block_start,
+    cu_q, cu_k, lengths, segments, blocks, num_queries, num_keys, num_rows, num_heads, scale,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
+    stride_ob, stride_ot, stride_oh,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    SELECT: tl.constexpr, PER_ITEM: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    if item >= tl.load(item_start + segments):
+        return
+    segment = tl.load(item_segment + item)
+    begin = tl.load(segment_start + segment) + (item - tl.load(item_start + segment)) * PER_ITEM
+    end = tl.minimum(begin + PER_ITEM, tl.load(segment_start + segment + 1))
+    group, row, block, q_start, t, k_start, s = _keys_of(
+        segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, num_queries, num_keys, num_rows, LAYOUT
+    )
+    in_block = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = block * SELECT + in_block
+    key_mask = (keys < s) & (in_block < SELECT)
+    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    k_base = (k_start + block * SELECT).to(tl.int64)
+    k_rows = k + row.to(tl.int64) * stride_kb + k_base * stride_ks + group * stride_kg
+    v_rows = v + row.to(tl.int64) * stride_vb + k_base * stride_vs + group * stride_vg
+    k_tile = load_rows(k_rows + in_block[:, None] * stride_ks + d[None, :], key_mask, d < D, True, D != DP)
+    v_tile = load_rows(v_rows + in_block[:, None] * stride_vs + e[None, :], key_mask, e < E, True, E != EP)
+    rows = tl.arange(0, BLOCK_Q * GP)
+    query, head = rows // GP, rows % GP
+    q_heads = q + row.to(tl.int64) * stride_qb + group * G * stride_qh + wide(head) * stride_qh
+    o_heads = d_out + row.to(tl.int64) * stride_ob + group * G * stride_oh + wide(head) * stride_oh
+    flat_heads = group * G + head
+    scale_log2 = scale * 1.4426950408889634
+    # Rows of q are counted over the batch in the index, in its own row here; they are one for packed sequences.
+    row_start = row.to(tl.int64) * num_queries
+    dk_sum = tl.zeros([BLOCK_N, DP], tl.float32)
+    dv_sum = tl.zeros([BLOCK_N, EP], tl.float32)
+    for start in tl.range(begin, end, BLOCK_Q):
+        row_mask = (start + query < end) & (head < G)
+        flat = tl.load(queries + start + query, mask=start + query < end, other=0).to(tl.int64)
+        column = flat - row_start
+        q_tile = load_rows(
+            q_heads[:, None] + (column * stride_qt)[:, None] + d[None, :], row_mask, d < D, True, D != DP
+        )
+        o_tile = load_rows(
+            o_heads[:, None] + (column * stride_ot)[:, None] + e[None, :], row_mask, e < E, True, E != EP
+        )
+        row_lse = load_log2_lse(lse + flat * num_heads + flat_heads, row_mask)
+        row_delta = tl.load(delta + flat * num_heads + flat_heads, mask=row_mask, other=0.0)
+        position = s - t + (flat.to(tl.int32) - q_start)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        p = tl.exp2(scores * scale_log2 - row_lse[None, :])
+        p = tl.where(keys[:, None] <= position[None, :], p, 0.0)
+        dv_sum = tl.dot(p.to(o_tile.dtype), o_tile, dv_sum, input_precision=PRECISION)
+        d_p = tl.dot(v_tile, tl.trans(o_tile), input_precision=PRECISION)
+        d_s = p * (d_p - row_delta[None, :])
+        dk_sum = tl.dot(d_s.to(q_tile.dtype), q_tile, dk_sum, input_precision=PRECISION)
+    out = (item.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_N
+    out_rows = out + tl.arange(0, BLOCK_N)
+    tl.store(dk + out_rows[:, None] * DP + d[None, :], dk_sum * scale)
+    tl.store(dv + out_rows[:, None] * EP + e[None, :], dv_sum)
+
+
+@triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows"])
+def sum_items_kernel(
+    dk_items, dv_items, dk, dv, item_start, block_sequence, block_start, cu_q, cu_k, lengths,
+    blocks, num_queries, num_keys, num_rows, num_groups,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    SELECT: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    group, row, block, _, _, k_start, s = _keys_of(
+        segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, num_queries, num_keys, num_rows, LAYOUT
+    )
+    in_block = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = block * SELECT + in_block
+    # The rows of a ragged batch are written past their lengths too, as zeros.
+    write = (keys < (s if LAYOUT == 1 else num_keys)) & (in_block < SELECT)
+    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    dk_sum = tl.zeros([BLOCK_N, DP], tl.float32)
+    dv_sum = tl.zeros([BLOCK_N, EP], tl.float32)
+    for item in tl.range(tl.load(item_start + segment), tl.load(item_start + segment + 1)):
+        rows = (wide(item) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        dk_sum += tl.load(dk_items + rows[:, None] * DP + d[None, :])
+        dv_sum += tl.load(dv_items + rows[:, None] * EP + e[None, :])
+    out = (row.to(tl.int64) * num_keys + k_start + keys) * num_groups + group
+    tl.store(dk + out[:, None] * D + d[None, :], dk_sum.to(dk.dtype.element_ty), mask=write[:, None] & (d < D)[None, :])
+    tl.store(dv + out[:, None] * E + e[None, :], dv_sum.to(dv.dtype.element_ty), mask=write[:, None] & (e < E)[None, :])
+
+
+def selected_dkdv(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+    layout: Layout, config: NSAConfig, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    heads = Heads.of(q, k, v)
+    if q.numel() == 0 or k.shape[1] == 0:
+        return torch.zeros_like(k), torch.zeros_like(v)
+    index = invert(block_indices, layout, config)
+    tile = tile_for("selected_dkdv", heads, q, config.select_block_size)
+    steps = triton.cdiv(config.select_block_size, tile.block_n)
+    dk_items, dv_items = (
+        torch.empty((index.items, steps * tile.block_n, width), dtype=torch.float32, device=q.device)
+        for width in (heads.padded_d, heads.padded_e)
+    )
+    segments = heads.g * index.blocks
+    where = (index.block_sequence, index.block_start, layout.cu_q, layout.cu_k, layout.lengths)
+    selected_dkdv_kernel[(index.items, steps)](
+        q, k, v, d_out, lse, delta, dk_items, dv_items,
+        index.queries, index.segment_start, index.item_start, index.item_segment, *where,
+        segments, index.blocks, layout.t, layout.s, layout.b, heads.h, scale,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
+        **heads.constants, SELECT=config.select_block_size, PER_ITEM=QUERIES_PER_ITEM, LAYOUT=layout.kind,
+        **tile.constants,
+    )  # fmt: skip
+    dk, dv = empty(layout, k.shape, k.dtype, k.device), empty(layout, v.shape, v.dtype, v.device)
+    sum_items_kernel[(segments, steps)](
+        dk_items, dv_items, dk, dv, index.item_start, *where,
+        index.blocks, layout.t, layout.s, layout.b, heads.g,
+        D=heads.d, DP=heads.padded_d, E=heads.e, EP=heads.padded_e,
+        SELECT=config.select_block_size, LAYOUT=layout.kind, BLOCK_N=tile.block_n, num_warps=8,
+    )  # fmt: skip
+    return dk, dv

@@ -1,0 +1,203 @@
+"""Attention over the selected blocks, and dq: a tile of neighbouring queries against the union of their blocks.
+
+Grid (query tiles, KV heads, rows). Rows are BLOCK_Q queries x GROUP heads; a block of keys (in steps of BLOCK_N) is
+loaded once for the tile, and the bit of each query says whether it attends.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.launch import Heads, TileSize, empty, tile_for
+from nsa.kernels.layout import Layout
+from nsa.kernels.tiles import load_log2_lse, load_rows, locate, softmax_end, softmax_step, wide
+from nsa.kernels.unions import unions
+
+# A bit for each query of a tile, the sign left alone.
+MAX_QUERIES = 16
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def selected_forward_kernel(
+    q, k, v, items, counts, out, lse, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
+    scale_log2, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    SELECT: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid, group, row = tl.program_id(0), wide(tl.program_id(1)), tl.program_id(2)
+    tile, q_start, t, s, k_start = locate(
+        pid, row, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys, LAYOUT
+    )
+    first = tile * BLOCK_Q
+    if first >= t:
+        return
+    rows = tl.arange(0, BLOCK_Q * GP)
+    query, head = rows // GP, rows % GP
+    column = first + query
+    row_mask = (column < t) & (head < G)
+    position = tl.where(column < t, s - t + column, -1)
+    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    q_rows = row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
+    q_in_tile = query * stride_qt + wide(head) * stride_qh
+    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], row_mask, d < D, True, D != DP)
+    offsets = tl.arange(0, BLOCK_N)
+    k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
+    v_rows = v + row.to(tl.int64) * stride_vb + k_start.to(tl.int64) * stride_vs + group * stride_vg
+    k_rows = k_rows + offsets[:, None] * stride_ks + d[None, :]
+    v_rows = v_rows + offsets[:, None] * stride_vs + e[None, :]
+    out_tile = (row.to(tl.int64) * tl.num_programs(0) + pid) * tl.num_programs(1) + group
+    tile_items = items + out_tile * (BLOCK_Q * N)
+    count = tl.load(counts + out_tile)
+
+    acc = tl.zeros([BLOCK_Q * GP, EP], tl.float32)
+    total = tl.zeros([BLOCK_Q * GP], tl.float32)
+    top = tl.full([BLOCK_Q * GP], float("-inf"), tl.float32)
+    STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
+    for step in tl.range(0, count * STEPS):
+        item = tl.load(tile_items + step // STEPS)
+        bits = (item & 0x7FFFFFFF).to(tl.int32)
+        in_block = step % STEPS * BLOCK_N
+        base = (item >> 32) * SELECT + in_block
+        keys = base.to(tl.int32) + offsets
+        key_mask = (keys < s) & (in_block + offsets < SELECT)
+        k_tile = load_rows(k_rows + base * stride_ks, key_mask, d < D, True, D != DP)
+        scores = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION)
+        visible = (keys[None, :] <= position[:, None]) & (((bits >> query) & 1) > 0)[:, None]
+        if SELECT % BLOCK_N != 0:
+            visible &= (in_block + offsets < SELECT)[None, :]
+        scores = tl.where(visible, scores, float("-inf"))
+        v_tile = load_rows(v_rows + base * stride_vs, key_mask, e < E, True, E != EP)
+        acc, total, top = softmax_step(acc, total, top, scores, scale_log2, v_tile, True, PRECISION)
+
+    result, row_lse = softmax_end(acc, total, top)
+    heads = tl.num_programs(1) * G
+    out_rows = (row.to(tl.int64) * num_queries + q_start + first) * heads + group * G
+    in_tile = query * heads + head
+    tl.store(lse + out_rows + in_tile, row_lse, mask=row_mask)
+    tl.store(
+        out + out_rows * E + (in_tile * E)[:, None] + e[None, :],
+        result.to(out.dtype.element_ty),
+        mask=row_mask[:, None] & (e < E)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def selected_dq_kernel(
+    q, k, v, d_out, lse, delta, dq, items, counts, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first,
+    num_queries, num_keys, scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
+    stride_vb, stride_vs, stride_vg, stride_ob, stride_ot, stride_oh,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    SELECT: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid, group, row = tl.program_id(0), wide(tl.program_id(1)), tl.program_id(2)
+    tile, q_start, t, s, k_start = locate(
+        pid, row, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys, LAYOUT
+    )
+    first = tile * BLOCK_Q
+    if first >= t:
+        return
+    rows = tl.arange(0, BLOCK_Q * GP)
+    query, head = rows // GP, rows % GP
+    column = first + query
+    row_mask = (column < t) & (head < G)
+    position = tl.where(column < t, s - t + column, -1)
+    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    q_rows = row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
+    q_in_tile = query * stride_qt + wide(head) * stride_qh
+    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], row_mask, d < D, True, D != DP)
+    o_rows = row.to(tl.int64) * stride_ob + (q_start + first).to(tl.int64) * stride_ot + group * G * stride_oh
+    o_in_tile = query * stride_ot + wide(head) * stride_oh
+    d_outs = load_rows(d_out + o_rows + o_in_tile[:, None] + e[None, :], row_mask, e < E, True, E != EP)
+    heads = tl.num_programs(1) * G
+    flat_rows = (row.to(tl.int64) * num_queries + q_start + first) * heads + group * G
+    in_tile = query * heads + head
+    row_lse = load_log2_lse(lse + flat_rows + in_tile, row_mask)
+    row_delta = tl.load(delta + flat_rows + in_tile, mask=row_mask, other=0.0)
+    offsets = tl.arange(0, BLOCK_N)
+    k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
+    v_rows = v + row.to(tl.int64) * stride_vb + k_start.to(tl.int64) * stride_vs + group * stride_vg
+    k_rows = k_rows + offsets[:, None] * stride_ks + d[None, :]
+    v_rows = v_rows + offsets[:, None] * stride_vs + e[None, :]
+    scale_log2 = scale * 1.4426950408889634
+    out_tile = (row.to(tl.int64) * tl.num_programs(0) + pid) * tl.num_programs(1) + group
+    tile_items = items + out_tile * (BLOCK_Q * N)
+    count = tl.load(counts + out_tile)
+
+    acc = tl.zeros([BLOCK_Q * GP, DP], tl.float32)
+    STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
+    for step in tl.range(0, count * STEPS):
+        item = tl.load(tile_items + step // STEPS)
+        bits = (item & 0x7FFFFFFF).to(tl.int32)
+        in_block = step % STEPS * BLOCK_N
+        base = (item >> 32) * SELECT + in_block
+        keys = base.to(tl.int32) + offsets
+        key_mask = (keys < s) & (in_block + offsets < SELECT)
+        k_tile = load_rows(k_rows + base * stride_ks, key_mask, d < D, True, D != DP)
+        v_tile = load_rows(v_rows + base * stride_vs, key_mask, e < E, True, E != EP)
+        scores = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION)
+        d_p = tl.dot(d_outs, tl.trans(v_tile), input_precision=PRECISION)
+        visible = (keys[None, :] <= position[:, None]) & (((bits >> query) & 1) > 0)[:, None]
+        if SELECT % BLOCK_N != 0:
+            visible &= (in_block + offsets < SELECT)[None, :]
+        p = tl.where(visible, tl.exp2(scores * scale_log2 - row_lse[:, None]), 0.0)
+        d_s = p * (d_p - row_delta[:, None])
+        acc = tl.dot(d_s.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    acc *= scale
+    dq_tile = dq + flat_rows * D + (in_tile * D)[:, None] + d[None, :]
+    dq_mask = row_mask[:, None] & (d < D)[None, :]
+    if ADD:
+        acc += tl.load(dq_tile, mask=dq_mask, other=0.0).to(tl.float32)
+    tl.store(dq_tile, acc.to(dq.dtype.element_ty), mask=dq_mask)
+
+
+def selected_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, layout: Layout, config: NSAConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [b, t, h, e] and lse [b, t, h] (fp32)."""
+    heads = Heads.of(q, k, v)
+    tile = selected_tile("selected_forward", heads, q, config)
+    out = empty(layout, (*q.shape[:3], heads.e), q.dtype, q.device)
+    lse = empty(layout, q.shape[:3], torch.float32, q.device, fill=float("-inf"))
+    if out.numel() == 0 or k.shape[1] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    tiles = layout.query_tiles(tile.block_q)
+    items, counts = unions(block_indices, layout, tiles, tile.block_q)
+    selected_forward_kernel[(tiles.count, heads.g, layout.b)](
+        q, k, v, items, counts, out, lse, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
+        scale * 1.4426950408889634, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        **heads.constants, SELECT=config.select_block_size, N=block_indices.shape[3], LAYOUT=layout.kind,
+        **tile.constants,
+    )  # fmt: skip
+    return out, lse
+
+
+def selected_dq(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+    layout: Layout, config: NSAConfig, scale: float, add_to: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dq, added to `add_to` where given."""
+    heads = Heads.of(q, k, v)
+    tile = selected_tile("selected_dq", heads, q, config)
+    if q.numel() == 0 or k.shape[1] == 0:
+        return torch.zeros_like(q) if add_to is None else add_to
+    dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to
+    tiles = layout.query_tiles(tile.block_q)
+    items, counts = unions(block_indices, layout, tiles, tile.block_q)
+    selected_dq_kernel[(tiles.count, heads.g, layout.b)](
+        q, k, v, d_out, lse, delta, dq, items, counts, *layout.arguments, tiles.sequence, tiles.first,
+        layout.t, layout.s, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
+        **heads.constants, SELECT=config.select_block_size, N=block_indices.shape[3], LAYOUT=layout.kind,
+        ADD=add_to is not None, **tile.constants,
+    )  # fmt: skip
+    return dq
+
+
+def selected_tile(kernel: str, heads: Heads, q: Tensor, config: NSAConfig) -> TileSize:
+    """Few queries a tile, for their blocks differ; a matrix unit needs 16 rows, the fast ones 64."""
+    tile = tile_for(kernel, heads, q, config.select_block_size)
+    queries = min(tile.block_q, MAX_QUERIES, max(4, 16 // heads.padded_group))
+    return tile.with_queries(queries)

@@ -1,0 +1,217 @@
+"""Importance of the selection blocks and the top n of them, a chunk of queries at a time.
+
+scoring     grid (query tiles, key tiles, KV heads x rows): the keys of a tile stay, the heads of the group go by, and
+            their probabilities add up in registers, so rows are queries and no group size wastes any. A compressed
+            block that reaches into the next selection block gives that part to `spill`, so that no program needs its
+            neighbour's keys.
+top n       grid (queries, KV heads x rows): the n-th largest score is found bit by bit (scores are not negative, so
+            their bits order as they do), everything above it is taken, then ties from the lowest index up.
+
+The scratch of scores holds a bounded number of queries, never all of them. Scores are fp32 throughout.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.launch import Heads, empty, tile_for
+from nsa.kernels.layout import PACKED, Layout
+from nsa.kernels.tiles import keys_seen, load_log2_lse, load_rows, locate, wide
+
+# Bytes of scores kept at a time, own and spilled parts together.
+SCRATCH_BYTES = 128 << 20
+# Blocks that one step of the top n looks at, for short sequences and long.
+TOP_BLOCKS = (128, 1024)
+TOP_QUERIES = 4
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "tile_offset", "num_blocks"])
+def scoring_kernel(
+    q, k, lse, own, spill, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
+    tile_offset, num_blocks, num_groups, scale_log2, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    PER_BLOCK: tl.constexpr, PER_BLOCK_PADDED: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    group, row = wide(tl.program_id(2) % num_groups), tl.program_id(2) // num_groups
+    tile, q_start, t, s, k_start = locate(
+        tl.program_id(0) + tile_offset, row, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first,
+        num_queries, num_keys, LAYOUT,
+    )  # fmt: skip
+    first = tile * BLOCK_Q
+    if first >= t:
+        return
+    last = tl.minimum(first + BLOCK_Q, t) - 1
+    BLOCKS: tl.constexpr = BLOCK_N // PER_BLOCK_PADDED
+    first_block = tl.program_id(1) * BLOCKS
+    # Columns are [selection block, compressed block that starts in it], the second padded to a power of two.
+    in_tile = tl.arange(0, BLOCK_N)
+    inside = in_tile % PER_BLOCK_PADDED
+    keys = (first_block + in_tile // PER_BLOCK_PADDED) * PER_BLOCK + inside
+    high_last = keys_seen(s - t + last, BLOCK, STRIDE)
+    if first_block * PER_BLOCK >= high_last:
+        return
+    rows = tl.arange(0, BLOCK_Q)
+    column = first + rows
+    row_mask = column < t
+    d = tl.arange(0, DP)
+    key_mask = (keys < high_last) & (inside < PER_BLOCK)
+    k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
+    k_rows += (first_block * PER_BLOCK).to(tl.int64) * stride_ks
+    from_first = (in_tile // PER_BLOCK_PADDED) * PER_BLOCK + inside
+    k_tile = load_rows(k_rows + from_first[:, None] * stride_ks + d[None, :], key_mask, d < D, True, D != DP)
+    k_tile = tl.trans(k_tile)
+
+    heads = num_groups * G
+    q_rows = q + row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
+    q_tile = q_rows + rows[:, None] * stride_qt + d[None, :]
+    lse_rows = lse + (row.to(tl.int64) * num_queries + q_start + first) * heads + group * G + rows * heads
+    p_sum = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+    for head in tl.range(0, G):
+        queries = load_rows(q_tile + wide(head) * stride_qh, row_mask, d < D, True, D != DP)
+        row_lse = load_log2_lse(lse_rows + head, row_mask)
+        scores = tl.dot(queries, k_tile, input_precision=PRECISION)
+        p_sum += tl.exp2(scores * scale_log2 - row_lse[:, None])
+    high = keys_seen(s - t + column, BLOCK, STRIDE)
+    visible = (keys[None, :] < high[:, None]) & (inside < PER_BLOCK)[None, :]
+    p_sum = tl.where(visible, p_sum, 0.0)
+
+    # Overlap of the compressed block with its own selection block, in strides; the rest lies in the next one.
+    overlap = tl.minimum(BLOCK // STRIDE, PER_BLOCK - inside)
+    own_sum = tl.sum(tl.reshape(p_sum * overlap[None, :].to(tl.float32), [BLOCK_Q, BLOCKS, PER_BLOCK_PADDED]), 2)
+    block = first_block + tl.arange(0, BLOCKS)
+    scratch_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK_Q * num_blocks
+    out = scratch_row + rows[:, None] * num_blocks + block[None, :]
+    mask = row_mask[:, None] & (block < num_blocks)[None, :]
+    tl.store(own + out, own_sum, mask=mask)
+    if BLOCK > STRIDE:
+        rest = (BLOCK // STRIDE - overlap)[None, :].to(tl.float32)
+        tl.store(spill + out, tl.sum(tl.reshape(p_sum * rest, [BLOCK_Q, BLOCKS, PER_BLOCK_PADDED]), 2), mask=mask)
+
+
+@triton.jit
+def _score_bits(
+    own, spill, block, mask, own_block, high, PER_BLOCK: tl.constexpr, HAS_SPILL: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+):  # fmt: skip
+    """Scores as integers of the same order; forced blocks are infinite, blocks that may not be selected -1."""
+    score = tl.load(own + block, mask=mask & (block * PER_BLOCK < high), other=0.0)
+    if HAS_SPILL:
+        left = mask & (block > 0) & ((block - 1) * PER_BLOCK < high)
+        score += tl.load(spill + block - 1, mask=left, other=0.0)
+    forced = (block < INITIAL) | (block > own_block - LOCAL)
+    score = tl.where(forced, float("inf"), score)
+    return tl.where(mask & (block <= own_block), score.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "tile_offset", "num_blocks"])
+def top_blocks_kernel(
+    own, spill, indices, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
+    tile_offset, num_blocks, num_groups, scratch_queries,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, SELECT: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    group, row = wide(tl.program_id(1) % num_groups), tl.program_id(1) // num_groups
+    per_tile: tl.constexpr = BLOCK_Q // QUERIES
+    tile, q_start, t, s, _ = locate(
+        tl.program_id(0) // per_tile + tile_offset, row, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first,
+        num_queries, num_keys, LAYOUT,
+    )  # fmt: skip
+    first = tile * BLOCK_Q + tl.program_id(0) % per_tile * QUERIES
+    if first >= t:
+        return
+    column = first + tl.arange(0, QUERIES)
+    row_mask = column < t
+    position = s - t + column
+    own_block = tl.where((position >= 0) & row_mask, position // SELECT, -1)[:, None]
+    high = keys_seen(position, BLOCK, STRIDE)[:, None]
+    last_block = tl.maximum(s - t + tl.minimum(first + QUERIES, t) - 1, 0) // SELECT
+    scratch_row = tl.program_id(1).to(tl.int64) * scratch_queries + tl.program_id(0) * QUERIES
+    scratch = (scratch_row + tl.arange(0, QUERIES)) * num_blocks
+    own_rows, spill_rows = own + scratch[:, None], spill + scratch[:, None]
+    slot = tl.arange(0, NP)[None, :]
+    out_row = (row.to(tl.int64) * num_queries + q_start + column) * num_groups + group
+    out_rows = indices + out_row[:, None] * N
+    out_mask = row_mask[:, None] & (slot < N)
+    kept = tl.full([QUERIES, NP], -1, tl.int32)
+    for first_block in tl.range(0, last_block + 1, BLOCKS):
+        block = first_block + tl.arange(0, BLOCKS)[None, :]
+        new = _score_bits(
+            own_rows, spill_rows, block, (block <= last_block) & row_mask[:, None], own_block, high,
+            PER_BLOCK, BLOCK > STRIDE, INITIAL, LOCAL,
+        )  # fmt: skip
+        old = _score_bits(
+            own_rows, spill_rows, kept, kept >= 0, own_block, high, PER_BLOCK, BLOCK > STRIDE, INITIAL, LOCAL
+        )
+        # The largest value that at least n scores reach.
+        threshold = tl.zeros([QUERIES], tl.int32)
+        for step in tl.range(0, 31):
+            candidate = threshold | (1 << (30 - step))
+            reach = tl.sum((new >= candidate[:, None]).to(tl.int32), 1)
+            reach += tl.sum((old >= candidate[:, None]).to(tl.int32), 1)
+            threshold = tl.where(reach >= N, candidate, threshold)
+        # Count those above it in the low half and those equal to it in the high half, in one scan.
+        edge = threshold[:, None]
+        old_marks = (old > edge).to(tl.int32) + ((old == edge).to(tl.int32) << 16)
+        new_marks = (new > edge).to(tl.int32) + ((new == edge).to(tl.int32) << 16)
+        old_total = tl.sum(old_marks, 1)[:, None]
+        total = old_total + tl.sum(new_marks, 1)[:, None]
+        room = N - (total & 0xFFFF)  # for those equal, from the lowest index up
+        old_rank = tl.cumsum(old_marks, 1)
+        new_rank = tl.cumsum(new_marks, 1) + old_total
+        taken_old = (old > edge) | ((old == edge) & ((old_rank >> 16) <= room))
+        taken_new = (new > edge) | ((new == edge) & ((new_rank >> 16) <= room))
+        place_old = (old_rank & 0xFFFF) + tl.minimum(old_rank >> 16, room) - 1
+        place_new = (new_rank & 0xFFFF) + tl.minimum(new_rank >> 16, room) - 1
+        count = (total & 0xFFFF) + tl.minimum(total >> 16, room)
+        tl.store(out_rows + place_old, kept, mask=taken_old)
+        tl.store(out_rows + place_new, block + tl.zeros([QUERIES, BLOCKS], tl.int32), mask=taken_new)
+        tl.store(out_rows + slot, -1 + tl.zeros([QUERIES, NP], tl.int32), mask=out_mask & (slot >= count))
+        tl.debug_barrier()
+        kept = tl.load(out_rows + slot, mask=out_mask, other=-1)
+
+
+def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config: NSAConfig, scale: float) -> Tensor:
+    """block_indices int32 [b, t, g, n]: the selection of `nsa.ops.selection`, from the compressed branch's lse."""
+    heads = Heads.of(q, k_cmp, k_cmp)
+    n = config.num_selected_blocks
+    indices = empty(layout, (layout.b, layout.t, heads.g, n), torch.int32, q.device, fill=-1)
+    if indices.numel() == 0:
+        return indices
+    per_block = config.select_block_size // config.compress_stride
+    per_block_padded = triton.next_power_of_2(per_block)
+    tile = tile_for("scoring", heads, q)
+    block_n = max(tile.block_n, per_block_padded)
+    tiles = layout.query_tiles(tile.block_q)
+    num_blocks = max(1, config.num_selection_blocks(layout.s))
+    pairs = layout.b * heads.g
+    tiles_at_once = max(1, SCRATCH_BYTES // (8 * tile.block_q * num_blocks * pairs))
+    tiles_at_once = min(tiles_at_once, tiles.count)
+    scratch = torch.empty((2, pairs * tiles_at_once * tile.block_q * num_blocks), dtype=torch.float32, device=q.device)
+    own, spill = scratch.unbind(0)
+    where = (*layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s)
+    common = {"BLOCK": layout.block, "STRIDE": layout.stride, "PER_BLOCK": per_block, "LAYOUT": layout.kind}
+    blocks_at_once = TOP_BLOCKS[0] if num_blocks <= TOP_BLOCKS[0] else TOP_BLOCKS[1]
+    for offset in range(0, tiles.count, tiles_at_once):
+        here = min(tiles_at_once, tiles.count - offset)
+        # Tiles of a chunk see no more keys than its last query, where the layout says which that is.
+        last = layout.s - layout.t + (offset + here) * tile.block_q
+        seen = config.num_compressed_blocks(layout.s if layout.kind == PACKED else min(last, layout.s))
+        if seen > 0:
+            key_tiles = triton.cdiv(triton.cdiv(seen, per_block), block_n // per_block_padded)
+            scoring_kernel[(here, key_tiles, pairs)](
+                q, k_cmp, lse, own, spill, *where, offset, num_blocks, heads.g, scale * 1.4426950408889634,
+                *q.stride()[:3], *k_cmp.stride()[:3], G=heads.per_group, D=heads.d, DP=heads.padded_d,
+                PER_BLOCK_PADDED=per_block_padded, **common, **{**tile.constants, "BLOCK_N": block_n},
+            )  # fmt: skip
+        queries = min(TOP_QUERIES, tile.block_q)
+        top_blocks_kernel[(here * tile.block_q // queries, pairs)](
+            own, spill, indices, *where, offset, num_blocks, heads.g, here * tile.block_q,
+            SELECT=config.select_block_size, N=n, NP=triton.next_power_of_2(n),
+            INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, **common,
+            BLOCK_Q=tile.block_q, QUERIES=queries, BLOCKS=blocks_at_once, num_warps=4,
+        )  # fmt: skip
+    return indices

@@ -1,0 +1,119 @@
+"""Compiles every kernel for a GPU that is not there, from the launchers themselves; `test_compile.py` runs it.
+
+    python compile_all.py ARCHITECTURE DTYPE HEADS KV_HEADS D E   ->   one line of JSON for each kernel
+
+The launchers get tensors without memory. What would launch a kernel compiles it instead, for the target and for
+integers and pointers as they would be on the device.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from nsa.config import NSAConfig
+from nsa.kernels import launch, rows
+from nsa.kernels.contiguous_backward import contiguous_backward
+from nsa.kernels.contiguous_forward import contiguous_forward
+from nsa.kernels.layout import Layout
+from nsa.kernels.selected_backward import selected_dkdv
+from nsa.kernels.selected_forward import selected_dq, selected_forward
+from nsa.kernels.selection import select_top_blocks
+
+# Bytes of shared memory that a program may take: A100, L4 and 4090, H100 and H200, B200.
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+def compile_instead(architecture: int) -> None:
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.params):
+            value, name = values[parameter.name], parameter.name
+            specialized = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialized and value == 1):
+                signature[name], constants[(i,)] = "constexpr", value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
+        report(self.fn.__name__, triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
+
+    JITFunction.run = run
+
+
+def report(name: str, kernel: Any) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    ptx = kernel.asm["ptx"]
+    found = {
+        "kernel": name,
+        "shared": kernel.metadata.shared,
+        "registers": int(registers),
+        "stack": int(stack),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+        "mma": len(re.findall(r"mma\.sync", ptx)),
+    }
+    print(json.dumps(found), flush=True)
+
+
+def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096) -> None:
+    """Every kernel once, the contiguous ones in their fullest form (with a window)."""
+    config = NSAConfig()
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v, d_out = tensor(1, t, h, d), tensor(1, t, g, d), tensor(1, t, g, e), tensor(1, t, h, e)
+    lse, gates = tensor(1, t, h, dtype=torch.float32), tensor(1, t, h, 3)
+    k_cmp = tensor(1, config.num_compressed_blocks(t), g, d)
+    block_indices = tensor(1, t, g, config.num_selected_blocks, dtype=torch.int32)
+    raw = Layout(1, t, t)
+    compressed = Layout(1, t, t, config.compress_block_size, config.compress_stride)
+    window, scale = config.window_size, 0.1
+    contiguous_forward(q, k, v, raw, window, scale)
+    contiguous_backward(q, k, v, d_out, lse, lse, raw, window, scale)
+    select_top_blocks(q, k_cmp, lse, compressed, config, scale)
+    selected_forward(q, k, v, block_indices, raw, config, scale)
+    selected_dq(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
+    selected_dkdv(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
+    rows.combine(d_out, d_out, d_out, gates)
+    rows.combine_backward(d_out, d_out, d_out, gates, d_out)
+    rows.gates_backward((d_out,) * 3, (lse,) * 3, gates, d_out)
+    rows.rowsum_delta(d_out, d_out, lse)
+
+
+if __name__ == "__main__":
+    architecture, dtype, *sizes = sys.argv[1:]
+    launch.shared_memory = lambda device: SHARED[int(architecture)]
+    compile_instead(int(architecture))
+    launch_all(getattr(torch, dtype), *map(int, sizes))

@@ -1,0 +1,137 @@
+"""The kernels on the CPU, in Triton's interpreter; `test_interpreter.py` runs this file in a process of its own.
+
+The interpreter takes about 20 ms a program, so sizes are tiny: every layout, group sizes that are padded, head dims
+and block sizes that are no powers of two, ties, empty rows. What it cannot show (bf16, shared memory, races) is left
+to `tests/gpu` and `test_compile.py`.
+"""
+
+# ruff: noqa: E402 (the path to the cases comes first)
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS / "gpu")]
+
+from cases import CHECKS, Case, Run, whole
+from layouts import Layout
+from poison import poisoned_memory
+
+from nsa.config import NSAConfig
+from nsa.functional import native_sparse_attention as in_torch
+from nsa.kernels import library
+from nsa.kernels.functional import native_sparse_attention as in_triton
+from nsa.testing import assert_close_to_fp64
+
+SMALL = NSAConfig(compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6)
+ODD = NSAConfig(compress_block_size=6, compress_stride=2, select_block_size=6, num_selected_blocks=4, window_size=5)
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned_memory(monkeypatch)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_kernel_is_within_the_budget(check: str, dtype: torch.dtype) -> None:
+    case = Case(layout=whole(37), config=ODD, dtype=dtype, h=3, g=1, d=24, e=8)
+    getattr(Run(case, "cpu"), check)()
+
+
+LAYOUTS_HERE = {
+    "suffix": Layout(b=2, t=7, s=33),
+    "packed": Layout(t=30, s=30, cu_seqlens_q=(0, 10, 11, 11, 30)),
+    "packed suffixes": Layout(t=9, s=46, cu_seqlens_q=(0, 4, 4, 5, 9), cu_seqlens_k=(0, 20, 20, 23, 46)),
+    "ragged rows": Layout(b=3, t=6, s=25, seqlens_k=(25, 0, 4)),
+    "two tokens": whole(2),
+}
+
+
+@pytest.mark.parametrize("check", ["selection", "whole"])
+@pytest.mark.parametrize("name", LAYOUTS_HERE)
+def test_every_layout_is_within_the_budget(name: str, check: str) -> None:
+    case = Case(layout=LAYOUTS_HERE[name], config=SMALL, dtype=torch.float32, h=4, g=2, d=8, e=16)
+    getattr(Run(case, "cpu"), check)()
+
+
+@pytest.mark.parametrize("family", ["tied", "near_uniform", "peaked"])
+def test_every_family_selects_by_score(family: str) -> None:
+    case = Case(layout=whole(66), config=SMALL, dtype=torch.float32, h=2, g=1, d=8, e=8, family=family)
+    Run(case, "cpu").selection()
+
+
+def test_ties_go_to_the_lower_block() -> None:
+    run = Run(Case(layout=whole(66), config=SMALL, dtype=torch.float32, h=2, g=1, d=8, e=8, family="tied"), "cpu")
+    # Equal keys: blocks inside the visible past tie, the last one scores less. Block 0 and two local ones are forced.
+    assert run.block_indices()[0, 64, 0].tolist() == [0, 1, 7, 8]
+
+
+def _inputs(dtype: torch.dtype, generator: torch.Generator) -> list[torch.Tensor]:
+    shapes = [(1, 19, 4, 8), (1, 19, 2, 8), (1, 19, 2, 16), (1, 19, 4, 3)]
+    q, k, v, gates = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [x.to(dtype).requires_grad_() for x in (q, k, v, gates.sigmoid())]
+
+
+def _out_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = function(*inputs, SMALL)
+    return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+
+def test_the_operator_is_the_function_and_its_gradient(generator: torch.Generator) -> None:
+    inputs = _inputs(torch.float32, generator)
+    truth = _out_and_gradients(in_torch, [x.detach().double().requires_grad_() for x in inputs])
+    plain = _out_and_gradients(in_torch, inputs)
+    for name, x, p, t in zip(
+        ("out", "dq", "dk", "dv", "dgates"), _out_and_gradients(in_triton, inputs), plain, truth, strict=True
+    ):
+        assert_close_to_fp64(x, p, t, name, largest_score=100.0)
+
+
+def test_strided_inputs_are_read_as_they_are(generator: torch.Generator) -> None:
+    inputs = _inputs(torch.float32, generator)
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+    for x, y in zip(_out_and_gradients(in_triton, inputs), _out_and_gradients(in_triton, strided), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_gradients_repeat_bit_by_bit(generator: torch.Generator) -> None:
+    inputs = _inputs(torch.float16, generator)
+    for x, y in zip(_out_and_gradients(in_triton, inputs), _out_and_gradients(in_triton, inputs), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_torch_compile_takes_the_whole_without_a_graph_break(generator: torch.Generator) -> None:
+    inputs = _inputs(torch.float32, generator)
+    compiled = torch.compile(in_triton, fullgraph=True, backend="aot_eager")
+    for x, y in zip(_out_and_gradients(in_triton, inputs), _out_and_gradients(compiled, inputs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_operators_are_registered_right(generator: torch.Generator) -> None:
+    q, k, v, _ = _inputs(torch.float32, generator)
+    q, k, v = (x.detach()[:, :9].requires_grad_() for x in (q, k, v))
+    where = (None, None, None)
+    sizes = library.sizes_of(SMALL)
+    out, lse = library.contiguous_attention(q, k, v, *where, 9, 1, 1, 5, 0.3)
+    block_indices = torch.zeros(1, 9, 2, 4, dtype=torch.int32).fill_(-1)
+    block_indices[..., 0] = 0
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op, arguments in (
+        (library.contiguous_attention, (q, k, v, *where, 9, 1, 1, 5, 0.3)),
+        (library.top_blocks, (q.detach(), k.detach()[:, :3], lse.detach(), *where, 9, sizes, 0.3)),
+        (library.selected_attention, (q, k, v, block_indices, *where, sizes, 0.3)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=checks)
+    assert out.isfinite().all()

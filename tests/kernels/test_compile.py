@@ -1,0 +1,55 @@
+"""Every kernel compiles ahead of time for Ampere, Hopper and Blackwell, within their limits; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = {"80": 166912, "89": 101376, "90": 232448, "100": 232448}
+KERNELS = {
+    "contiguous_forward_kernel",
+    "contiguous_dq_kernel",
+    "contiguous_dkdv_kernel",
+    "scoring_kernel",
+    "top_blocks_kernel",
+    "union_kernel",
+    "selected_forward_kernel",
+    "selected_dq_kernel",
+    "selected_dkdv_kernel",
+    "sum_items_kernel",
+    "combine_kernel",
+    "combine_backward_kernel",
+    "gates_backward_kernel",
+    "delta_kernel",
+}
+# With a product on the matrix units; 64 rows or more, so on Hopper by the warpgroup instruction.
+MATRIX = {name for name in KERNELS if name.startswith(("contiguous", "selected", "scoring"))}
+
+
+def compiled(architecture: str, dtype: str, h: int, g: int, d: int, e: int) -> dict[str, dict]:
+    command = [sys.executable, "compile_all.py", architecture, dtype, *map(str, (h, g, d, e))]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {found["kernel"]: found for found in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_the_papers_heads_fit_without_spilling(architecture: str) -> None:
+    found = compiled(architecture, "bfloat16", 64, 4, 128, 128)
+    assert found.keys() == KERNELS
+    for name, kernel in found.items():
+        assert kernel["shared"] <= SHARED[architecture], (name, kernel)
+        # A 64-byte stack is some registers saved around a loop; more would be traffic inside it.
+        assert kernel["stack"] <= 64, (name, kernel)
+    instruction = {"80": "mma", "90": "wgmma", "100": "tcgen05"}[architecture]
+    for name in MATRIX:
+        assert found[name][instruction] > 0, (name, found[name])
+
+
+def test_wide_heads_fit_the_smallest_device() -> None:
+    for name, kernel in compiled("89", "float16", 16, 1, 256, 256).items():
+        assert kernel["shared"] <= SHARED["89"], (name, kernel)

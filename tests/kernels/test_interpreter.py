@@ -1,0 +1,17 @@
+"""Runs `interpreted.py` in a process of its own: Triton reads the interpreter's flag when a kernel is decorated.
+
+Without the conftest: its shape checks wrap functions in a way that torch.compile cannot trace.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_kernels_pass_their_checks_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "interpreted.py"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
