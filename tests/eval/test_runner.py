@@ -8,6 +8,7 @@ import torch
 from rigged import write_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nsa.cli import main
 from nsa.eval import pictures
 from nsa.eval.command import EvalArguments
 from nsa.eval.models import names_of
@@ -146,6 +147,13 @@ def test_an_unknown_task_is_one_clear_line(folder):
     assert one_line(error) == "unknown task needel; expected some of needle, recall, perplexity"
 
 
+@pytest.mark.parametrize(("device", "message"), [("cup", "no such device: 'cup'"), ("cuda:99", "torch sees \\d+ CUDA")])
+def test_a_device_that_is_not_there_is_one_clear_line(folder, device, message):
+    with pytest.raises(ValueError, match=message) as error:
+        arguments(folder, "llama", device=device).run()
+    one_line(error)
+
+
 def test_no_model_is_one_clear_line():
     with pytest.raises(ValueError, match="name at least one model's folder"):
         EvalArguments(models=()).run()
@@ -163,3 +171,22 @@ def test_names_are_as_short_as_they_can_be():
     assert names_of([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"]
     with pytest.raises(ValueError, match="a model is named twice"):
         names_of([Path("/a/x"), Path("/a/../a/x")])
+
+
+@pytest.mark.parametrize(
+    "wrong", [["nowhere"], ["llama", "--tasks", "riddles"], ["llama", "--dtype", "int3"], ["--odd"]]
+)
+def test_the_command_line_says_what_is_wrong_in_one_line(folder, capsys, wrong):
+    known = {"llama": str(folder / "llama"), "nowhere": str(folder / "nowhere")}
+    assert main(["eval", *(known.get(word, word) for word in wrong)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("nsa eval: error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_the_command_line_runs(folder, capsys):
+    model, text = str(folder / "llama"), str(folder / "text")
+    command = ["eval", model, "--tasks", "needle", "--lengths", "64", "--depths", "0", "1", "--samples", "1", "--json"]
+    assert main([*command, "--text", text]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]["llama"]) == 2

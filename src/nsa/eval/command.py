@@ -2,16 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """Judge models at long context: needle, recall, perplexity by position; twins side by side."""
+    """Judge models at long context: needle, recall, perplexity by position; twins side by side.
 
-    models: tyro.conf.Positional[tuple[Path, ...]]
+    Examples:
+        nsa eval runs/nsa runs/dense runs/window --output runs/judged
+        nsa eval runs/nsa --tasks needle --lengths 1024 4096 --depths 0 0.5 1 --samples 50
+        nsa eval runs/nsa --tasks perplexity --text ~/novels --json > loss.json
+    """
+
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")]
     """Folders of models, from `nsa train` or save_pretrained."""
     tasks: tuple[str, ...] = ("needle", "recall", "perplexity")
     """Which tasks: needle, recall, perplexity."""
@@ -20,19 +26,19 @@ class EvalArguments:
     positions."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where needles lie: 0 is the text's start, 1 right before the question."""
-    samples: int | None = None
+    samples: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Samples in each cell. Default: each task's own."""
     keys: int = 4
     """Values in a text of recall, of which one is asked for."""
     hops: tuple[int, ...] = (1, 2)
     """Hops from a question of recall to the value."""
-    window_size: int | None = None
+    window_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Window by which recall tells near from far. Default: the models' own."""
     seed: int = 0
     """Decides all prompts."""
-    text: Path | None = None
+    text: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """A file or folder of text that the models have not seen. Default: what their training held out."""
-    output: Path | None = None
+    output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Folder for eval.json and report.html."""
     overwrite: bool = False
     """Replace the results in --output."""
@@ -40,8 +46,8 @@ class EvalArguments:
     """Print the result as JSON instead of a table."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1."""
-    dtype: str = "float32"
-    """Number format of the models: float32, bfloat16, float16."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the models."""
 
     def run(self) -> None:
         from nsa.eval.runner import judge

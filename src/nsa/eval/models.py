@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -53,13 +54,13 @@ def check_folder(folder: Path) -> None:
 
 def load(folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32") -> Candidate:
     """Load a saved causal language model and its tokenizer, ready to be judged (eval mode, no gradients)."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     import nsa.models  # noqa: F401  (registers nsa_llama with the Auto classes)
 
     check_folder(folder)
+    place = device_of(device)
     logging.disable_progress_bar()  # loading a shard is no news among the progress of the tasks
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what does not fit is our error below, in one line
@@ -78,7 +79,18 @@ def load(folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32"
     if missing or misshapen:
         counts = f"{len(missing)} missing, {len(misshapen)} of another shape"
         raise ValueError(f"{folder}: the weights do not fit config.json: {counts}")
-    return Candidate(name, folder, model.to(device).eval().requires_grad_(False), tokenizer)
+    return Candidate(name, folder, model.to(place).eval().requires_grad_(False), tokenizer)
+
+
+def device_of(device: str) -> torch.device:
+    """The device by its name; ValueError in one line if there is none such."""
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"no such device: {device!r} (expected cpu, cuda or cuda:1)") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return place
 
 
 def names_of(folders: list[Path]) -> list[str]:
