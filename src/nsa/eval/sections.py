@@ -1,5 +1,6 @@
 """The sections of the report, each a function from results to HTML."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -39,7 +40,7 @@ def table(result: Result, colors: Colors) -> str:
     for block in blocks_of(result):
         rows.append(f'<tr class="head"><td colspan="{len(result.names) + 1}">{escape(block.title)}</td></tr>')
         for line in block.lines:
-            cells = "".join(f"<td>{escape(v)}<small>{escape(detail)}</small></td>" for v, detail in line.cells)
+            cells = "".join(f"<td>{escape(v)}<small>{_typeset(detail)}</small></td>" for v, detail in line.cells)
             rows.append(f"<tr><td>{escape(line.where)}</td>{cells}</tr>")
     text = "Exact match of greedy answers: right answers of all, and the 95% Wilson interval. "
     text += "Losses in nats per token with their standard error over sequences"
@@ -246,6 +247,12 @@ def what_was_run(result: Result) -> str:
 def section(name: str, title: str, text: str, body: str) -> str:
     paragraph = f"<p>{text}</p>" if text else ""
     return f'<section id="{name}"><h2>{escape(title)}</h2>{paragraph}{body}</section>'
+
+
+def _typeset(detail: str) -> str:
+    """Ranges and minus signs as in print, and where a narrow column may not break them."""
+    ranges = re.sub(r"(?<=\d)-(?=\d)", "\u2060\u2013\u2060", escape(detail))
+    return ranges.replace("-", "\u2212").replace("± ", "±\u00a0")
 
 
 def _card(title: str, body: str) -> str:
