@@ -24,6 +24,8 @@ from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention as in_torch
 from nsa.kernels import library
 from nsa.kernels.functional import native_sparse_attention as in_triton
+from nsa.ops.selected_attention import selected_attention as op_selected_attention
+from nsa.ops.window_attention import window_attention
 from nsa.testing import assert_close_to_fp64
 
 SMALL = NSAConfig(compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6)
@@ -97,6 +99,32 @@ def test_the_operator_is_the_function_and_its_gradient(generator: torch.Generato
         ("out", "dq", "dk", "dv", "dgates"), _out_and_gradients(in_triton, inputs), plain, truth, strict=True
     ):
         assert_close_to_fp64(x, p, t, name, largest_score=100.0)
+
+
+def test_a_branch_alone_is_the_op_and_its_gradient(generator: torch.Generator) -> None:
+    *inputs, _ = _inputs(torch.float32, generator)
+    indices = torch.full((1, 19, 2, 4), -1, dtype=torch.int32)
+    indices[..., 0] = 0
+    indices[:, 16:, :, 1] = 2
+    where, sizes, scale = (None, None, None), library.sizes_of(SMALL), 8**-0.5
+    branches = {
+        "window": (
+            lambda q, k, v: library.contiguous_attention(q, k, v, *where, 19, 1, 1, 6, scale),
+            lambda q, k, v: window_attention(q, k, v, 6),
+        ),
+        "selected": (
+            lambda q, k, v: library.selected_attention(q, k, v, indices, *where, sizes, scale),
+            lambda q, k, v: op_selected_attention(q, k, v, indices, SMALL),
+        ),
+    }
+    for name, (kernel, op) in branches.items():
+        found = []
+        for function, dtype in ((kernel, torch.float32), (op, torch.float32), (op, torch.float64)):
+            xs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+            out, _ = function(*xs)  # the log-sum-exp plays no part in the loss
+            found.append([out.detach(), *torch.autograd.grad(out.square().sum(), xs)])
+        for part, x, plain, truth in zip(("out", "dq", "dk", "dv"), *found, strict=True):
+            assert_close_to_fp64(x, plain, truth, f"{name} {part}", largest_score=100.0)
 
 
 def test_strided_inputs_are_read_as_they_are(generator: torch.Generator) -> None:

@@ -4,9 +4,13 @@ Every operator gives the layout as (cu_seqlens_q, cu_seqlens_k, seqlens_k, num_k
 integers in the order of `_SIZES`. Lengths stay on the device and are trusted: nothing here reads them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from nsa.backend import why_not_triton
 from nsa.config import NSAConfig
 from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward
 from nsa.kernels.contiguous_backward import contiguous_backward
@@ -47,6 +51,16 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@contextmanager
+def _serving(q: Tensor, *keys_and_values: Tensor, scale: float) -> Iterator[None]:
+    """Launch on the tensors' device, or say why the kernels cannot serve."""
+    reason = why_not_triton(q, *keys_and_values, scale=scale)
+    if reason is not None:
+        raise ValueError(f"backend 'triton' cannot serve: {reason}")
+    with torch.cuda.device_of(q):
+        yield
+
+
 def _like_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty(*q.shape[:3], v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -61,7 +75,8 @@ def contiguous_attention(
     num_keys: int, block: int, stride: int, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = _layout(q, cu_q, cu_k, lengths, num_keys, block, stride)
-    return contiguous_forward(_rows(q), _rows(k), _rows(v), layout, window or None, scale)
+    with _serving(q, k, v, scale=scale):
+        return contiguous_forward(_rows(q), _rows(k), _rows(v), layout, window or None, scale)
 
 
 @contiguous_attention.register_fake
@@ -71,14 +86,15 @@ def _(q, k, v, cu_q, cu_k, lengths, num_keys, block, stride, window, scale):
 
 @torch.library.custom_op("nsa::contiguous_attention_backward", mutates_args=())
 def contiguous_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None,
     num_keys: int, block: int, stride: int, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout = _layout(q, cu_q, cu_k, lengths, num_keys, block, stride)
     d_out = d_out.contiguous()
-    delta = rowsum_delta(out, d_out, d_lse.contiguous())
-    return contiguous_backward(_rows(q), _rows(k), _rows(v), d_out, lse, delta, layout, window or None, scale)
+    with _serving(q, k, v, scale=scale):
+        delta = rowsum_delta(out, d_out, d_lse)
+        return contiguous_backward(_rows(q), _rows(k), _rows(v), d_out, lse, delta, layout, window or None, scale)
 
 
 @contiguous_attention_backward.register_fake
@@ -88,12 +104,14 @@ def _(q, k, v, *_):
 
 def _save_contiguous(ctx, inputs, output):
     q, k, v, *rest = inputs
+    ctx.set_materialize_grads(False)  # lse is seldom part of a loss
     ctx.save_for_backward(q, k, v, *output, *rest[:3])
     ctx.rest = rest[3:]
 
 
 def _contiguous_gradients(ctx, d_out, d_lse):
     q, k, v, out, lse, *lengths = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
     grads = contiguous_attention_backward(q, k, v, out, lse, d_out, d_lse, *lengths, *ctx.rest)
     return *grads, *[None] * 8
 
@@ -111,7 +129,8 @@ def top_blocks(
 ) -> Tensor:  # fmt: skip
     config = _config(sizes)
     layout = _layout(q, cu_q, cu_k, lengths, num_keys, config.compress_block_size, config.compress_stride)
-    return select_top_blocks(_rows(q), _rows(k_cmp), lse, layout, config, scale)
+    with _serving(q, k_cmp, scale=scale):
+        return select_top_blocks(_rows(q), _rows(k_cmp), lse, layout, config, scale)
 
 
 @top_blocks.register_fake
@@ -128,7 +147,8 @@ def selected_attention(
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = _layout(q, cu_q, cu_k, lengths, k.shape[1], 1, 1)
-    return selected_forward(_rows(q), _rows(k), _rows(v), block_indices, layout, _config(sizes), scale)
+    with _serving(q, k, v, scale=scale):
+        return selected_forward(_rows(q), _rows(k), _rows(v), block_indices, layout, _config(sizes), scale)
 
 
 @selected_attention.register_fake
@@ -138,14 +158,16 @@ def _(q, k, v, block_indices, cu_q, cu_k, lengths, sizes, scale):
 
 @torch.library.custom_op("nsa::selected_attention_backward", mutates_args=())
 def selected_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, out: Tensor, lse: Tensor,
+    d_out: Tensor, d_lse: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, sizes: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layout = _layout(q, cu_q, cu_k, lengths, k.shape[1], 1, 1)
     d_out = d_out.contiguous()
-    delta = rowsum_delta(out, d_out, d_lse.contiguous())
-    given = (_rows(q), _rows(k), _rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale)
-    return selected_dq(*given), *selected_dkdv(*given)
+    with _serving(q, k, v, scale=scale):
+        delta = rowsum_delta(out, d_out, d_lse)
+        given = (_rows(q), _rows(k), _rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale)
+        return selected_dq(*given), *selected_dkdv(*given)
 
 
 @selected_attention_backward.register_fake
@@ -155,12 +177,14 @@ def _(q, k, v, *_):
 
 def _save_selected(ctx, inputs, output):
     q, k, v, block_indices, *rest = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, block_indices, *output, *rest[:3])
     ctx.rest = rest[3:]
 
 
 def _selected_gradients(ctx, d_out, d_lse):
     q, k, v, block_indices, out, lse, *lengths = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
     grads = selected_attention_backward(q, k, v, block_indices, out, lse, d_out, d_lse, *lengths, *ctx.rest)
     return *grads, *[None] * 6
 
@@ -193,7 +217,8 @@ def whole(
     config = _config(sizes)
     layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
     pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
-    out, saved = attention_forward(_rows(q), *pairs, gates.contiguous(), layouts, config, scale)
+    with _serving(q, *(x for pair in pairs for x in pair), scale=scale):
+        out, saved = attention_forward(_rows(q), *pairs, gates.contiguous(), layouts, config, scale)
     return out, *saved.outs, *saved.lses, saved.block_indices
 
 
@@ -215,9 +240,10 @@ def whole_backward(
     layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
     pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
     kept = Saved(tuple(saved[:3]), tuple(saved[3:6]), saved[6])
-    dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
-        _rows(q), *pairs, gates.contiguous(), d_out.contiguous(), kept, layouts, config, scale
-    )
+    with _serving(q, *(x for pair in pairs for x in pair), scale=scale):
+        dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
+            _rows(q), *pairs, gates.contiguous(), d_out.contiguous(), kept, layouts, config, scale
+        )
     return dq, *d_cmp, *d_slc, *d_win, d_gates
 
 
@@ -228,6 +254,7 @@ def _(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *_):
 
 
 def _save_whole(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # only the first output has a gradient; three of the others are as large
     ctx.save_for_backward(*inputs[:8], *output[1:], *inputs[8:12])
     ctx.rest = inputs[12:]
 

@@ -137,6 +137,7 @@ def rowsum_delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
     """rowsum(d_out * out) - d_lse, fp32 [b, t, h]."""
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     num_rows, grid, sizes = _sizes(out)
+    d_lse = None if d_lse is None else d_lse.to(torch.float32).contiguous()
     if num_rows:
         delta_kernel[grid](out, d_out, d_lse, delta, num_rows, HAS_D_LSE=d_lse is not None, **sizes)
     return delta
