@@ -1,0 +1,68 @@
+"""Times candidates for the launch table (`nsa.kernels.launch.TABLE`), one kernel's tile changed at a time.
+
+    python benchmarks/tune_kernels.py --length 65536
+
+Compiling takes longer than timing. Several processes fill Triton's cache faster, each with a share of the candidates at
+a short length (lengths are no part of the key), before one process alone does the timing:
+
+    for i in 0 1 2 3 4 5 6 7; do python benchmarks/tune_kernels.py --length 1024 --share $i/8 & done; wait
+"""
+
+import argparse
+
+import torch
+from bench_kernels import Problem, interleaved
+
+from nsa.kernels import launch
+
+# Rows (queries x heads), keys, warps, stages; and the launchers that a kernel's tile matters to.
+CANDIDATES: dict[str, list[launch.Candidate]] = {
+    "contiguous_forward": [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
+    "contiguous_dq": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
+    "contiguous_dkdv": [(32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
+    "scoring": [(128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 4, 3), (128, 64, 4, 3), (64, 256, 8, 3)],
+    "selected_forward": [(64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (16, 64, 4, 3), (16, 64, 2, 3)],
+    "selected_dq": [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 4, 2), (64, 32, 4, 3)],
+    "selected_dkdv": [(32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2)],
+}
+TIMED = {
+    "contiguous_forward": ("forward: compressed", "forward: window"),
+    "contiguous_dq": ("backward: compressed", "backward: window"),
+    "contiguous_dkdv": ("backward: compressed", "backward: window"),
+    "scoring": ("forward: selection",),
+    "selected_forward": ("forward: selected",),
+    "selected_dq": ("backward: selected dq",),
+    "selected_dkdv": ("backward: selected dk, dv (with index)",),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=65536)
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--correlated", action="store_true", help="queries that resemble their neighbours")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--share", default="0/1", help="i/n: only every n-th candidate, from the i-th on")
+    arguments = parser.parse_args()
+    first, step = map(int, arguments.share.split("/"))
+    problem = Problem(
+        arguments.length, arguments.heads, arguments.kv_heads, arguments.head_dim, torch.bfloat16, arguments.correlated
+    )
+    print(f"{torch.cuda.get_device_name()}, {arguments.length} tokens, U4 {problem.distinct_of_four():.1f}", flush=True)
+    todo = [(kernel, candidate) for kernel, candidates in CANDIDATES.items() for candidate in candidates]
+    for kernel, candidate in todo[first::step]:
+        before, launch.TABLE[kernel] = launch.TABLE[kernel], [(256, candidate)]
+        launchers = problem.kernels()
+        try:
+            times = interleaved({name: launchers[name] for name in TIMED[kernel]}, arguments.repetitions)
+            found = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+        except Exception as error:  # a candidate that does not fit is a result too
+            found = f"{type(error).__name__}: {str(error)[:100]}"
+        launch.TABLE[kernel] = before
+        print(f"{kernel} {candidate}: {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
