@@ -80,9 +80,9 @@ def test_crop_refuses_what_is_no_longer_remembered_and_leaves_the_cache_as_it_wa
     cache = NSACache(CONFIG, max_crop=4)
     for _ in range(50):
         append(cache, torch.randn(1, 1))
-    with pytest.raises(ValueError, match="max_crop=4 .* got 40"):
+    with pytest.raises(ValueError, match=r"max_crop=4 .* got 40"):
         cache.crop(40)
-    with pytest.raises(ValueError, match="cannot crop 51 tokens from rows of \\[50\\]"):
+    with pytest.raises(ValueError, match=r"cannot crop 51 tokens from rows of \[50\]"):
         cache.crop(51)
     assert cache.lengths == [50]
     cache.crop(4)
