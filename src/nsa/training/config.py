@@ -49,6 +49,8 @@ class TrainConfig:
     """rows: each row from one document; flat: one packed row a batch, whose documents do not see each other."""
     curriculum: tuple[str, ...] = ("512x1000:retrieval=0.1",)
     """Stages LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:keys=NUMBER] (see nsa.training.retrieval)."""
+    answer_weight: float = 1.0
+    """How much a token of an answer in a retrieval row counts in the training loss; any other counts 1."""
     batch_tokens: int = 16384
     """Tokens in one forward pass."""
     accumulation: int = 1
@@ -64,6 +66,8 @@ class TrainConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     tie_embeddings: bool = True
+    compressed_gate_bias: float = 0.0
+    """Where the gates of the compressed branch start: 0 at one half, -2 at an eighth."""
     nsa: NSAConfig = field(default_factory=NSAConfig)
     """NSA's block sizes and counts; the window twin uses the same window."""
 

@@ -9,6 +9,7 @@ from one document to another.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -70,6 +71,9 @@ class TrainingBatches(Dataset):
         filler: text between a definition and its use.
         seed: all randomness.
         layout: "rows" or "flat".
+        batches_per_step: items that make one step of the optimizer.
+        answer_weight: how much a token of an answer counts in the loss, next to 1 for any other; unless it is 1, items
+            have `weights` [b, t] with a mean of 1.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class TrainingBatches(Dataset):
         seed: int,
         layout: Layout = "rows",
         batches_per_step: int = 1,
+        answer_weight: float = 1.0,
     ) -> None:
         for stage in stages:
             if layout == "rows":
@@ -91,6 +96,7 @@ class TrainingBatches(Dataset):
             raise ValueError(f"the training corpus has {len(documents.tokens)} tokens: nothing to learn from")
         self.documents, self.stages, self.batch_tokens = documents, tuple(stages), batch_tokens
         self.encode, self.filler, self.seed, self.layout = encode, filler, seed, layout
+        self.answer_weight = answer_weight
         self.ends = np.cumsum([stage.steps * batches_per_step for stage in stages])
         self._pieces = lru_cache(maxsize=4)(self._cut)
 
@@ -105,29 +111,33 @@ class TrainingBatches(Dataset):
         first = index - (int(self.ends[which - 1]) if which else 0)
         num_rows = max(1, self.batch_tokens // stage.length)
         rng = random.Random(f"{self.seed}/{index}")
-        rows, boundaries = [], []
-        for row in range(first * num_rows, (first + 1) * num_rows):
-            ids, starts = self._row(rng, which, stage, row)
-            rows.append(ids)
-            boundaries.append(starts)
-        ids = torch.from_numpy(np.stack(rows))
+        numbers = range(first * num_rows, (first + 1) * num_rows)
+        rows = [self._row(rng, which, stage, number) for number in numbers]
+        ids = torch.from_numpy(np.stack([row.ids for row in rows]))
         if self.layout == "rows":
-            return {"input_ids": ids, "labels": ids.clone()}
-        return flatten(ids, boundaries)
+            batch = {"input_ids": ids, "labels": ids.clone()}
+        else:
+            batch = flatten(ids, [row.starts for row in rows])
+        if self.answer_weight != 1.0:
+            weights = torch.ones(ids.shape)
+            for weight, row in zip(weights, rows, strict=True):
+                for begin, end in row.answers:
+                    weight[begin:end] = self.answer_weight
+            batch["weights"] = (weights / weights.mean()).reshape(batch["labels"].shape)
+        return batch
 
-    def _row(self, rng: random.Random, which: int, stage: Stage, row: int) -> tuple[np.ndarray, list[int]]:
-        """A row's tokens and where in it pieces start."""
+    def _row(self, rng: random.Random, which: int, stage: Stage, number: int) -> "_Row":
         kind = rng.random()
         if kind < stage.repeated:
-            return _fit(self.encode(repeated_example(rng, stage.length)), stage.length), [0]
+            return _Row(_fit(self.encode(repeated_example(rng, stage.length)), stage.length))
         if kind < stage.repeated + stage.retrieval:
-            example = retrieval_example(
-                rng, self.filler, stage.length, num_keys=stage.keys or None, tokenizer=self.encode
-            )
-            return np.asarray(example.ids, dtype=np.int64), [0]
-        return self._text(which, stage.length, row)
+            keys = stage.keys or None
+            example = retrieval_example(rng, self.filler, stage.length, num_keys=keys, tokenizer=self.encode)
+            answers = [(answer.start, answer.end) for answer in example.answers]
+            return _Row(np.asarray(example.ids, dtype=np.int64), answers=answers)
+        return self._text(which, stage.length, number)
 
-    def _text(self, which: int, length: int, row: int) -> tuple[np.ndarray, list[int]]:
+    def _text(self, which: int, length: int, row: int) -> "_Row":
         """Row number `row` of this stage's passes over the text."""
         per_pass = max(1, int(self._pieces(which, length, 0)[2][-1]) // length)
         starts, sizes, ends = self._pieces(which, length, row // per_pass)
@@ -145,7 +155,7 @@ class TrainingBatches(Dataset):
             piece = (piece + 1) % len(ends)
             if piece == 0:
                 place = -filled  # a corpus smaller than the row starts again
-        return out, boundaries
+        return _Row(out, starts=boundaries)
 
     def _cut(self, which: int, length: int, turn: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces of at most `length` tokens in the order of one pass: their starts, sizes, and summed sizes."""
@@ -164,6 +174,15 @@ class TrainingBatches(Dataset):
         all_starts, all_sizes = np.concatenate(starts), np.concatenate(sizes)
         order = rng.permutation(len(all_starts))
         return all_starts[order], all_sizes[order], np.cumsum(all_sizes[order])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row's tokens, where in it pieces of documents start, and where answers lie."""
+
+    ids: np.ndarray
+    starts: Sequence[int] = (0,)
+    answers: Sequence[tuple[int, int]] = ()
 
 
 class FixedBatches(Dataset):

@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
+from nsa.modules.attention import NativeSparseAttention
 from nsa.training.config import CONFIG_FILE, TrainConfig, differences
 from nsa.training.corpus import Corpus, read_corpus
 from nsa.training.data import (
@@ -106,6 +107,7 @@ def make_data(
         seed=config.seed,
         layout=config.layout,
         batches_per_step=config.accumulation,
+        answer_weight=config.answer_weight,
     )
     held_out_filler = "\n".join(document.text for document in corpus.validation) or tokenizer.decode(
         held_out.tokens[:1_000_000]
@@ -121,7 +123,7 @@ def make_data(
 def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALlamaForCausalLM:
     """The model, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
-    return NSALlamaForCausalLM(
+    model = NSALlamaForCausalLM(
         NSALlamaConfig(
             attention=config.attention,
             nsa=config.nsa.to_dict(),
@@ -140,6 +142,11 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALl
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    for module in model.modules():
+        if isinstance(module, NativeSparseAttention):
+            with torch.no_grad():
+                module.gate_proj.bias[0::3] = config.compressed_gate_bias  # per head: compressed, selected, window
+    return model
 
 
 def _prepare_folder(config: TrainConfig) -> Path | None:

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer
 
-from nsa.training.data import unwrap
+from nsa.training.data import IGNORED, unwrap
 
 PARTIAL = ".partial"  # what is being written, inside the run's folder
 
@@ -23,6 +24,22 @@ class WholeCheckpointTrainer(Trainer):
         super().__init__(data_collator=unwrap, **kwargs)
         self.remove_callback(PrinterCallback)
         self._parent: Path | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss, or, where the batch has `weights`, the weighted one."""
+        weights = inputs.pop("weights", None)
+        if weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = weighted_loss(outputs.logits, labels, weights, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._parent) if self._parent else super()._get_output_dir(trial)
@@ -45,6 +62,13 @@ class WholeCheckpointTrainer(Trainer):
             self.save_model(str(part / "model"))
             for file in sorted((part / "model").iterdir()):
                 os.replace(file, run / file.name)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Mean over the labelled tokens (or sum / count) of weight * negative log-probability of the next token."""
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / (count if count is not None else (labels[:, 1:] != IGNORED).sum())
 
 
 class _Partial:

@@ -1,0 +1,250 @@
+"""Training runs: resumed equals uninterrupted, checkpoints are whole whatever happens, faults are one line."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import nsa.training.train as module
+from nsa.config import NSAConfig
+from nsa.training.config import TrainConfig, differences
+from nsa.training.curriculum import parse_curriculum
+from nsa.training.presets import PRESETS, preset
+from nsa.training.train import train
+from nsa.training.trainer import checkpoints, weighted_loss
+
+pytestmark = pytest.mark.filterwarnings("default")  # the Trainer's own
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "code.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(300)))
+    return path
+
+
+@pytest.fixture
+def config(text, tmp_path):
+    return TrainConfig(
+        out=tmp_path / "run",
+        data=str(text),
+        curriculum=("32x4:repeated=0.5", "64x8:retrieval=0.5"),
+        answer_weight=3.0,
+        batch_tokens=128,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        intermediate_size=32,
+        nsa=NSAConfig(
+            compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=16
+        ),
+        eval_every=4,
+        eval_tokens=128,
+        save_every=4,
+        log_every=2,
+        device="cpu",
+        quiet=True,
+    )
+
+
+class StopAfter(TrainerCallback):
+    """Ctrl-C in the middle of the run, after this many steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense", "window"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, attention):
+    config = replace(config, attention=attention)
+    whole = replace(config, out=config.out / "whole")
+    train(whole)
+    stopped = replace(config, out=config.out / "stopped")
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at step 7; continue from .*checkpoint-4 with --resume"):
+        train(stopped, callbacks=[StopAfter(7)])
+    train(replace(stopped, resume=True))
+    expected, got = weights(whole.out), weights(stopped.out)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert records(whole.out) == records(stopped.out)
+
+
+def test_a_finished_run_is_a_model_with_tokenizer_metrics_and_configuration(config):
+    train(config)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(config.out), AutoTokenizer.from_pretrained(config.out)
+    assert model.config.attention == "nsa"
+    assert model.config.nsa_config == config.nsa
+    assert tokenizer.decode(tokenizer.encode("def é\n", add_special_tokens=False)) == "def é\n"
+    assert json.loads((config.out / "train_config.json").read_text()) == config.to_dict()
+    rows = list(csv.DictReader((config.out / "metrics.csv").read_text().splitlines()))
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    assert losses[-1] < losses[0]
+    assert [int(row["step"]) for row in rows if row["eval_text_loss"]] == [4, 8, 12]
+    assert [path.name for path in checkpoints(config.out)] == ["checkpoint-8", "checkpoint-12"]
+    assert not list(config.out.glob(".partial"))
+
+
+def test_gradient_checkpointing_and_accumulation_leave_the_loss_as_it_is(config):
+    train(replace(config, out=config.out / "plain"))
+    train(replace(config, out=config.out / "checkpointed", gradient_checkpointing=True))
+    plain, checkpointed = records(config.out / "plain"), records(config.out / "checkpointed")
+    assert [r.get("loss") for r in plain] == [r.get("loss") for r in checkpointed]
+
+
+def test_the_flat_layout_a_bpe_and_bfloat16_train(config):
+    train(replace(config, layout="flat", tokenizer="bpe", vocab_size=300, dtype="bfloat16", accumulation=2))
+    assert len(AutoTokenizer.from_pretrained(config.out)) <= 300
+
+
+def test_twins_start_from_the_same_weights_and_read_the_same_batches(config):
+    models = {}
+    for attention in ("nsa", "dense", "window"):
+        one = replace(config, attention=attention)
+        tokenizer = module.make_tokenizer(one, None)
+        models[attention] = module.make_model(one, tokenizer).state_dict()
+    assert all(torch.equal(models["dense"][name], models["window"][name]) for name in models["dense"])
+
+
+def test_answers_weigh_more_and_the_mean_weight_is_one():
+    logits, labels = torch.randn(2, 9, 11), torch.randint(11, (2, 9))
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(weighted_loss(logits, labels, torch.ones(2, 9)), plain)
+    one = torch.zeros(2, 9)
+    one[1, 4] = 16.0
+    single = torch.nn.functional.cross_entropy(logits[1, 3], labels[1, 4])
+    torch.testing.assert_close(weighted_loss(logits, labels, one), single)
+
+
+DRIVER = """
+import resource, sys
+import nsa.training.train as module
+from transformers import TrainerCallback
+
+class Say(TrainerCallback):
+    def on_save(self, *args, **kwargs):
+        if {full_disk}:  # from here on no file may grow past 20 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        print("saved", flush=True)
+
+train = module.train
+module.train = lambda config: train(config, callbacks=[Say()])
+from nsa.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(config, *, full_disk):
+    """`nsa train` in a process of its own that says when a checkpoint is there."""
+    flags = [
+        "train", f"--out={config.out}", f"--data={config.data}", "--curriculum=32x100000", "--batch-tokens=64",
+        "--hidden-size=32", "--num-layers=1", "--num-heads=2", "--num-kv-heads=1", "--intermediate-size=32",
+        "--save-every=2", "--eval-every=0", "--log-every=1000", "--threads=1", "--device=cpu", "--quiet",
+    ]  # fmt: skip
+    source = str(Path(module.__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER.format(full_disk=full_disk), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": source},
+    )
+
+
+def assert_whole(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    assert (folder / "optimizer.pt").exists()
+
+
+def test_ctrl_c_leaves_whole_checkpoints_and_one_line(config):
+    process = start(config, full_disk=False)
+    assert process.stdout.readline() == "saved\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert re.fullmatch(r"\s*nsa train: stopped at step \d+; continue from \S+ with --resume\n", said)
+    found = checkpoints(config.out)
+    assert found
+    for folder in found:
+        assert_whole(folder)
+    assert not (config.out / ".partial").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_one_line(config):
+    process = start(config, full_disk=True)
+    _, said = process.communicate()
+    assert process.returncode == 2
+    assert re.fullmatch(r"nsa train: error: the checkpoint could not be written .*checkpoint-2 is whole\n", said)
+    assert [folder.name for folder in checkpoints(config.out)] == ["checkpoint-2"]
+    assert_whole(config.out / "checkpoint-2")
+    assert not (config.out / ".partial").exists()
+
+
+def test_a_checkpoint_of_another_configuration_is_an_error_that_lists_the_fields(config):
+    train(replace(config, curriculum=("32x4",)))
+    other = replace(config, resume=True, hidden_size=64, nsa=replace(config.nsa, window_size=8))
+    with pytest.raises(ValueError, match="has another configuration") as caught:
+        train(other)
+    said = str(caught.value)
+    assert "hidden_size: 32, now 64" in said
+    assert "nsa.window_size: 16, now 8" in said
+    assert "curriculum" in said
+    assert "\n" not in said
+    with pytest.raises(ValueError, match="holds a run already; continue it with --resume or choose another --out"):
+        train(config)
+
+
+def test_nothing_to_resume_is_an_error(config):
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        train(replace(config, resume=True))
+
+
+def test_what_no_run_can_have_is_an_error_before_anything_is_written(config):
+    cases = {
+        "curriculum stage '9x': expected": {"curriculum": ("9x",)},
+        "num_heads=3": {"num_heads": 3},
+        "no such file or folder": {"data": "/nowhere"},
+        "too small for one sequence of 99999 tokens": {"curriculum": ("99999x1",)},
+        "tokenizer should be bytes, bpe or a folder": {"tokenizer": "words"},
+        "batch_tokens should be at least 1, got 0": {"batch_tokens": 0},
+    }
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            train(replace(config, **change))
+        assert "\n" not in str(caught.value)
+    assert not config.out.exists()
+
+
+def test_presets_are_valid_and_an_unknown_one_is_an_error():
+    for name in PRESETS:
+        config = preset(name)
+        config.validate()
+        assert config.preset == name
+        assert parse_curriculum(config.curriculum) == config.stages
+        assert differences(json.loads(json.dumps(config.to_dict())), config) == []
+    with pytest.raises(ValueError, match="unknown preset 'huge'; expected one of demo, small, 1b"):
+        preset("huge")
