@@ -7,7 +7,8 @@ from layouts import LAYOUTS, Layout
 from poison import poisoned_memory
 
 from nsa.config import NSAConfig
-from nsa.kernels.functional import native_sparse_attention
+from nsa.kernels.functional import native_sparse_attention as on_kernels
+from nsa.ops.compress import compress, phi_mean
 from nsa.testing import INPUT_FAMILIES
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +57,13 @@ def _inputs(length: int, generator: torch.Generator) -> list[torch.Tensor]:
     shapes = [(1, length, 16, 128), (1, length, 1, 128), (1, length, 1, 128), (1, length, 16, 3)]
     q, k, v, gates = (torch.randn(shape, generator=generator, dtype=torch.bfloat16, device="cuda") for shape in shapes)
     return [x.requires_grad_() for x in (q, k, v, gates.detach().sigmoid())]
+
+
+def native_sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor, config: NSAConfig
+) -> torch.Tensor:
+    k_cmp, v_cmp = (compress(x, phi_mean, config) for x in (k, v))
+    return on_kernels(q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp)
 
 
 def _out_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

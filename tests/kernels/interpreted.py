@@ -23,7 +23,8 @@ from poison import poisoned_memory
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention as in_torch
 from nsa.kernels import library
-from nsa.kernels.functional import native_sparse_attention as in_triton
+from nsa.kernels.functional import native_sparse_attention as on_kernels
+from nsa.ops.compress import compress, phi_mean
 from nsa.ops.selected_attention import selected_attention as op_selected_attention
 from nsa.ops.window_attention import window_attention
 from nsa.testing import assert_close_to_fp64
@@ -84,6 +85,13 @@ def _inputs(dtype: torch.dtype, generator: torch.Generator) -> list[torch.Tensor
     shapes = [(1, 19, 4, 8), (1, 19, 2, 8), (1, 19, 2, 16), (1, 19, 4, 3)]
     q, k, v, gates = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return [x.to(dtype).requires_grad_() for x in (q, k, v, gates.sigmoid())]
+
+
+def in_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor, config: NSAConfig
+) -> torch.Tensor:
+    k_cmp, v_cmp = (compress(x, phi_mean, config) for x in (k, v))
+    return on_kernels(q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp)
 
 
 def _out_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,11 +1,9 @@
-"""`nsa.functional.native_sparse_attention` on the kernels: the same arguments, the same meaning."""
+"""`nsa.functional.native_sparse_attention` on the kernels, once the keys and values are compressed."""
 
 from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.library import sizes_of, whole
-from nsa.ops.compress import compress, phi_mean
-from nsa.shapes import Sequences
 
 
 def native_sparse_attention(
@@ -15,8 +13,8 @@ def native_sparse_attention(
     gates: Tensor,
     config: NSAConfig,
     *,
-    k_cmp: Tensor | None = None,
-    v_cmp: Tensor | None = None,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
     k_win: Tensor | None = None,
     v_win: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
@@ -28,10 +26,6 @@ def native_sparse_attention(
     """See `nsa.functional.native_sparse_attention`. Gates should not be negative where gradients are wanted."""
     if k_win is None or v_win is None:
         k_win, v_win, seqlens_win = k, v, seqlens_k
-    if k_cmp is None or v_cmp is None:
-        sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqlens_k)
-        k_cmp = compress(k, phi_mean, config, sequences=sequences)
-        v_cmp = compress(v, phi_mean, config, sequences=sequences)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     keys = (k_cmp, v_cmp, k, v, k_win, v_win)
