@@ -20,7 +20,7 @@ LAYERS = [
     {"shapes", "backend"},
     {"kernels"},
     {"ops"},
-    {"functional", "cache", "distributed"},
+    {"functional", "functional_triton", "cache", "distributed"},
     {"modules"},
     {"models"},
     {"training", "eval", "serving"},

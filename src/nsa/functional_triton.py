@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.library import sizes_of, whole
 
 
 def native_sparse_attention(
@@ -24,6 +23,8 @@ def native_sparse_attention(
     scale: float | None = None,
 ) -> Tensor:
     """See `nsa.functional.native_sparse_attention`. Gates should not be negative where gradients are wanted."""
+    from nsa.kernels.library import sizes_of, whole
+
     if k_win is None or v_win is None:
         k_win, v_win, seqlens_win = k, v, seqlens_k
     if scale is None:
