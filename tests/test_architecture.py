@@ -20,7 +20,7 @@ LAYERS = [
     {"shapes", "backend"},
     {"kernels"},
     {"ops"},
-    {"functional", "functional_triton", "cache", "distributed"},
+    {"functional", "cache", "distributed"},
     {"modules"},
     {"models"},
     {"training", "eval", "serving"},

@@ -7,7 +7,7 @@ from layouts import LAYOUTS, Layout
 from poison import poisoned_memory
 
 from nsa.config import NSAConfig
-from nsa.functional_triton import native_sparse_attention as on_kernels
+from nsa.kernels.functional import native_sparse_attention as on_kernels
 from nsa.ops.compress import compress, phi_mean
 from nsa.testing import INPUT_FAMILIES
 

@@ -22,8 +22,8 @@ from poison import poisoned_memory
 
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention as in_torch
-from nsa.functional_triton import native_sparse_attention as on_kernels
 from nsa.kernels import library
+from nsa.kernels.functional import native_sparse_attention as on_kernels
 from nsa.ops.compress import compress, phi_mean
 from nsa.ops.selected_attention import selected_attention as op_selected_attention
 from nsa.ops.window_attention import window_attention

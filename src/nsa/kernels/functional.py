@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels.library import sizes_of, whole
 
 
 def native_sparse_attention(
@@ -23,8 +24,6 @@ def native_sparse_attention(
     scale: float | None = None,
 ) -> Tensor:
     """See `nsa.functional.native_sparse_attention`. Gates should not be negative where gradients are wanted."""
-    from nsa.kernels.library import sizes_of, whole
-
     if k_win is None or v_win is None:
         k_win, v_win, seqlens_win = k, v, seqlens_k
     if scale is None:
