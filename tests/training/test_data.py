@@ -132,7 +132,7 @@ def test_a_corpus_too_small_for_one_sequence_is_an_error_with_sizes():
 
 
 def test_stages_are_read_as_they_are_written():
-    stage = Stage(length=512, steps=100, repeated=0.25, retrieval=0.5, keys=3)
+    stage = Stage(length=512, steps=100, repeated=0.25, retrieval=0.5, keys=3, style="assert")
     assert parse_stage(str(stage)) == stage
     assert parse_curriculum(("32x5", "64x1:keys=1"))[1].keys == 1
 

@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 SHARES = ("repeated", "retrieval")
-GRAMMAR = "LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:keys=NUMBER], such as 512x1000:retrieval=0.5"
+GRAMMAR = "LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:keys=NUMBER][:style=assert], such as 512x1000:retrieval=0.5"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,8 @@ class Stage:
     """`steps` optimizer steps with rows of `length` tokens.
 
     `repeated` and `retrieval` are the shares of rows that are examples of nsa.training.retrieval; the rest is text
-    of the corpus. `keys` is the number of names in a retrieval row, 0 for as many as come to fit.
+    of the corpus. `keys` is the number of names in a retrieval row, 0 for as many as come to fit, `style` how they
+    are written.
     """
 
     length: int
@@ -20,11 +22,12 @@ class Stage:
     repeated: float = 0.0
     retrieval: float = 0.0
     keys: int = 0
+    style: Literal["keyword", "assert"] = "keyword"
 
     def __str__(self) -> str:
         parts = [f"{self.length}x{self.steps}"]
         parts += [f"{name}={getattr(self, name):g}" for name in (*SHARES, "keys") if getattr(self, name)]
-        return ":".join(parts)
+        return ":".join(parts + ["style=assert"] * (self.style == "assert"))
 
 
 def parse_stage(text: str) -> Stage:
@@ -35,7 +38,11 @@ def parse_stage(text: str) -> Stage:
         raise ValueError(f"curriculum stage {text!r}: expected {GRAMMAR}")
     length, steps = int(match[1]), int(match[2])
     values: dict[str, float] = {}
+    style: Literal["keyword", "assert"] = "keyword"
     for option in options:
+        if option in ("style=assert", "style=keyword"):
+            style = "assert" if option == "style=assert" else "keyword"
+            continue
         match = re.fullmatch(r"(repeated|retrieval)=([\d.]+)|(keys)=(\d+)", option)
         if match is None:
             raise ValueError(f"curriculum stage {text!r}: expected {GRAMMAR}, got the option {option!r}")
@@ -49,7 +56,7 @@ def parse_stage(text: str) -> Stage:
             "and shares add up to at most 1"
         )
     keys = int(values.pop("keys", 0))
-    return Stage(length=length, steps=steps, keys=keys, **values)
+    return Stage(length=length, steps=steps, keys=keys, style=style, **values)
 
 
 def parse_curriculum(texts: tuple[str, ...]) -> tuple[Stage, ...]:

@@ -132,7 +132,9 @@ class TrainingBatches(Dataset):
             return _Row(_fit(self.encode(repeated_example(rng, stage.length)), stage.length))
         if kind < stage.repeated + stage.retrieval:
             keys = stage.keys or None
-            example = retrieval_example(rng, self.filler, stage.length, num_keys=keys, tokenizer=self.encode)
+            example = retrieval_example(
+                rng, self.filler, stage.length, num_keys=keys, style=stage.style, tokenizer=self.encode
+            )
             answers = [(answer.start, answer.end) for answer in example.answers]
             return _Row(np.asarray(example.ids, dtype=np.int64), answers=answers)
         return self._text(which, stage.length, number)

@@ -4,6 +4,9 @@
     ...real code, hundreds of lines...    the filler
     f(QX=4821)                            the use, a keyword argument: the model must recall 4821
 
+or, in the style "assert", `QX = "4821"` and `assert QX == "4821"`: more letters that say nothing, which is easier
+to learn copying from, and harder to tell names apart in (docs/log.md).
+
 A name is a few capital letters, a value a few random digits, so that guessing is worthless: the chance of a whole
 value is 1 / 9**value_length. A row holds many definitions and as many uses, which supervises every row densely.
 With `num_hops` > 1 a use goes through aliases (`BC=QX`). Names are split for good by a checksum: a tenth of them
@@ -20,12 +23,19 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 NAME_LETTERS = string.ascii_uppercase
 VALUE_LETTERS = "123456789"  # no zero: a literal may not start with one
 HELD_OUT_ONE_IN = 10
 
 Encode = Callable[[str], Sequence[int]]
+Style = Literal["keyword", "assert"]
+# Before and after the value, in its definition and in its use.
+STYLES: dict[Style, tuple[tuple[str, str], tuple[str, str]]] = {
+    "keyword": (("{name}=", "\n"), ("f({name}=", ")\n")),
+    "assert": (('{name} = "', '"\n'), ('assert {name} == "', '"\n')),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +95,7 @@ def retrieval_example(
     name_length: int = 2,
     value_length: int = 4,
     held_out: bool = False,
+    style: Style = "keyword",
     tokenizer: Encode | None = None,
 ) -> RetrievalExample:
     """One row of exactly `length` tokens: definitions, filler, uses.
@@ -101,6 +112,7 @@ def retrieval_example(
         depth: instead of distance, 0 (definitions at the row's start) to 1 (right before the uses).
         name_length, value_length: letters in a name and in a value.
         held_out: use evaluation's names instead of training's.
+        style: how definitions and uses are written; see the top of this file.
         tokenizer: str -> ids without special tokens; None: one token a character.
 
     Returns:
@@ -110,7 +122,7 @@ def retrieval_example(
         ValueError: if the row is too short for what it must hold, with both sizes.
     """
     encode: Encode = tokenizer or (lambda text: [ord(letter) for letter in text])
-    keys = _draw_keys(rng, length, num_keys, num_hops, name_length, value_length, held_out, encode)
+    keys = _draw_keys(rng, length, num_keys, num_hops, name_length, value_length, held_out, style, encode)
     definitions = [piece for key in keys for piece in key.definition]
     questions = rng.sample(keys, len(keys) if num_questions is None else num_questions)
     uses = [key.use for key in questions]
@@ -168,6 +180,7 @@ def _draw_keys(
     name_length: int,
     value_length: int,
     held_out: bool,
+    style: Style,
     encode: Encode,
 ) -> list[_Key]:
     sizes = {"num_hops": num_hops, "name_length": name_length, "value_length": value_length}
@@ -186,9 +199,10 @@ def _draw_keys(
                 names.append(name)
                 taken.add(name)
         value = "".join(rng.choices(VALUE_LETTERS, k=value_length))
-        lines = [_piece(encode, f"{names[0]}=", value, "\n", names[0])]
+        (before, after), (before_use, after_use) = STYLES[style]
+        lines = [_piece(encode, before.format(name=names[0]), value, after, names[0])]
         lines += [_piece(encode, f"{new}=", old, "\n", new) for old, new in pairwise(names)]
-        key = _Key(tuple(lines), _piece(encode, f"f({names[-1]}=", value, ")\n", names[-1]))
+        key = _Key(tuple(lines), _piece(encode, before_use.format(name=names[-1]), value, after_use, names[-1]))
         used += sum(len(piece.ids) for piece in [*key.definition, key.use])
         if budget is not None and keys and used > budget:
             break
