@@ -187,6 +187,10 @@ def _draw_keys(
     for label, number in sizes.items():
         if number < 1:
             raise ValueError(f"{label} must be at least 1, got {number}")
+    # Drawing must end: far fewer names than there are of this length on either side of the split.
+    most_names = len(NAME_LETTERS) ** name_length // (2 * HELD_OUT_ONE_IN)
+    if (num_keys or 1) * num_hops >= most_names:
+        raise ValueError(f"{num_keys or 1} keys need longer names than {name_length} letters")
     budget = length * (1.0 - 0.5 * rng.random()) if num_keys is None else None
     keys: list[_Key] = []
     taken: set[str] = set()
@@ -207,9 +211,7 @@ def _draw_keys(
         if budget is not None and keys and used > budget:
             break
         keys.append(key)
-        if len(taken) + num_hops > len(NAME_LETTERS) ** name_length // (2 * HELD_OUT_ONE_IN):
-            if num_keys is not None and len(keys) < num_keys:
-                raise ValueError(f"{num_keys} keys need longer names than {name_length} letters")
+        if len(taken) + num_hops > most_names:
             break
     return keys
 
@@ -236,6 +238,7 @@ def _split_filler(
     place = definitions.index(asked.definition[0])
     after = sum(len(piece.ids) for piece in definitions[place:]) - asked.definition[0].span[0]
     least = after + asked.use.span[0]
+    assert distance is not None  # given where depth is not
     inside = distance - least
     if inside < 0 or inside > spare:
         raise ValueError(
