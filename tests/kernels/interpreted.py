@@ -69,6 +69,13 @@ def test_every_layout_is_within_the_budget(name: str, check: str) -> None:
     getattr(Run(case, "cpu"), check)()
 
 
+@pytest.mark.parametrize("check", ["compressed", "window", "selected"])
+def test_keys_past_a_ragged_row_get_no_gradient(check: str) -> None:
+    # 32 heads: tiles of one query, so that a tile of keys past the row's end meets queries that need no mask.
+    case = Case(layout=Layout(b=2, t=6, s=60, seqlens_k=(25, 9)), config=SMALL, dtype=torch.float32, h=32, d=8, e=8)
+    getattr(Run(case, "cpu"), check)()
+
+
 @pytest.mark.parametrize("family", ["tied", "near_uniform", "peaked"])
 def test_every_family_selects_by_score(family: str) -> None:
     case = Case(layout=whole(66), config=SMALL, dtype=torch.float32, h=2, g=1, d=8, e=8, family=family)

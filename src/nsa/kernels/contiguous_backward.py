@@ -234,6 +234,9 @@ def contiguous_dkdv_kernel(
         True, HAS_WINDOW, G, GP, D, DP, E, EP, BLOCK, STRIDE, BLOCK_Q, PRECISION,
     )  # fmt: skip
 
+    # The loop without a mask gave keys past a ragged row's length, loaded as zeros, the probability exp(-lse).
+    dk_sum = tl.where(key_mask[:, None], dk_sum, 0.0)
+    dv_sum = tl.where(key_mask[:, None], dv_sum, 0.0)
     groups = tl.num_programs(1)
     out_rows = split.to(tl.int64) * split_stride + (row.to(tl.int64) * key_rows + k_base) * groups + group
     write = keys < to_write
