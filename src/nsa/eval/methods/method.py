@@ -1,0 +1,145 @@
+"""What an attention method is: a frozen dataclass of its hyper-parameters with `prefill` and `decode`.
+
+A method sees one sequence in one layer at a time, without batch and without padding (cache.py takes the rows of a
+batch apart), with the new keys already appended to `sequence.k` and `sequence.v`:
+
+    prefill(q, sequence) -> out     several queries, the last t of the sequence
+    decode(q, sequence) -> out      one query, the last
+
+Shapes: q and out [h, t, d], k and v [g, n, d], where h query heads share g KV heads, h = g * r, head i using KV head
+i // r. Keys and queries carry their rotary positions. What a method remembers between calls lies in
+`sequence.state`; what it reads it says to `sequence.read`.
+"""
+
+from collections.abc import Sequence as Numbers
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nsa.eval.methods.budget import Split
+
+PHASES = ("prefill", "decode")
+
+
+@dataclass
+class Reads:
+    """Keys read in one layer and phase, summed over queries and averaged over the query heads.
+
+    `attended` are keys that took part in the softmax; `scored` are vectors of a key's size that were read only to
+    choose (all keys for exact_top, two a page for quest, one a centroid or a representative).
+    """
+
+    queries: int = 0
+    attended: float | Tensor = 0.0
+    scored: float | Tensor = 0.0
+
+    def per_query(self) -> tuple[float, float]:
+        """(attended, scored) of one query on average; zeros if there was none."""
+        return float(self.attended) / max(1, self.queries), float(self.scored) / max(1, self.queries)
+
+
+class Sequence:
+    """One sequence in one layer: its keys and values (those not evicted), and the method's own state.
+
+    Args:
+        layer: index of the layer.
+        inv_freq: the rotary embedding's frequencies [d/2], for methods that move positions.
+        reads: where to count, by phase.
+    """
+
+    def __init__(self, layer: int, inv_freq: Tensor | None, reads: dict[str, Reads]) -> None:
+        self.layer, self.inv_freq, self.reads = layer, inv_freq, reads
+        self.k: Tensor = torch.empty(0)
+        self.v: Tensor = torch.empty(0)
+        self.length = 0  # tokens seen, evicted ones included
+        self.scaling = 1.0  # of q . k before the softmax
+        self.phase = "prefill"
+        self.state: Any = None
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Remember the keys and values [g, t, d] of t new tokens."""
+        self.k = torch.cat([self.k, k], dim=1) if self.length else k
+        self.v = torch.cat([self.v, v], dim=1) if self.length else v
+        self.length += k.shape[1]
+
+    def read(self, attended: Tensor | float, scored: Tensor | float = 0.0) -> None:
+        """Count keys, summed over the queries, averaged over the heads; `attended` may be the mask [h, t, n]."""
+        if isinstance(attended, Tensor) and attended.dtype == torch.bool:
+            attended = attended.sum() / attended.shape[0]
+        count = self.reads[self.phase]
+        count.attended = count.attended + attended
+        count.scored = count.scored + scored
+
+    def copy(self) -> "Sequence":
+        """Another sequence that goes on from here by itself (beam search)."""
+        other = Sequence(self.layer, self.inv_freq, self.reads)
+        other.__dict__.update(self.__dict__)
+        if self.state is not None:
+            other.state = self.state.copy()
+        return other
+
+    def num_bytes(self) -> int:
+        """Bytes of the keys, the values and the state's tensors."""
+        tensors = [self.k, self.v, *(vars(self.state).values() if self.state is not None else ())]
+        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+
+
+@dataclass
+class State:
+    """What a method remembers of one sequence; subclasses add tensors, which are replaced, never written into."""
+
+    def copy(self) -> Any:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The interface; a method overrides the phases in which it is sparse, and is dense in the others."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    sparse_in: ClassVar[tuple[str, ...]] = PHASES
+    native: ClassVar[bool] = False  # the model's own attention, which no other may replace
+
+    @classmethod
+    def at_budget(cls, split: Split) -> "Method":
+        """The method with sizes such that a query reads the keys of `split`."""
+        return cls()
+
+    def prepare(self, model: nn.Module, tokens: Numbers[int]) -> "Method":
+        """The method after what it does offline, with a sample of text; most do nothing."""
+        return self
+
+    def prefill(self, q: Tensor, sequence: Sequence) -> Tensor:
+        from nsa.eval.methods.attention import dense
+
+        return dense(q, sequence)
+
+    def decode(self, q: Tensor, sequence: Sequence) -> Tensor:
+        from nsa.eval.methods.attention import dense
+
+        return dense(q, sequence)
+
+    def check(self, **at_least: int) -> None:
+        """ValueError in one line if a field is smaller than said."""
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{self.name}: expected {name} >= {least}, got {getattr(self, name)}")
+
+
+@dataclass
+class Counts:
+    """The reads of all layers of one cache."""
+
+    layers: list[dict[str, Reads]] = field(default_factory=list)
+
+    def per_query(self, phase: str) -> tuple[float, float]:
+        """(attended, scored) keys of one query on average over the layers."""
+        each = [layer[phase].per_query() for layer in self.layers if layer[phase].queries]
+        if not each:
+            return 0.0, 0.0
+        return sum(a for a, _ in each) / len(each), sum(s for _, s in each) / len(each)
