@@ -86,7 +86,7 @@ def selected_attention(
             if way == "by_query":
                 yield from _tiles_by_query(part, chosen, size)
             elif way == "by_block":
-                yield from _tiles_by_block(part, chosen, size, blocks, sizes["h"] // sizes["g"])
+                yield from _tiles_by_block(part, chosen, config, blocks, sizes["h"] // sizes["g"])
             else:
                 yield from _tiles_masked(part, chosen, size, blocks, sizes["h"])
 
@@ -118,9 +118,10 @@ def _tiles_by_query(part: Part, chosen: Tensor, size: int) -> Iterator[Tile]:
                     )
 
 
-def _tiles_by_block(part: Part, chosen: Tensor, size: int, blocks: int, heads: int) -> Iterator[Tile]:
+def _tiles_by_block(part: Part, chosen: Tensor, config: NSAConfig, blocks: int, heads: int) -> Iterator[Tile]:
     """Each key block against all queries that selected it, in order, a bounded number at a time."""
     rows, groups, _, n = chosen.shape
+    size = config.select_block_size
     room = max(1, TILE_ELEMENTS // (heads * size))
     for row in range(rows):
         row_slice = slice(part.rows.start + row, part.rows.start + row + 1)
@@ -131,9 +132,11 @@ def _tiles_by_block(part: Part, chosen: Tensor, size: int, blocks: int, heads: i
             for block in range(blocks):
                 low, high = block * size, min((block + 1) * size, part.num_keys)
                 queries = queries_by_block[bounds[block] : bounds[block + 1]]
-                # Queries inside the block see a part of it; they come first, and those after it see it all.
-                inside = int(torch.searchsorted(queries, high - part.first_position))
-                for run in (queries[:inside], *queries[inside:].split(room)):
+                # Queries inside the block see a part of it; they come first, then those that it is local to, which
+                # mostly follow one another, then those far after it. Only the first need a mask.
+                ends = [high, high + (config.num_local_blocks - 1) * size]
+                inside, local = (int(torch.searchsorted(queries, end - part.first_position)) for end in ends)
+                for run in (queries[:inside], *queries[inside:local].split(room), *queries[local:].split(room)):
                     if len(run) == 0:
                         continue
                     masks: tuple[tuple[int, Tensor], ...] = ()
@@ -141,7 +144,13 @@ def _tiles_by_block(part: Part, chosen: Tensor, size: int, blocks: int, heads: i
                         seen = torch.arange(low, high, device=run.device) <= run[:, None] + part.first_position
                         masks = ((0, seen),)
                     keys = slice(part.k_start + low, part.k_start + high)
-                    yield Tile(row_slice, slice(group, group + 1), part.q_start + run, keys, masks, partial=True)
+                    yield Tile(row_slice, slice(group, group + 1), _columns(part, run), keys, masks, partial=True)
+
+
+def _columns(part: Part, run: Tensor) -> slice | Tensor:
+    """The columns of queries in ascending order: a slice, which copies nothing, where they follow one another."""
+    first, last = part.q_start + int(run[0]), part.q_start + int(run[-1])
+    return slice(first, last + 1) if last - first + 1 == len(run) else part.q_start + run
 
 
 def _tiles_masked(part: Part, chosen: Tensor, size: int, blocks: int, h: int) -> Iterator[Tile]:

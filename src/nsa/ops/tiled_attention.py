@@ -7,7 +7,8 @@ walks the same tiles again and recomputes the probabilities from the log-sum-exp
 memory: a tile holds about TILE_ELEMENTS scores.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,28 +63,61 @@ def tiled_attention(
     return _TiledAttention.apply(q, k, v, tiles, scale, observe)
 
 
+class _Scratch:
+    """Memory for what one tile computes, used again by the next: fresh pages cost as much as the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+        self.taken = 0
+
+    def clear(self) -> None:
+        self.taken = 0
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Uninitialised memory, valid until `clear`."""
+        size = math.prod(shape)
+        if self.taken == len(self.buffers):
+            self.buffers.append(like.new_empty(size))
+        if self.buffers[self.taken].numel() < size:
+            self.buffers[self.taken] = like.new_empty(size)
+        self.taken += 1
+        return self.buffers[self.taken - 1][:size].view(*shape)
+
+    def queries(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tile's queries of x [b, g, t, ...]: a view where they are a slice, else a copy."""
+        x = x[tile.rows, tile.groups]
+        if isinstance(tile.queries, slice):
+            return x[:, :, tile.queries]
+        shape = (*x.shape[:2], len(tile.queries), *x.shape[3:])
+        return torch.index_select(x, 2, tile.queries, out=self.take(shape, x))
+
+
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, tiles, scale, observe):
         b, t, h, _ = q.shape
         g, e = v.shape[2:]
         wide = _accumulation_dtype(q.dtype)
-        q_heads, k_heads, v_heads = _by_group(q * scale, g), k.transpose(1, 2), v.transpose(1, 2)
+        q_heads = _by_group(q.to(wide) * scale, g)
+        k_heads, v_heads = k.to(wide).transpose(1, 2), v.to(wide).transpose(1, 2)
         out = torch.zeros(b, g, t, h // g, e, dtype=wide, device=q.device)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=wide, device=q.device)
+        scratch = _Scratch()
 
         for tile in tiles():
-            p, tile_lse = _probabilities(_scores(tile, q_heads, k_heads))
-            tile_out = _attend(p, _take_keys(v_heads, tile, wide))
+            scratch.clear()
+            q_tile, k_tile, v_tile = (
+                scratch.queries(q_heads, tile),
+                _take_keys(k_heads, tile),
+                _take_keys(v_heads, tile),
+            )
+            old_lse = scratch.queries(lse, tile) if tile.partial else None
+            p, share, kept, tile_lse = _fold(tile, q_tile, k_tile, old_lse, scratch)
+            tile_out = _attend(p, v_tile, scratch).mul_(share.unsqueeze(-1))
+            if kept is not None:
+                tile_out.addcmul_(scratch.queries(out, tile), kept.unsqueeze(-1))
             if observe is not None:
-                observe(tile, p.sum(-2))
-            if tile.partial:
-                old_lse, old_out = _take_queries(lse, tile), _take_queries(out, tile)
-                new_lse = torch.logaddexp(old_lse, tile_lse)
-                reference = new_lse.masked_fill(new_lse == -torch.inf, 0.0)  # nothing seen yet: not -inf - -inf
-                tile_out *= (tile_lse - reference).exp_().unsqueeze(-1)
-                tile_out.addcmul_(old_out, (old_lse - reference).exp_().unsqueeze(-1))
-                tile_lse = new_lse
+                observe(tile, p.mul_(share.unsqueeze(-1)).sum(-2))
             _put_queries(lse, tile, tile_lse)
             _put_queries(out, tile, tile_out)
 
@@ -98,28 +132,29 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         g = k.shape[2]
         wide = lse.dtype
-        q_heads, k_heads, v_heads = _by_group(q * ctx.scale, g), k.transpose(1, 2), v.transpose(1, 2)
+        q_heads = _by_group(q.to(wide) * ctx.scale, g)
+        k_heads, v_heads = k.to(wide).transpose(1, 2), v.to(wide).transpose(1, 2)
         # dS = P (dP - rowsum(dO O) + dlse): one number per row.
         delta = _by_group((d_out.to(wide) * out).sum(-1) - d_lse, g)
-        d_out = _by_group(d_out, g)
+        d_out = _by_group(d_out.to(wide), g)
         lse = _by_group(lse.masked_fill(lse == -torch.inf, torch.inf), g)  # so that empty rows get P = 0
-        dq = torch.zeros(q_heads.shape, dtype=wide, device=q.device)
-        dk = torch.zeros(k_heads.shape, dtype=wide, device=q.device)
-        dv = torch.zeros(v_heads.shape, dtype=wide, device=q.device)
+        dq, dk, dv = torch.zeros_like(q_heads), torch.zeros_like(k_heads), torch.zeros_like(v_heads)
+        scratch = _Scratch()
 
         for tile in ctx.tiles():
-            q_tile = _take_queries(q_heads, tile).to(wide)
-            d_out_tile = _take_queries(d_out, tile).to(wide)
-            scores = _scores(tile, q_heads, k_heads)
-            if tile.partial:
-                p = scores.sub_(_take_queries(lse, tile).unsqueeze(-1)).exp_()
-            else:
-                p, _ = _probabilities(scores)
-            ds = _attend(d_out_tile, _take_keys(v_heads, tile, wide).transpose(-1, -2))
-            ds.sub_(_take_queries(delta, tile).unsqueeze(-1)).mul_(p)
+            scratch.clear()
+            q_tile, k_tile, v_tile = (
+                scratch.queries(q_heads, tile),
+                _take_keys(k_heads, tile),
+                _take_keys(v_heads, tile),
+            )
+            d_out_tile = scratch.queries(d_out, tile)
+            p = _scores(tile, q_tile, k_tile, scratch).sub_(scratch.queries(lse, tile).unsqueeze(-1)).exp_()
+            ds = _attend(d_out_tile, v_tile.transpose(-1, -2), scratch)
+            ds.sub_(scratch.queries(delta, tile).unsqueeze(-1)).mul_(p)
             _add_keys(dv, tile, _transposed(p) @ d_out_tile.flatten(2, 3))
             _add_keys(dk, tile, _transposed(ds) @ q_tile.flatten(2, 3))
-            _add_queries(dq, tile, _attend(ds, _take_keys(k_heads, tile, wide)))
+            _add_queries(dq, tile, _attend(ds, k_tile, scratch))
 
         dq = _from_group(dq.mul_(ctx.scale)).to(q.dtype)
         dk, dv = dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
@@ -140,12 +175,6 @@ def _from_group(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2, 3)
 
 
-def _take_queries(x: Tensor, tile: Tile) -> Tensor:
-    """The tile's queries of x [b, g, t, ...]: a view where they are a slice, else a copy."""
-    x = x[tile.rows, tile.groups]
-    return x[:, :, tile.queries] if isinstance(tile.queries, slice) else x.index_select(2, tile.queries)
-
-
 def _put_queries(x: Tensor, tile: Tile, values: Tensor) -> None:
     x = x[tile.rows, tile.groups]
     if isinstance(tile.queries, slice):
@@ -162,9 +191,9 @@ def _add_queries(x: Tensor, tile: Tile, values: Tensor) -> None:
         x.index_add_(2, tile.queries, values)
 
 
-def _take_keys(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+def _take_keys(x: Tensor, tile: Tile) -> Tensor:
     x = x[tile.rows, tile.groups]
-    return (x[:, :, tile.keys] if isinstance(tile.keys, slice) else x.index_select(2, tile.keys)).to(dtype)
+    return x[:, :, tile.keys] if isinstance(tile.keys, slice) else x.index_select(2, tile.keys)
 
 
 def _add_keys(x: Tensor, tile: Tile, values: Tensor) -> None:
@@ -175,9 +204,11 @@ def _add_keys(x: Tensor, tile: Tile, values: Tensor) -> None:
         x.index_add_(2, tile.keys, values)
 
 
-def _attend(rows: Tensor, keys: Tensor) -> Tensor:
+def _attend(rows: Tensor, keys: Tensor, scratch: _Scratch) -> Tensor:
     """[b, g, queries, heads, m] @ [b, g, m, n]: the heads of a group share the right-hand side."""
-    return (rows.flatten(2, 3) @ keys).unflatten(2, rows.shape[2:4])
+    b, g, queries, heads, _ = rows.shape
+    out = scratch.take((b, g, queries * heads, keys.shape[-1]), rows)
+    return torch.matmul(rows.flatten(2, 3), keys, out=out).unflatten(2, (queries, heads))
 
 
 def _transposed(p: Tensor) -> Tensor:
@@ -185,23 +216,72 @@ def _transposed(p: Tensor) -> Tensor:
     return p.flatten(2, 3).transpose(-1, -2)
 
 
-def _scores(tile: Tile, q_heads: Tensor, k_heads: Tensor) -> Tensor:
+def _scores(tile: Tile, q_tile: Tensor, k_tile: Tensor, scratch: _Scratch) -> Tensor:
     """Scores [b, g, queries, heads, keys] of a tile (q is scaled already), -inf where a key is not visible."""
-    wide = _accumulation_dtype(q_heads.dtype)
-    keys = _take_keys(k_heads, tile, wide).transpose(-1, -2)
-    scores = _attend(_take_queries(q_heads, tile).to(wide), keys)
+    scores = _attend(q_tile, k_tile.transpose(-1, -2), scratch)
     for first, mask in tile.masks:
         scores[..., first : first + mask.shape[-1]].masked_fill_(~mask.unsqueeze(-2), -torch.inf)
     return scores
 
 
-def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax over the keys and its log-sum-exp; zeros and -inf for a row that sees no key."""
+def _fold(
+    tile: Tile, q_tile: Tensor, k_tile: Tensor, old_lse: Tensor | None, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """p, share, kept, lse such that the attention over the tile's keys and those before them is
+
+        out = share * (p @ v) + kept * old_out        (kept None: there were none before)
+
+    exp() needs a reference near the largest score of the row. Mostly one is at hand, the log-sum-exp so far or the
+    score of a key that all queries of the tile see, and the search for the maximum is saved. Rows in which it proves
+    so low that rounding would show, or in which it is missing, are done again with their maximum. What happens in a
+    row depends on no other row.
+    """
+    if old_lse is not None and bool((old_lse == -torch.inf).all()):
+        old_lse = None
+    scores = _scores(tile, q_tile, k_tile, scratch)
+    reference = old_lse
+    if (column := _column_for_all(tile, scores.shape[-1])) is not None:
+        seen = scores[..., column].clone()
+        reference = seen if old_lse is None else torch.where(old_lse == -torch.inf, seen, old_lse)
+    if reference is None:
+        reference = _highest(scores, old_lse)
+        return _shares(*_relative(scores, reference, old_lse), reference)
+    p, mass, carried = _relative(scores, reference, old_lse)
+    near = mass < 1.0 / torch.finfo(mass.dtype).eps  # false for NaN
+    if not bool(near.all()):
+        scores = _scores(tile, q_tile, k_tile, scratch)
+        reference = torch.where(near, reference, _highest(scores, old_lse))
+        p, mass, carried = _relative(scores, reference, old_lse)
+    return _shares(p, mass, carried, reference)
+
+
+def _highest(scores: Tensor, old_lse: Tensor | None) -> Tensor:
+    """The largest score of each row, or the log-sum-exp so far; 0 where nothing was seen."""
     top = scores.amax(-1)
-    p = scores.softmax(-1)
-    lse = top - p.amax(-1).log()  # the largest probability is exp(top - lse), and never underflows
-    empty = top == -torch.inf
-    if empty.any():
-        p = p.masked_fill(empty.unsqueeze(-1), 0.0)
-        lse = lse.masked_fill(empty, -torch.inf)
-    return p, lse
+    highest = top if old_lse is None else torch.maximum(top, old_lse)
+    return highest.masked_fill(highest == -torch.inf, 0.0)
+
+
+def _relative(scores: Tensor, reference: Tensor, old_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """exp(scores - reference), in place; its sum with what earlier keys carry over; and that part."""
+    p = scores.sub_(reference.unsqueeze(-1)).exp_()
+    if old_lse is None:
+        return p, p.sum(-1), None
+    carried = (old_lse - reference).exp_()
+    return p, p.sum(-1).add_(carried), carried
+
+
+def _shares(
+    p: Tensor, mass: Tensor, carried: Tensor | None, reference: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    share = mass.masked_fill(mass == 0.0, 1.0).reciprocal_()  # a row that sees no key: p is 0
+    return p, share, None if carried is None else carried.mul_(share), mass.log_().add_(reference)
+
+
+def _column_for_all(tile: Tile, num_keys: int) -> int | None:
+    """The first key of the tile that no mask covers, so that each of its queries sees it."""
+    column = 0
+    for first, mask in sorted(tile.masks, key=lambda pair: pair[0]):
+        if column >= first:
+            column = max(column, first + mask.shape[-1])
+    return column if column < num_keys else None
