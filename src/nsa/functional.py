@@ -1,8 +1,10 @@
-"""Native Sparse Attention as a function: the six steps of the paper, in order."""
+"""Native Sparse Attention as a function: the six steps of the paper, in order, or the kernels that do the same."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nsa.backend import Backend, resolve
 from nsa.config import NSAConfig
 from nsa.ops.combine import combine
 from nsa.ops.compress import compress, phi_mean
@@ -30,6 +32,8 @@ def native_sparse_attention(
     seqlens_k: Int[Tensor, " b"] | None = None,
     seqlens_win: Int[Tensor, " b"] | None = None,
     scale: float | None = None,
+    nonnegative_gates: bool = False,
+    backend: Backend | None = None,
 ) -> Float[Tensor, "b t h e"]:
     """Compressed, selected and window attention of every query, added by its gates.
 
@@ -51,12 +55,21 @@ def native_sparse_attention(
             negative position are padding.
         seqlens_win: the same for k_win, where it holds fewer keys than k.
         scale: factor of the scores, d ** -0.5 by default.
+        nonnegative_gates: whether no gate is negative, as none from a sigmoid is. The kernels' backward then needs no
+            copy of the output's gradient for each branch; with it a negative gate's gradients are NaN.
+        backend: "torch" for the PyTorch operations of `nsa.ops`; "triton" for the kernels (docs/kernels.md says what
+            they take), an error where they cannot serve; "auto" for the kernels where they can. By default what
+            `nsa.backend.use_backend` says, at first "auto".
 
     Returns:
         [b, t, h, e] in q's dtype. A branch in which a query sees no key adds 0; padding queries give 0.
 
+    Under `torch.autocast` queries, keys and values are cast to its dtype first, as for PyTorch's own attention. The
+    kernels do not read lengths on the host, so nothing waits for the device, and lengths are trusted; the PyTorch
+    operations check them.
+
     Raises:
-        ValueError: shapes or lengths that do not fit, in one line that names the step.
+        ValueError: shapes or lengths that do not fit, in one line that names the step; a backend that cannot serve.
 
     Source: paper section 3. Tested against the fp64 brute force of nsa.testing, and against itself under every
     split into prefill chunks and decoding steps.
@@ -64,17 +77,47 @@ def native_sparse_attention(
     for pair, one, other in (("k_cmp and v_cmp", k_cmp, v_cmp), ("k_win and v_win", k_win, v_win)):
         if (one is None) != (other is None):
             raise ValueError(f"native_sparse_attention: give {pair} together, got only one of them")
+    if cu_seqlens_q is not None and seqlens_win is not None:
+        raise ValueError("native_sparse_attention: give either cu_seqlens_q (packed) or seqlens_win (ragged rows)")
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqlens_k)
     if k_win is None or v_win is None:
         k_win, v_win, seqlens_win = k, v, seqlens_k
-    sequences_win = sequences if seqlens_win is None else Sequences(seqlens_k=seqlens_win)
+
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v, k_win, v_win = (_autocast(x, dtype) for x in (q, k, v, k_win, v_win))
+        if k_cmp is not None and v_cmp is not None:
+            k_cmp, v_cmp = _autocast(k_cmp, dtype), _autocast(v_cmp, dtype)
+        # The sums inside are fp32; autocast would round their terms.
+        with torch.autocast(device, enabled=False):
+            return native_sparse_attention(
+                q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
+                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqlens_k=seqlens_k, seqlens_win=seqlens_win,
+                scale=scale, nonnegative_gates=nonnegative_gates, backend=backend,
+            )  # fmt: skip
 
     if k_cmp is None or v_cmp is None:
         k_cmp = compress(k, phi_mean, config, sequences=sequences)
         v_cmp = compress(v, phi_mean, config, sequences=sequences)
+    if resolve(q, k, v, k_cmp, v_cmp, k_win, v_win, scale=scale, backend=backend) == "triton":
+        from nsa.kernels.functional import native_sparse_attention as on_kernels  # only where triton is installed
+
+        return on_kernels(
+            q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqlens_k=seqlens_k, seqlens_win=seqlens_win,
+            scale=scale, nonnegative_gates=nonnegative_gates,
+        )  # fmt: skip
+
+    sequences_win = sequences if seqlens_win is None else Sequences(seqlens_k=seqlens_win)
     out_cmp, _, block_indices = compressed_attention_and_selection(
         q, k_cmp, v_cmp, config, num_keys=k.shape[1], sequences=sequences, scale=scale
     )
     out_slc, _ = selected_attention(q, k, v, block_indices, config, sequences=sequences, scale=scale)
     out_win, _ = window_attention(q, k_win, v_win, config.window_size, sequences=sequences_win, scale=scale)
     return combine(out_cmp, out_slc, out_win, gates)
+
+
+def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What torch.autocast does with an argument: fp64 stays."""
+    return x if x.dtype == torch.float64 else x.to(dtype)

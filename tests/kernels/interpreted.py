@@ -8,6 +8,7 @@ to `tests/gpu` and `test_compile.py`.
 # ruff: noqa: E402 (the path to the cases comes first)
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from cases import CHECKS, Case, Run, whole
 from layouts import Layout
 from poison import poisoned_memory
 
+from nsa.backend import resolve, use_backend
 from nsa.config import NSAConfig
-from nsa.functional import native_sparse_attention as in_torch
+from nsa.functional import native_sparse_attention
 from nsa.kernels import library
-from nsa.kernels.functional import native_sparse_attention as on_kernels
-from nsa.ops.compress import compress, phi_mean
+from nsa.modules.attention import NativeSparseAttention
 from nsa.ops.selected_attention import selected_attention as op_selected_attention
 from nsa.ops.window_attention import window_attention
 from nsa.testing import assert_close_to_fp64
@@ -94,11 +95,8 @@ def _inputs(dtype: torch.dtype, generator: torch.Generator) -> list[torch.Tensor
     return [x.to(dtype).requires_grad_() for x in (q, k, v, gates.sigmoid())]
 
 
-def in_triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor, config: NSAConfig
-) -> torch.Tensor:
-    k_cmp, v_cmp = (compress(x, phi_mean, config) for x in (k, v))
-    return on_kernels(q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp)
+in_torch = partial(native_sparse_attention, backend="torch")
+in_triton = partial(native_sparse_attention, backend="triton")
 
 
 def _out_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -106,8 +104,14 @@ def _out_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tenso
     return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
 
-def test_the_operator_is_the_function_and_its_gradient(generator: torch.Generator) -> None:
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # numpy, of a gate of 0
+@pytest.mark.parametrize("gates", ["sigmoid", "any sign", "known nonnegative"])
+def test_the_function_and_its_gradients_are_those_of_the_ops(generator: torch.Generator, gates: str) -> None:
     inputs = _inputs(torch.float32, generator)
+    if gates == "any sign":
+        with torch.no_grad():
+            inputs[3].sub_(0.5).masked_fill_(inputs[3].abs() < 0.1, 0.0)
+    in_triton = partial(native_sparse_attention, backend="triton", nonnegative_gates=gates == "known nonnegative")
     truth = _out_and_gradients(in_torch, [x.detach().double().requires_grad_() for x in inputs])
     plain = _out_and_gradients(in_torch, inputs)
     for name, x, p, t in zip(
@@ -162,9 +166,103 @@ def test_torch_compile_takes_the_whole_without_a_graph_break(generator: torch.Ge
         torch.testing.assert_close(x, y)
 
 
+def test_auto_takes_the_kernels_where_they_serve(generator: torch.Generator) -> None:
+    inputs = _inputs(torch.float32, generator)
+    assert resolve(*inputs[:3]) == "triton"
+    assert torch.equal(native_sparse_attention(*inputs, SMALL), in_triton(*inputs, SMALL))
+    with use_backend("torch"):
+        assert torch.equal(native_sparse_attention(*inputs, SMALL), in_torch(*inputs, SMALL))
+    with pytest.raises(ValueError, match=r"^backend 'triton' cannot serve: expected one dtype of float32"):
+        in_triton(*(x.double() for x in inputs), SMALL)
+    doubles = native_sparse_attention(*(x.double() for x in inputs), SMALL)
+    assert doubles.dtype == torch.float64
+
+
+def test_shapes_that_do_not_fit_are_one_line(generator: torch.Generator) -> None:
+    q, k, v, gates = _inputs(torch.float32, generator)
+    k_cmp, v_cmp = k[:, :3], v[:, :3]
+    cu = torch.tensor([0, 19], dtype=torch.int32)
+    for arguments, options, message in (
+        ((q, k, v[:, :5], gates), {}, r"v should have shape \[b=1, s=19, g=2, e\]"),
+        ((q, k, v, gates[..., :2]), {}, r"gates should have shape"),
+        ((q, k, v, gates), {"k_cmp": k_cmp, "v_cmp": v_cmp}, "expected 8 compressed blocks for 19 keys, got 3"),
+        ((q, k[:, :9], v[:, :9], gates), {}, "expected t <= s, got 19 and 9"),
+        ((q, k, v, gates), {"seqlens_k": cu}, r"seqlens_k should have shape \[b=1\]"),
+        ((q, k, v, gates), {"cu_seqlens_q": cu, "seqlens_win": cu[:1]}, "either cu_seqlens_q"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            in_triton(*arguments, SMALL, **options)
+
+
+@pytest.mark.parametrize(("b", "t"), [(0, 9), (1, 0)])
+def test_no_rows_and_no_queries(b: int, t: int) -> None:
+    q, k, gates = torch.zeros(b, t, 4, 8), torch.zeros(b, 9, 2, 8), torch.zeros(b, t, 4, 3)
+    q.requires_grad_()
+    out = in_triton(q, k, k, gates, SMALL)
+    assert out.shape == (b, t, 4, 8)
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_autocast_casts_what_attends_and_not_the_sums(generator: torch.Generator) -> None:
+    q, k, v, gates = _inputs(torch.float32, generator)
+    half = [x.detach().half() for x in (q, k, v)]
+    for function in (in_torch, in_triton):
+        with torch.autocast("cpu", torch.float16):
+            out = function(q, k.half(), v, gates, SMALL)
+        assert out.dtype == torch.float16
+        assert torch.equal(out, function(*half, gates, SMALL))
+        assert all(x.dtype == torch.float32 for x in torch.autograd.grad(out.float().sum(), (q, k, v, gates)))
+
+
+def _layer() -> NativeSparseAttention:
+    torch.manual_seed(0)
+    layer = NativeSparseAttention(32, 4, 2, 8, config=SMALL)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return layer
+
+
+def _layer_gradients(layer: NativeSparseAttention, x: torch.Tensor, backend: str, **kwargs) -> list[torch.Tensor]:
+    x = x.detach().requires_grad_()
+    with use_backend(backend):
+        out = layer(x, **kwargs)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("kind", ["whole", "padded", "packed"])
+def test_the_layer_uses_the_kernels(kind: str) -> None:
+    layer, x = _layer(), torch.randn(2, 21, 32)
+    kwargs = {
+        "padded": {"attention_mask": torch.ones(2, 21).index_put((torch.tensor(1), torch.arange(9)), torch.tensor(0.0))}
+    }
+    if kind == "packed":
+        x = x[:1]
+        kwargs["packed"] = {"cu_seqlens": torch.tensor([0, 2, 2, 21])}
+    kwargs = kwargs.get(kind, {})
+    found = _layer_gradients(layer, x, "triton", **kwargs)
+    plain = _layer_gradients(layer, x, "torch", **kwargs)
+    truth = _layer_gradients(layer.double(), x.double(), "torch", **kwargs)
+    names = ["out", "x", *(name for name, _ in layer.named_parameters())]
+    for name, *three in zip(names, found, plain, truth, strict=True):
+        assert_close_to_fp64(*three, name, largest_score=100.0)
+
+
+def test_torch_compile_takes_the_layer_without_a_graph_break() -> None:
+    layer, x = _layer(), torch.randn(1, 21, 32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for name, a, b in zip(
+        ["out", "x", *(name for name, _ in layer.named_parameters())],
+        _layer_gradients(layer, x, "triton"),
+        _layer_gradients(compiled, x, "triton"),
+        strict=True,
+    ):
+        torch.testing.assert_close(b, a, msg=name)
+
+
 def test_operators_are_registered_right(generator: torch.Generator) -> None:
-    q, k, v, _ = _inputs(torch.float32, generator)
-    q, k, v = (x.detach()[:, :9].requires_grad_() for x in (q, k, v))
+    q, k, v, gates = (x.detach()[:, :9].requires_grad_() for x in _inputs(torch.float32, generator))
     where = (None, None, None)
     sizes = library.sizes_of(SMALL)
     out, lse = library.contiguous_attention(q, k, v, *where, 9, 1, 1, 5, 0.3)
@@ -175,6 +273,7 @@ def test_operators_are_registered_right(generator: torch.Generator) -> None:
         (library.contiguous_attention, (q, k, v, *where, 9, 1, 1, 5, 0.3)),
         (library.top_blocks, (q.detach(), k.detach()[:, :3], lse.detach(), *where, 9, sizes, 0.3)),
         (library.selected_attention, (q, k, v, block_indices, *where, sizes, 0.3)),
+        (library.whole, (q, k[:, :3], v[:, :3], k, v, k, v, gates, *where, None, sizes, 0.3, True)),
     ):
         torch.library.opcheck(op, arguments, test_utils=checks)
     assert out.isfinite().all()

@@ -87,6 +87,14 @@ def test_packed_position_ids_keep_documents_apart(attention):
         torch.testing.assert_close(packed[:, 20:], built(ids[:, 20:]).logits, rtol=1e-9, atol=1e-9)
 
 
+def test_a_mask_without_padding_leaves_packed_documents_apart():
+    built, ids = model("nsa"), tokens(1, 50)
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    with torch.no_grad():
+        packed = built(ids, torch.ones(1, 50), positions, use_cache=False).logits
+        torch.testing.assert_close(packed[:, 20:], built(ids[:, 20:]).logits, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("attention", TWINS)
 def test_generation_equals_generation_without_a_cache(attention):
     built, ids = model(attention), tokens(2, 30)

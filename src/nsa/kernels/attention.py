@@ -6,7 +6,6 @@ Done together, the branches' backward take the same d_out: their gates are folde
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -53,14 +52,25 @@ def attention_forward(
 
 def attention_backward(
     q: Tensor, cmp: Keys, slc: Keys, win: Keys, gates: Tensor, d_out: Tensor, saved: Saved,
-    layouts: Layouts, config: NSAConfig, scale: float,
+    layouts: Layouts, config: NSAConfig, scale: float, nonnegative_gates: bool = True,
 ) -> tuple[Tensor, Keys, Keys, Keys, Tensor]:  # fmt: skip
-    """Gradients of q, of the three pairs of keys and values, and of the gates."""
-    deltas, lses = gates_backward(saved.outs, saved.lses, gates, d_out)
-    d_gates = deltas.movedim(0, -1).to(gates.dtype, memory_format=torch.contiguous_format)
-    dq, *d_cmp = contiguous_backward(q, *cmp, d_out, lses[0], deltas[0], layouts.cmp, None, scale)
-    dq, *d_win = contiguous_backward(q, *win, d_out, lses[2], deltas[2], layouts.win, config.window_size, scale, dq)
-    arguments = (d_out, lses[1], deltas[1], layouts.slc, config, scale)
+    """Gradients of q, of the three pairs of keys and values, and of the gates.
+
+    With gates that may be negative (`nonnegative_gates` False), the size of a gate goes into the log-sum-exp and its
+    sign into a copy of d_out, one branch at a time.
+    """
+    deltas, lses = gates_backward(saved.outs, saved.lses, gates if nonnegative_gates else gates.abs(), d_out)
+    d_gates = deltas.movedim(0, -1).to(gates.dtype).contiguous()
+    if not nonnegative_gates:
+        deltas = (deltas * gates.sign().movedim(-1, 0)).contiguous()
+
+    def of_branch(branch: int) -> tuple[Tensor, Tensor, Tensor]:
+        signed = d_out if nonnegative_gates else d_out * gates[..., branch, None].sign().to(d_out.dtype)
+        return signed, lses[branch], deltas[branch]
+
+    dq, *d_cmp = contiguous_backward(q, *cmp, *of_branch(0), layouts.cmp, None, scale)
+    dq, *d_win = contiguous_backward(q, *win, *of_branch(2), layouts.win, config.window_size, scale, dq)
+    arguments = (*of_branch(1), layouts.slc, config, scale)
     dq = selected_dq(q, *slc, saved.block_indices, *arguments, add_to=dq)
     d_slc = selected_dkdv(q, *slc, saved.block_indices, *arguments)
     return dq, tuple(d_cmp), d_slc, tuple(d_win), d_gates

@@ -211,7 +211,7 @@ def _layouts(
 def whole(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
-    sizes: list[int], scale: float,
+    sizes: list[int], scale: float, nonnegative_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out; then what backward needs: the branches' outputs and log-sum-exps (cmp, slc, win), block_indices."""
     config = _config(sizes)
@@ -223,7 +223,7 @@ def whole(
 
 
 @whole.register_fake
-def _(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, cu_q, cu_k, lengths, lengths_win, sizes, scale):
+def _(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, cu_q, cu_k, lengths, lengths_win, sizes, scale, nonnegative_gates):
     outs, lses = zip(*(_like_out(q, v) for _ in range(3)), strict=True)
     indices = q.new_empty(q.shape[0], q.shape[1], k.shape[2], sizes[3], dtype=torch.int32)
     return q.new_empty(*q.shape[:3], v.shape[3]), *outs, *lses, indices
@@ -234,7 +234,7 @@ def whole_backward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
     d_out: Tensor, saved: list[Tensor],
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
-    sizes: list[int], scale: float,
+    sizes: list[int], scale: float, nonnegative_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     config = _config(sizes)
     layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
@@ -242,7 +242,7 @@ def whole_backward(
     kept = Saved(tuple(saved[:3]), tuple(saved[3:6]), saved[6])
     with _serving(q, *(x for pair in pairs for x in pair), scale=scale):
         dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
-            _rows(q), *pairs, gates.contiguous(), d_out.contiguous(), kept, layouts, config, scale
+            _rows(q), *pairs, gates.contiguous(), d_out.contiguous(), kept, layouts, config, scale, nonnegative_gates
         )
     return dq, *d_cmp, *d_slc, *d_win, d_gates
 
@@ -262,7 +262,7 @@ def _save_whole(ctx, inputs, output):
 def _whole_gradients(ctx, d_out, *_):
     tensors = ctx.saved_tensors
     grads = whole_backward(*tensors[:8], d_out, list(tensors[8:15]), *tensors[15:], *ctx.rest)
-    return *grads, *[None] * 6
+    return *grads, *[None] * 7
 
 
 whole.register_autograd(_whole_gradients, setup_context=_save_whole)

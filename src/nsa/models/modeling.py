@@ -64,7 +64,6 @@ class NSALlamaAttention(NativeSparseAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -76,15 +75,13 @@ class NSALlamaAttention(NativeSparseAttention):
             layer = past_key_values.layers[self.layer_idx]
             layer.num_columns += hidden_states.shape[1]
             cache = layer.nsa
-        elif attention_mask is None and cu_seq_lens_q is None:
-            cu_seq_lens_q = packed_boundaries(position_ids)
         out = super().forward(hidden_states, cache=cache, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q)
         return out, None
 
 
-def packed_boundaries(position_ids: Tensor | None) -> Tensor | None:
+def packed_boundaries(position_ids: Tensor) -> Tensor | None:
     """cu_seqlens of packed sequences whose position_ids [1, t] start again from 0; None where they never do."""
-    if position_ids is None or not (position_ids.diff(dim=-1) < 0).any():
+    if not (position_ids.diff(dim=-1) < 0).any():
         return None
     if position_ids.shape[0] != 1:
         raise ValueError(f"packed position_ids should come as one row, got {list(position_ids.shape)}")
@@ -130,8 +127,10 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        *args: Any,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -139,7 +138,19 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             # A cache that nobody will read costs memory in training; it is made where generation can use it.
             use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
             past_key_values = NSALlamaCache(self.config) if use_cache else None
-        return super().forward(input_ids, *args, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            # Asked once, not by every layer: the answer waits for the device.
+            if past_key_values is None and position_ids is not None and kwargs.get("cu_seq_lens_q") is None:
+                if attention_mask is None or bool((attention_mask != 0).all()):
+                    kwargs["cu_seq_lens_q"] = packed_boundaries(position_ids)
+        return super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class NSALlamaForCausalLM(NSALlamaPreTrainedModel, LlamaForCausalLM):

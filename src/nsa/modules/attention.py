@@ -165,6 +165,7 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens_q=cu_seqlens,
             seqlens_k=seqlens_k,
             seqlens_win=seqlens_win,
+            nonnegative_gates=True,
         )
         if counts is not None:
             # In a chunk, the columns before a row's tokens fall on positions of its past; they are still padding.
@@ -247,8 +248,8 @@ def _positions(
     """Position of every column in its own sequence, [b or 1, t]; 0 for padding."""
     columns = torch.arange(t, device=device)
     if cu_seqlens is not None:
-        starts = cu_seqlens[:-1].to(device).repeat_interleave(cu_seqlens.diff().to(device))
-        return (columns[: len(starts)] - starts)[None]
+        bounds = cu_seqlens.to(device)
+        return (columns - bounds[torch.searchsorted(bounds, columns, right=True) - 1])[None]
     if counts is None and len(set(past)) <= 1:
         return columns[None] + (past[0] if past else 0)
     counts = [t] * len(past) if counts is None else counts
