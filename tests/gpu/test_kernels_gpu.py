@@ -7,8 +7,6 @@ from layouts import LAYOUTS, Layout
 from poison import poisoned_memory
 
 from nsa.config import NSAConfig
-from nsa.kernels.functional import native_sparse_attention as on_kernels
-from nsa.ops.compress import compress, phi_mean
 from nsa.testing import INPUT_FAMILIES
 
 pytestmark = pytest.mark.gpu
@@ -51,62 +49,3 @@ def test_every_kernel_is_within_the_budget(case: Case, check: str, monkeypatch: 
     run = Run(case, "cuda")
     poisoned_memory(monkeypatch)
     getattr(run, check)()
-
-
-def _inputs(length: int, generator: torch.Generator) -> list[torch.Tensor]:
-    shapes = [(1, length, 16, 128), (1, length, 1, 128), (1, length, 1, 128), (1, length, 16, 3)]
-    q, k, v, gates = (torch.randn(shape, generator=generator, dtype=torch.bfloat16, device="cuda") for shape in shapes)
-    return [x.requires_grad_() for x in (q, k, v, gates.detach().sigmoid())]
-
-
-def native_sparse_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor, config: NSAConfig
-) -> torch.Tensor:
-    k_cmp, v_cmp = (compress(x, phi_mean, config) for x in (k, v))
-    return on_kernels(q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp)
-
-
-def _out_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    out = function(*inputs, DEFAULT)
-    return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
-
-
-@pytest.fixture
-def cuda_generator() -> torch.Generator:
-    return torch.Generator("cuda").manual_seed(0)
-
-
-def test_gradients_repeat_bit_by_bit(cuda_generator: torch.Generator) -> None:
-    inputs = _inputs(5000, cuda_generator)
-    torch.use_deterministic_algorithms(True)
-    try:
-        for x, y in zip(*(_out_and_gradients(native_sparse_attention, inputs) for _ in range(2)), strict=True):
-            assert torch.equal(x, y)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_torch_compile_takes_the_whole_without_a_graph_break(cuda_generator: torch.Generator) -> None:
-    inputs = _inputs(1000, cuda_generator)
-    compiled = torch.compile(native_sparse_attention, fullgraph=True)
-    for x, y in zip(*(_out_and_gradients(f, inputs) for f in (native_sparse_attention, compiled)), strict=True):
-        torch.testing.assert_close(x, y)
-
-
-def test_no_step_waits_for_the_device(cuda_generator: torch.Generator) -> None:
-    inputs = _inputs(1000, cuda_generator)
-    _out_and_gradients(native_sparse_attention, inputs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _out_and_gradients(native_sparse_attention, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_million_tokens_end_as_their_last_queries_do(cuda_generator: torch.Generator) -> None:
-    q, k, v, gates = (x.detach() for x in _inputs(1 << 20, cuda_generator))
-    out = native_sparse_attention(q, k, v, gates, DEFAULT)
-    last = slice(-100, None)
-    alone = native_sparse_attention(q[:, last], k, v, gates[:, last], DEFAULT)
-    torch.testing.assert_close(out[:, last], alone)
-    assert out.isfinite().all()

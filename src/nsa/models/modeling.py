@@ -79,6 +79,10 @@ class NSALlamaAttention(NativeSparseAttention):
         return out, None
 
 
+def _has_no_padding(attention_mask: Tensor | None) -> bool:
+    return attention_mask is None or bool((attention_mask != 0).all())
+
+
 def packed_boundaries(position_ids: Tensor) -> Tensor | None:
     """cu_seqlens of packed sequences whose position_ids [1, t] start again from 0; None where they never do."""
     if not (position_ids.diff(dim=-1) < 0).any():
@@ -139,9 +143,9 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
             past_key_values = NSALlamaCache(self.config) if use_cache else None
             # Asked once, not by every layer: the answer waits for the device.
-            if past_key_values is None and position_ids is not None and kwargs.get("cu_seq_lens_q") is None:
-                if attention_mask is None or bool((attention_mask != 0).all()):
-                    kwargs["cu_seq_lens_q"] = packed_boundaries(position_ids)
+            may_be_packed = past_key_values is None and position_ids is not None
+            if may_be_packed and kwargs.get("cu_seq_lens_q") is None and _has_no_padding(attention_mask):
+                kwargs["cu_seq_lens_q"] = packed_boundaries(position_ids)
         return super().forward(
             input_ids,
             attention_mask=attention_mask,
