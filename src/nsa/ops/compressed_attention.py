@@ -84,7 +84,7 @@ def compressed_tiles(
                     slice(None),
                     slice(part.q_start + first, part.q_start + last),
                     slice(part.c_start, part.c_start + visible + len(ends)),
-                    masks=((visible, ends <= positions[:, None]),),
+                    masks=((visible, (ends <= positions[:, None]).float()),),
                     positions=positions,
                 )
                 first = last

@@ -142,7 +142,7 @@ def _tiles_by_block(part: Part, chosen: Tensor, config: NSAConfig, blocks: int, 
                     masks: tuple[tuple[int, Tensor], ...] = ()
                     if int(run[0]) + part.first_position < high - 1:
                         seen = torch.arange(low, high, device=run.device) <= run[:, None] + part.first_position
-                        masks = ((0, seen),)
+                        masks = ((0, seen.float()),)
                     keys = slice(part.k_start + low, part.k_start + high)
                     yield Tile(row_slice, slice(group, group + 1), _columns(part, run), keys, masks, partial=True)
 
@@ -161,16 +161,17 @@ def _tiles_masked(part: Part, chosen: Tensor, size: int, blocks: int, h: int) ->
         room = max(1, TILE_ELEMENTS // (rows * h * (part.first_position + first + size)))
         last = min(first + min(room, MAX_QUERIES_TO_MASK), t)
         high = part.first_position + last
-        selected = torch.zeros(rows, groups, last - first, blocks + 1, dtype=torch.bool, device=chosen.device)
-        selected.scatter_(-1, chosen[:, :, first:last].where(chosen[:, :, first:last] >= 0, blocks), True)
-        key_positions = torch.arange(high, device=chosen.device)
+        selected = torch.zeros(rows, groups, last - first, blocks + 1, device=chosen.device)
+        selected.scatter_(-1, chosen[:, :, first:last].where(chosen[:, :, first:last] >= 0, blocks), 1.0)
         positions = torch.arange(first, last, device=chosen.device) + part.first_position
-        mask = selected.repeat_interleave(size, dim=-1)[..., :high] & (key_positions <= positions[:, None])
+        mask = selected.unsqueeze(-1).expand(*selected.shape, size).flatten(-2)[..., :high]
+        mask *= torch.arange(high, device=chosen.device) <= positions[:, None]
         yield Tile(
             part.rows,
             slice(None),
             slice(part.q_start + first, part.q_start + last),
             slice(part.k_start, part.k_start + high),
             masks=((0, mask),),
+            typical_key=positions,  # the own one
         )
         first = last

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# exp() of this is far from overflow, and far above any sum of probabilities that is let pass.
+LARGEST_EXPONENT = 80.0
 # Scores in one tile. 2 MB of fp32: small enough for the cache of a core, large enough that Python costs little.
 TILE_ELEMENTS = 1 << 19
 
@@ -27,8 +29,11 @@ class Tile:
     groups: slice  # KV heads
     queries: slice | Tensor  # columns of q
     keys: slice | Tensor  # columns of k and v
-    # From this key of the tile on, which are visible: bool, broadcastable to [b, g, queries, keys covered].
+    # From this key of the tile on, 1 for a visible one and 0 for a hidden one: [b, g, queries, keys covered], fp32,
+    # dimensions of size 1 where all are alike.
     masks: tuple[tuple[int, Tensor], ...] = ()
+    # For each query (or for all) a key of the tile whose score is probably not far below the row's largest.
+    typical_key: int | Tensor = 0
     partial: bool = False  # whether its queries meet more keys in other tiles
     positions: Tensor | None = None  # of the queries in their sequence, for those who observe
 
@@ -99,7 +104,7 @@ class _TiledAttention(torch.autograd.Function):
         g, e = v.shape[2:]
         wide = _accumulation_dtype(q.dtype)
         q_heads = _by_group(q.to(wide) * scale, g)
-        k_heads, v_heads = k.to(wide).transpose(1, 2), v.to(wide).transpose(1, 2)
+        k_heads, v_heads = (x.to(wide).transpose(1, 2).contiguous() for x in (k, v))
         out = torch.zeros(b, g, t, h // g, e, dtype=wide, device=q.device)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=wide, device=q.device)
         scratch = _Scratch()
@@ -133,7 +138,7 @@ class _TiledAttention(torch.autograd.Function):
         g = k.shape[2]
         wide = lse.dtype
         q_heads = _by_group(q.to(wide) * ctx.scale, g)
-        k_heads, v_heads = k.to(wide).transpose(1, 2), v.to(wide).transpose(1, 2)
+        k_heads, v_heads = (x.to(wide).transpose(1, 2).contiguous() for x in (k, v))
         # dS = P (dP - rowsum(dO O) + dlse): one number per row.
         delta = _by_group((d_out.to(wide) * out).sum(-1) - d_lse, g)
         d_out = _by_group(d_out.to(wide), g)
@@ -149,7 +154,7 @@ class _TiledAttention(torch.autograd.Function):
                 _take_keys(v_heads, tile),
             )
             d_out_tile = scratch.queries(d_out, tile)
-            p = _scores(tile, q_tile, k_tile, scratch).sub_(scratch.queries(lse, tile).unsqueeze(-1)).exp_()
+            p = _exponentials(tile, _attend(q_tile, k_tile.transpose(-1, -2), scratch), scratch.queries(lse, tile))
             ds = _attend(d_out_tile, v_tile.transpose(-1, -2), scratch)
             ds.sub_(scratch.queries(delta, tile).unsqueeze(-1)).mul_(p)
             _add_keys(dv, tile, _transposed(p) @ d_out_tile.flatten(2, 3))
@@ -207,8 +212,9 @@ def _add_keys(x: Tensor, tile: Tile, values: Tensor) -> None:
 def _attend(rows: Tensor, keys: Tensor, scratch: _Scratch) -> Tensor:
     """[b, g, queries, heads, m] @ [b, g, m, n]: the heads of a group share the right-hand side."""
     b, g, queries, heads, _ = rows.shape
-    out = scratch.take((b, g, queries * heads, keys.shape[-1]), rows)
-    return torch.matmul(rows.flatten(2, 3), keys, out=out).unflatten(2, (queries, heads))
+    out = scratch.take((b * g, queries * heads, keys.shape[-1]), rows)
+    torch.bmm(rows.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1), out=out)
+    return out.view(b, g, queries, heads, -1)
 
 
 def _transposed(p: Tensor) -> Tensor:
@@ -216,12 +222,18 @@ def _transposed(p: Tensor) -> Tensor:
     return p.flatten(2, 3).transpose(-1, -2)
 
 
-def _scores(tile: Tile, q_tile: Tensor, k_tile: Tensor, scratch: _Scratch) -> Tensor:
-    """Scores [b, g, queries, heads, keys] of a tile (q is scaled already), -inf where a key is not visible."""
-    scores = _attend(q_tile, k_tile.transpose(-1, -2), scratch)
+def _exponentials(tile: Tile, scores: Tensor, reference: Tensor) -> Tensor:
+    """exp(scores - reference) where a key is visible, 0 where not; in place.
+
+    Hiding by a product after exp() is many times faster on a CPU than -inf before it. It needs finite exponentials.
+    """
+    scores.sub_(reference.unsqueeze(-1))
+    if tile.masks:
+        scores.clamp_(max=LARGEST_EXPONENT)
+    p = scores.exp_()
     for first, mask in tile.masks:
-        scores[..., first : first + mask.shape[-1]].masked_fill_(~mask.unsqueeze(-2), -torch.inf)
-    return scores
+        p[..., first : first + mask.shape[-1]] *= mask.unsqueeze(-2)
+    return p
 
 
 def _fold(
@@ -232,56 +244,49 @@ def _fold(
         out = share * (p @ v) + kept * old_out        (kept None: there were none before)
 
     exp() needs a reference near the largest score of the row. Mostly one is at hand, the log-sum-exp so far or the
-    score of a key that all queries of the tile see, and the search for the maximum is saved. Rows in which it proves
-    so low that rounding would show, or in which it is missing, are done again with their maximum. What happens in a
-    row depends on no other row.
+    score of a typical key, and the search for the maximum is saved. Rows in which it proves so far off that rounding
+    would show are done again with their maximum. What happens in a row depends on no other row.
     """
     if old_lse is not None and bool((old_lse == -torch.inf).all()):
         old_lse = None
-    scores = _scores(tile, q_tile, k_tile, scratch)
-    reference = old_lse
-    if (column := _column_for_all(tile, scores.shape[-1])) is not None:
-        seen = scores[..., column].clone()
-        reference = seen if old_lse is None else torch.where(old_lse == -torch.inf, seen, old_lse)
-    if reference is None:
-        reference = _highest(scores, old_lse)
-        return _shares(*_relative(scores, reference, old_lse), reference)
-    p, mass, carried = _relative(scores, reference, old_lse)
-    near = mass < 1.0 / torch.finfo(mass.dtype).eps  # false for NaN
+    keys = k_tile.transpose(-1, -2)
+    scores = _attend(q_tile, keys, scratch)
+    reference = _typical_scores(tile, scores)
+    if old_lse is not None:
+        reference = torch.where(old_lse == -torch.inf, reference, old_lse)
+    p, mass, carried = _weights(tile, scores, reference, old_lse)
+    eps = torch.finfo(mass.dtype).eps
+    near = (eps < mass) & (mass < 1.0 / eps)  # false for NaN
     if not bool(near.all()):
-        scores = _scores(tile, q_tile, k_tile, scratch)
-        reference = torch.where(near, reference, _highest(scores, old_lse))
-        p, mass, carried = _relative(scores, reference, old_lse)
-    return _shares(p, mass, carried, reference)
-
-
-def _highest(scores: Tensor, old_lse: Tensor | None) -> Tensor:
-    """The largest score of each row, or the log-sum-exp so far; 0 where nothing was seen."""
-    top = scores.amax(-1)
-    highest = top if old_lse is None else torch.maximum(top, old_lse)
-    return highest.masked_fill(highest == -torch.inf, 0.0)
-
-
-def _relative(scores: Tensor, reference: Tensor, old_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """exp(scores - reference), in place; its sum with what earlier keys carry over; and that part."""
-    p = scores.sub_(reference.unsqueeze(-1)).exp_()
-    if old_lse is None:
-        return p, p.sum(-1), None
-    carried = (old_lse - reference).exp_()
-    return p, p.sum(-1).add_(carried), carried
-
-
-def _shares(
-    p: Tensor, mass: Tensor, carried: Tensor | None, reference: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        scores = _attend(q_tile, keys, scratch)
+        reference = torch.where(near, reference, _largest(tile, scores, old_lse))
+        p, mass, carried = _weights(tile, scores, reference, old_lse)
     share = mass.masked_fill(mass == 0.0, 1.0).reciprocal_()  # a row that sees no key: p is 0
     return p, share, None if carried is None else carried.mul_(share), mass.log_().add_(reference)
 
 
-def _column_for_all(tile: Tile, num_keys: int) -> int | None:
-    """The first key of the tile that no mask covers, so that each of its queries sees it."""
-    column = 0
-    for first, mask in sorted(tile.masks, key=lambda pair: pair[0]):
-        if column >= first:
-            column = max(column, first + mask.shape[-1])
-    return column if column < num_keys else None
+def _typical_scores(tile: Tile, scores: Tensor) -> Tensor:
+    if isinstance(tile.typical_key, int):
+        return scores[..., tile.typical_key].clone()
+    return scores.take_along_dim(tile.typical_key.view(1, 1, -1, 1, 1), dim=-1).squeeze(-1)
+
+
+def _largest(tile: Tile, scores: Tensor, old_lse: Tensor | None) -> Tensor:
+    """The largest visible score of each row, or the log-sum-exp so far; 0 where nothing was seen."""
+    visible = scores.clone()
+    for first, mask in tile.masks:
+        visible[..., first : first + mask.shape[-1]].masked_fill_((mask == 0).unsqueeze(-2), -torch.inf)
+    top = visible.amax(-1)
+    largest = top if old_lse is None else torch.maximum(top, old_lse)
+    return largest.masked_fill(largest == -torch.inf, 0.0)
+
+
+def _weights(
+    tile: Tile, scores: Tensor, reference: Tensor, old_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """p relative to the reference; its sum with what earlier keys carry over; and that part."""
+    p = _exponentials(tile, scores, reference)
+    if old_lse is None:
+        return p, p.sum(-1), None
+    carried = (old_lse - reference).exp_()
+    return p, p.sum(-1).add_(carried), carried

@@ -60,13 +60,17 @@ def window_attention(
                 age = positions[:, None] - torch.arange(low, high, device=q.device)
                 edge = last - first
                 first_keys = age if high - low < 2 * edge else age[:, :edge]
-                masks = ((0, first_keys < window_size), (high - low - edge, age[:, -edge:] >= 0))
+                masks = (
+                    (0, (first_keys < window_size).float()),
+                    (high - low - edge, (age[:, -edge:] >= 0).float()),
+                )
                 yield Tile(
                     part.rows,
                     slice(None),
                     slice(part.q_start + first, part.q_start + last),
                     slice(part.k_start + low, part.k_start + high),
                     masks,
+                    typical_key=positions - low,  # the own one
                 )
 
     return tiled_attention(q, k, v, tiles, scale=scale)
