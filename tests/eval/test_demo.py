@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rigged import write_text
 
 from nsa.config import NSAConfig
-from nsa.eval import demo, pictures
+from nsa.eval import demo, pictures, twins
 from nsa.eval.command import DemoArguments
 from nsa.eval.tasks import Needle, Perplexity, Recall
 from nsa.training.config import TrainConfig
@@ -30,7 +31,7 @@ def finished(text, tmp_path_factory) -> tuple[Path, str]:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         shrink(patch, text)
-        DemoArguments(output=out).run()
+        DemoArguments(output=out, processes=2).run()
     return out, printed.getvalue()
 
 
@@ -38,7 +39,7 @@ def finished(text, tmp_path_factory) -> tuple[Path, str]:
 def tiny(text, tmp_path, monkeypatch) -> Path:
     """The tiny demo whose training is pretended and whose judging is stopped; the folder for its results."""
     shrink(monkeypatch, text)
-    monkeypatch.setattr(demo, "train", pretend_to_train)
+    monkeypatch.setattr(twins, "train", pretend_to_train)
     monkeypatch.setattr(demo, "load", stop)
     return tmp_path / "out"
 
@@ -127,10 +128,10 @@ def test_finished_twins_are_kept_when_the_demo_was_stopped(tiny, monkeypatch):
         trained.append(config.attention)
         pretend_to_train(config)
 
-    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(twins, "train", train)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt, match="the same command goes on where it was"):
-            DemoArguments(output=tiny).run()
+            DemoArguments(output=tiny, processes=1).run()
     assert trained == ["nsa", "dense", "stopped", "window"]
 
 
@@ -144,18 +145,27 @@ def test_a_twin_that_was_stopped_goes_on_from_its_checkpoint(tiny, monkeypatch, 
             raise KeyboardInterrupt
         pretend_to_train(config)
 
-    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(twins, "train", train)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            DemoArguments(output=tiny).run()
+            DemoArguments(output=tiny, processes=1).run()
     assert calls == [("nsa", False), ("nsa", True), ("dense", False), ("window", False)]
     assert "training 4 steps, going on from checkpoint-2" in capsys.readouterr().out
+
+
+def test_a_twin_that_fails_in_its_process_says_why(text, tmp_path, monkeypatch):
+    shrink(monkeypatch, text)
+    recipes = {twin: demo.recipe(tmp_path, twin, steps=None, seed=0) for twin in ("nsa", "dense")}
+    recipes["dense"] = replace(recipes["dense"], data=str(tmp_path / "missing"))
+    with pytest.raises((ValueError, OSError), match="missing"):
+        twins.train_twins(recipes, 2, Console(file=io.StringIO()))
+    assert not twins.is_trained(recipes["dense"])
 
 
 def test_overwrite_starts_again_and_leaves_other_files(tiny):
     for seed in (0, 1):
         with pytest.raises(KeyboardInterrupt):
-            DemoArguments(output=tiny, seed=seed, overwrite=seed == 1).run()
+            DemoArguments(output=tiny, processes=1, seed=seed, overwrite=seed == 1).run()
         (tiny / "mine.txt").write_text("kept", encoding="utf-8")
     assert (tiny / "nsa" / "model.safetensors").read_text() == "weights of nsa from seed 1"
     assert (tiny / "mine.txt").read_text(encoding="utf-8") == "kept"

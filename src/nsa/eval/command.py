@@ -20,7 +20,7 @@ class EvalArguments:
     models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")]
     """Folders of models, from `nsa train` or save_pretrained."""
     tasks: tuple[str, ...] = ("needle", "recall", "perplexity")
-    """Which tasks: needle, recall, perplexity."""
+    """Which tasks: needle, recall, perplexity, multivalue, continuation."""
     lengths: tuple[int, ...] = ()
     """Lengths in tokens; the longest one is that of recall and perplexity. Default: 1/4, 1/2 and all of the models'
     positions."""
@@ -65,6 +65,8 @@ class DemoArguments:
     """Training steps of each twin. Default: the demo's recipe."""
     seed: int = 0
     """Decides data, initial weights and prompts."""
+    processes: int = 0
+    """How many twins to train at once; 0: as many as there are cores."""
     overwrite: bool = False
     """Start again although there are results in --output."""
 

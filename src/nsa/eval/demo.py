@@ -25,10 +25,9 @@ from nsa.eval.result import Result, paired_difference
 from nsa.eval.runner import evaluate
 from nsa.eval.tasks import Needle, Perplexity, Recall, Row, Task
 from nsa.eval.tasks.recall import BEYOND, INSIDE, OUT_OF_REACH
+from nsa.eval.twins import processes_for, train_twins
 from nsa.training.config import CONFIG_FILE, TrainConfig, differences
 from nsa.training.presets import preset
-from nsa.training.train import train
-from nsa.training.trainer import last_checkpoint
 
 if TYPE_CHECKING:
     from nsa.eval.command import DemoArguments
@@ -55,9 +54,7 @@ def demo(arguments: DemoArguments) -> None:
         console.print(f"These results were there already; --overwrite trains again.\nreport: {out / 'report.html'}")
         return
     try:
-        for number, (twin, config) in enumerate(recipes.items(), start=1):
-            console.print(f"[bold]{number}/{len(TWINS)} {twin}[/bold]: {plan(config)}", highlight=False)
-            train_twin(config)
+        train_twins(recipes, arguments.processes or processes_for(len(recipes)), console)
         console.print("[bold]judging[/bold] on held-out packages and names")
         candidates = [load(config.out, name=twin) for twin, config in recipes.items()]
         result = evaluate(candidates, tasks_for(recipes["nsa"], arguments.seed))
@@ -81,24 +78,6 @@ def recipe(out: Path, twin: Attention, *, steps: int | None, seed: int) -> Train
     share = steps / config.total_steps
     stages = (replace(stage, steps=max(1, round(stage.steps * share))) for stage in config.stages)
     return replace(config, curriculum=tuple(str(stage) for stage in stages))
-
-
-def plan(config: TrainConfig) -> str:
-    """What `train_twin` is about to do."""
-    if is_trained(config):
-        return "trained already"
-    last = last_checkpoint(config.out)
-    return f"training {config.total_steps} steps" + (f", going on from {last.name}" if last else "")
-
-
-def train_twin(config: TrainConfig) -> None:
-    """Train, go on training, or leave a finished twin as it is."""
-    if not is_trained(config):
-        train(replace(config, resume=last_checkpoint(config.out) is not None))
-
-
-def is_trained(config: TrainConfig) -> bool:
-    return (config.out / "model.safetensors").exists()
 
 
 def check_same_settings(recipes: dict[str, TrainConfig]) -> None:
