@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import Layout
-from nsa.kernels.tiles import keys_seen, load_log2_lse, load_rows, locate, wide
+from nsa.kernels.tiles import keys_seen, load_log2_lse, load_rows, locate, log2_lse, wide
 
 # Programs to aim at, so that the longest of them do not decide alone, and the most splits worth their fp32 sums.
 PROGRAMS = 2048
@@ -123,6 +123,14 @@ def contiguous_dq_kernel(
 
 
 @triton.jit
+def _load_statistics(lse, delta, first, end, num_heads, query, head, G: tl.constexpr):
+    """lse (natural) and delta of the rows of a tile; -inf and 0 for those that do not exist."""
+    mask = (first + query < end) & (head < G)
+    at = wide(first) * num_heads + query * num_heads + head
+    return tl.load(lse + at, mask=mask, other=float("-inf")), tl.load(delta + at, mask=mask, other=0.0)
+
+
+@triton.jit
 def _dkdv_range(
     dk, dv, k, v, keys, q, d_out, lse, delta, first_column, end_column, position, window, num_heads,
     stride_qt, stride_qh, stride_ot, stride_oh, scale_log2,
@@ -135,17 +143,18 @@ def _dkdv_range(
     d, e = tl.arange(0, DP), tl.arange(0, EP)
     q_tile = q + (query * stride_qt + wide(head) * stride_qh)[:, None] + d[None, :]
     o_tile = d_out + (query * stride_ot + wide(head) * stride_oh)[:, None] + e[None, :]
-    in_tile = query * num_heads + head
+    next_lse, next_delta = _load_statistics(lse, delta, first_column, end_column, num_heads, query, head, G)
     for first in tl.range(first_column, end_column, BLOCK_Q):
         base = wide(first)
         row_mask = (first + query < end_column) & (head < G)
         # Only the masked loops may have a ragged end; whole heads are missing only where the group is padded.
         queries = load_rows(q_tile + base * stride_qt, row_mask, d < D, MASKED or G != GP, D != DP)
         d_outs = load_rows(o_tile + base * stride_ot, row_mask, e < E, MASKED or G != GP, E != EP)
-        row_lse = load_log2_lse(lse + base * num_heads + in_tile, row_mask)
-        row_delta = tl.load(delta + base * num_heads + in_tile, mask=row_mask, other=0.0)
+        # Loaded an iteration ahead: no product waits for them.
+        row_lse, row_delta = next_lse, next_delta
+        next_lse, next_delta = _load_statistics(lse, delta, first + BLOCK_Q, end_column, num_heads, query, head, G)
         scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
-        p = tl.exp2(scores * scale_log2 - row_lse[None, :])
+        p = tl.exp2(scores * scale_log2 - log2_lse(row_lse)[None, :])
         if MASKED:
             high = keys_seen(position + first + query, BLOCK, STRIDE)
             visible = keys[:, None] < high[None, :]
@@ -251,24 +260,37 @@ def contiguous_backward(
     layout: Layout, window: int | None, scale: float, add_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq (added to `add_to` where given), dk, dv; delta is rowsum(d_out * out) - d_lse, [b, t, h] in fp32 as lse."""
+    arguments = (q, k, v, d_out, lse, delta, layout, window, scale)
+    return contiguous_dq(*arguments, add_to), *contiguous_dkdv(*arguments)
+
+
+def contiguous_dq(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+    layout: Layout, window: int | None, scale: float, add_to: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     heads = Heads.of(q, k, v)
-    key_rows = k.shape[1]
-    if q.numel() == 0 or key_rows == 0:
-        return torch.zeros_like(q) if add_to is None else add_to, torch.zeros_like(k), torch.zeros_like(v)
+    if q.numel() == 0 or k.shape[1] == 0:
+        return torch.zeros_like(q) if add_to is None else add_to
     dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
-    constants = {
-        **heads.constants, "BLOCK": layout.block, "STRIDE": layout.stride,
-        "HAS_WINDOW": window is not None, "LAYOUT": layout.kind,
-    }  # fmt: skip
-    tile = tile_for("contiguous_dq", heads, q)
+    tile = tile_for("contiguous_dq" if window is None else "window_dq", heads, q)
     tiles = layout.query_tiles(tile.block_q)
     contiguous_dq_kernel[(tiles.count, heads.g, layout.b)](
         q, k, v, d_out, lse, delta, dq, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
-        window or 0, scale, *strides, **constants, ADD=add_to is not None, **tile.constants,
+        window or 0, scale, *_strides(q, k, v, d_out), **_constants(heads, layout, window),
+        ADD=add_to is not None, **tile.constants,
     )  # fmt: skip
+    return dq
 
-    tile = tile_for("contiguous_dkdv", heads, q)
+
+def contiguous_dkdv(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+    layout: Layout, window: int | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    heads = Heads.of(q, k, v)
+    key_rows = k.shape[1]
+    if q.numel() == 0 or key_rows == 0:
+        return torch.zeros_like(k), torch.zeros_like(v)
+    tile = tile_for("contiguous_dkdv" if window is None else "window_dkdv", heads, q)
     tiles = layout.key_tiles(key_rows, tile.block_n)
     splits = 1
     if window is None:
@@ -286,9 +308,20 @@ def contiguous_backward(
     )
     contiguous_dkdv_kernel[(tiles.count, heads.g, layout.b * splits)](
         q, k, v, d_out, lse, delta, dk, dv, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
-        window or 0, key_rows, splits, layout.b * key_rows * heads.g, scale, *strides,
-        **constants, **tile.constants,
+        window or 0, key_rows, splits, layout.b * key_rows * heads.g, scale, *_strides(q, k, v, d_out),
+        **_constants(heads, layout, window), **tile.constants,
     )  # fmt: skip
     if many:
         dk, dv = dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
-    return dq, dk, dv
+    return dk, dv
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _constants(heads: Heads, layout: Layout, window: int | None) -> dict[str, int]:
+    return {
+        **heads.constants, "BLOCK": layout.block, "STRIDE": layout.stride,
+        "HAS_WINDOW": window is not None, "LAYOUT": layout.kind,
+    }  # fmt: skip

@@ -114,7 +114,7 @@ def contiguous_forward(
 ) -> tuple[Tensor, Tensor]:
     """out [b, t, h, e] and lse [b, t, h] (fp32) over the keys of `layout`, or the last `window` of them."""
     heads = Heads.of(q, k, v)
-    tile = tile_for("contiguous_forward", heads, q)
+    tile = tile_for("contiguous_forward" if window is None else "window_forward", heads, q)
     tiles = layout.query_tiles(tile.block_q)
     out = empty(layout, (*q.shape[:3], heads.e), q.dtype, q.device)
     lse = empty(layout, q.shape[:3], torch.float32, q.device, fill=float("-inf"))

@@ -27,6 +27,7 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (256, (64, 32, 4, 2)),
         (256, (64, 16, 4, 2)),
     ],
+    "window_forward": [(128, (64, 64, 4, 3))],
     "contiguous_dq": [
         (128, (128, 64, 8, 3)),
         (128, (64, 64, 4, 3)),
@@ -35,7 +36,10 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (256, (32, 32, 4, 2)),
         (256, (32, 16, 4, 1)),
     ],
+    "window_dq": [(128, (64, 32, 4, 2))],
+    "window_dkdv": [(128, (64, 128, 8, 3))],
     "contiguous_dkdv": [
+        (128, (64, 128, 8, 3)),
         (128, (32, 128, 8, 3)),
         (128, (32, 64, 4, 3)),
         (256, (32, 64, 8, 2)),
@@ -43,6 +47,7 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (256, (16, 32, 4, 1)),
     ],
     "scoring": [
+        (128, (64, 128, 4, 3)),
         (128, (128, 128, 8, 3)),
         (256, (128, 64, 8, 2)),
         (256, (64, 64, 4, 2)),
@@ -61,6 +66,7 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (256, (32, 16, 4, 1)),
     ],
     "selected_dkdv": [
+        (128, (64, 64, 4, 2)),
         (128, (32, 64, 4, 3)),
         (128, (32, 64, 4, 2)),
         (256, (32, 64, 8, 2)),
@@ -70,6 +76,10 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
 }
 # 32-bit inputs: exact dots on the ordinary units, so small tiles.
 TABLE_FP32: list[Candidate] = [(32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)]
+
+# Windows are short: many small programs hide their beginnings and ends.
+for name in ("forward", "dq", "dkdv"):
+    TABLE[f"window_{name}"] += TABLE[f"contiguous_{name}"]
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,7 @@ def needed(kernel: str, candidate: Candidate, heads: Heads, bytes_each: int) -> 
         "contiguous_dkdv": (block_n * both, rows * both),
         "selected_dkdv": (block_n * both, rows * both),
         "scoring": (block_n * d, rows * d),
-    }[kernel]
+    }[kernel.replace("window", "contiguous")]
     return bytes_each * (stays + stages * streams) + 8 * rows * block_n // 4
 
 

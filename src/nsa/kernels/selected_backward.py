@@ -2,7 +2,7 @@
 
 The inverse index (which queries selected a block) is a stable sort on the device, so queries come in order and sums
 repeat bit by bit; nothing is added atomically. A popular block (every query selects the first one) is split into work
-items of at most QUERIES_PER_ITEM queries; their fp32 sums are added afterwards, in order.
+items; their fp32 sums are added afterwards, in order.
 
 dk, dv      grid (work items, steps of BLOCK_N keys): rows are BLOCK_Q gathered queries x GROUP heads; scores are kept
             transposed, so that P and dS feed the next product from registers
@@ -19,9 +19,11 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import PACKED, Layout, sequence_of
-from nsa.kernels.tiles import load_log2_lse, load_rows, wide
+from nsa.kernels.tiles import load_rows, log2_lse, wide
 
-QUERIES_PER_ITEM = 2048
+# Work items are to be many times the programs that run at once, and not so many that their sums weigh.
+QUERIES_PER_ITEM = (128, 2048)
+WORK_ITEMS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class InverseIndex:
     segment_start: Tensor  # int32 [segments + 1]: into queries
     item_start: Tensor  # int32 [segments + 1]: into the work items
     item_segment: Tensor  # int32 [items]
+    per_item: int  # queries in a work item, at most
     items: int  # a bound, known without asking the device
     blocks: int  # of the whole batch, a bound too
     block_sequence: Tensor | None  # packed: int32 [blocks]
@@ -59,12 +62,15 @@ def invert(block_indices: Tensor, layout: Layout, config: NSAConfig) -> InverseI
     edges = torch.arange(segments + 1, device=device, dtype=torch.int32)
     segment_start = torch.searchsorted(ordered, edges, out_int32=True)
     item_start = torch.zeros_like(segment_start)
-    items_each = (segment_start.diff() + (QUERIES_PER_ITEM - 1)).div(QUERIES_PER_ITEM, rounding_mode="floor")
+    few, many = QUERIES_PER_ITEM
+    per_item = min(max(triton.next_power_of_2(block_indices.numel() // WORK_ITEMS), few), many)
+    items_each = (segment_start.diff() + (per_item - 1)).div(per_item, rounding_mode="floor")
     torch.cumsum(items_each, 0, out=item_start[1:])
-    items = triton.cdiv(block_indices.numel(), QUERIES_PER_ITEM) + min(segments, block_indices.numel())
+    items = triton.cdiv(block_indices.numel(), per_item) + min(segments, block_indices.numel())
     return InverseIndex(
-        queries, segment_start, item_start, sequence_of(item_start, items), items, blocks, block_sequence, block_start
-    )
+        queries, segment_start, item_start, sequence_of(item_start, items), per_item, items, blocks,
+        block_sequence, block_start,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -90,22 +96,69 @@ def _keys_of(segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, 
     return group, row, block, q_start, t, k_start, s
 
 
-@triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows"])
+@triton.jit
+def _load_statistics(lse, delta, flat, mask, num_heads):
+    at = flat.to(tl.int64) * num_heads
+    return tl.load(lse + at, mask=mask, other=float("-inf")), tl.load(delta + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _dkdv_range(
+    dk, dv, k, v, keys, q, d_out, lse, delta, queries, begin, end, row_start, first_position, num_heads,
+    stride_qt, stride_ot, scale_log2, MASKED: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The queries listed in queries[begin:end]; q, d_out, lse and delta point to the rows' heads."""
+    rows = tl.arange(0, BLOCK_Q * GP)
+    query, head = rows // GP, rows % GP
+    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    listed = queries + query
+    flat = tl.load(listed + begin, mask=begin + query < end, other=0)
+    next_lse, next_delta = _load_statistics(lse, delta, flat, (begin + query < end) & (head < G), num_heads)
+    next_flat = tl.load(listed + begin + BLOCK_Q, mask=begin + BLOCK_Q + query < end, other=0)
+    for start in tl.range(begin, end, BLOCK_Q):
+        row_mask = (start + query < end) & (head < G)
+        flat = tl.load(listed + start, mask=start + query < end, other=0)
+        column = flat.to(tl.int64) - row_start
+        q_tile = load_rows(q[:, None] + (column * stride_qt)[:, None] + d[None, :], row_mask, d < D, True, D != DP)
+        o_tile = load_rows(d_out[:, None] + (column * stride_ot)[:, None] + e[None, :], row_mask, e < E, True, E != EP)
+        # The statistics are loaded an iteration ahead and their addresses two: no product waits for them.
+        row_lse, row_delta = next_lse, next_delta
+        in_next = (start + BLOCK_Q + query < end) & (head < G)
+        next_lse, next_delta = _load_statistics(lse, delta, next_flat, in_next, num_heads)
+        next_flat = tl.load(listed + start + 2 * BLOCK_Q, mask=start + 2 * BLOCK_Q + query < end, other=0)
+        scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)
+        p = tl.exp2(scores * scale_log2 - log2_lse(row_lse)[None, :])
+        if MASKED:
+            p = tl.where(keys[:, None] <= (first_position + flat)[None, :], p, 0.0)
+        dv = tl.dot(p.to(o_tile.dtype), o_tile, dv, input_precision=PRECISION)
+        d_p = tl.dot(v, tl.trans(o_tile), input_precision=PRECISION)
+        d_s = p * (d_p - row_delta[None, :])
+        dk = tl.dot(d_s.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows", "per_item"])
 def selected_dkdv_kernel(
     q, k, v, d_out, lse, delta, dk, dv, queries, segment_start, item_start, item_segment, block_sequence, block_start,
-    cu_q, cu_k, lengths, segments, blocks, num_queries, num_keys, num_rows, num_heads, scale,
+    cu_q, cu_k, lengths, segments, blocks, num_queries, num_keys, num_rows, num_heads, per_item, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_ob, stride_ot, stride_oh,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    SELECT: tl.constexpr, PER_ITEM: tl.constexpr, LAYOUT: tl.constexpr,
+    SELECT: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     if item >= tl.load(item_start + segments):
         return
     segment = tl.load(item_segment + item)
-    begin = tl.load(segment_start + segment) + (item - tl.load(item_start + segment)) * PER_ITEM
-    end = tl.minimum(begin + PER_ITEM, tl.load(segment_start + segment + 1))
+    first = tl.load(segment_start + segment)
+    begin = first + (item - tl.load(item_start + segment)) * per_item
+    end = tl.minimum(begin + per_item, tl.load(segment_start + segment + 1))
+    # Queries inside the block are the first of its list, and at most as many as it has keys; the others see all of it.
+    past = begin + tl.cdiv(tl.maximum(tl.minimum(first + SELECT, end) - begin, 0), BLOCK_Q) * BLOCK_Q
+    past = tl.minimum(past, end)
     group, row, block, q_start, t, k_start, s = _keys_of(
         segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, num_queries, num_keys, num_rows, LAYOUT
     )
@@ -119,7 +172,7 @@ def selected_dkdv_kernel(
     k_tile = load_rows(k_rows + in_block[:, None] * stride_ks + d[None, :], key_mask, d < D, True, D != DP)
     v_tile = load_rows(v_rows + in_block[:, None] * stride_vs + e[None, :], key_mask, e < E, True, E != EP)
     rows = tl.arange(0, BLOCK_Q * GP)
-    query, head = rows // GP, rows % GP
+    head = rows % GP
     q_heads = q + row.to(tl.int64) * stride_qb + group * G * stride_qh + wide(head) * stride_qh
     o_heads = d_out + row.to(tl.int64) * stride_ob + group * G * stride_oh + wide(head) * stride_oh
     flat_heads = group * G + head
@@ -128,26 +181,16 @@ def selected_dkdv_kernel(
     row_start = row.to(tl.int64) * num_queries
     dk_sum = tl.zeros([BLOCK_N, DP], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, EP], tl.float32)
-    for start in tl.range(begin, end, BLOCK_Q):
-        row_mask = (start + query < end) & (head < G)
-        flat = tl.load(queries + start + query, mask=start + query < end, other=0).to(tl.int64)
-        column = flat - row_start
-        q_tile = load_rows(
-            q_heads[:, None] + (column * stride_qt)[:, None] + d[None, :], row_mask, d < D, True, D != DP
-        )
-        o_tile = load_rows(
-            o_heads[:, None] + (column * stride_ot)[:, None] + e[None, :], row_mask, e < E, True, E != EP
-        )
-        row_lse = load_log2_lse(lse + flat * num_heads + flat_heads, row_mask)
-        row_delta = tl.load(delta + flat * num_heads + flat_heads, mask=row_mask, other=0.0)
-        position = s - t + (flat.to(tl.int32) - q_start)
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        p = tl.exp2(scores * scale_log2 - row_lse[None, :])
-        p = tl.where(keys[:, None] <= position[None, :], p, 0.0)
-        dv_sum = tl.dot(p.to(o_tile.dtype), o_tile, dv_sum, input_precision=PRECISION)
-        d_p = tl.dot(v_tile, tl.trans(o_tile), input_precision=PRECISION)
-        d_s = p * (d_p - row_delta[None, :])
-        dk_sum = tl.dot(d_s.to(q_tile.dtype), q_tile, dk_sum, input_precision=PRECISION)
+    dk_sum, dv_sum = _dkdv_range(
+        dk_sum, dv_sum, k_tile, v_tile, keys, q_heads, o_heads, lse + flat_heads, delta + flat_heads, queries,
+        begin, past, row_start, s - t - q_start, num_heads, stride_qt, stride_ot, scale_log2,
+        True, G, GP, D, DP, E, EP, BLOCK_Q, PRECISION,
+    )  # fmt: skip
+    dk_sum, dv_sum = _dkdv_range(
+        dk_sum, dv_sum, k_tile, v_tile, keys, q_heads, o_heads, lse + flat_heads, delta + flat_heads, queries,
+        past, end, row_start, s - t - q_start, num_heads, stride_qt, stride_ot, scale_log2,
+        False, G, GP, D, DP, E, EP, BLOCK_Q, PRECISION,
+    )  # fmt: skip
     out = (item.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_N
     out_rows = out + tl.arange(0, BLOCK_N)
     tl.store(dk + out_rows[:, None] * DP + d[None, :], dk_sum * scale)
@@ -200,9 +243,9 @@ def selected_dkdv(
     selected_dkdv_kernel[(index.items, steps)](
         q, k, v, d_out, lse, delta, dk_items, dv_items,
         index.queries, index.segment_start, index.item_start, index.item_segment, *where,
-        segments, index.blocks, layout.t, layout.s, layout.b, heads.h, scale,
+        segments, index.blocks, layout.t, layout.s, layout.b, heads.h, index.per_item, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
-        **heads.constants, SELECT=config.select_block_size, PER_ITEM=QUERIES_PER_ITEM, LAYOUT=layout.kind,
+        **heads.constants, SELECT=config.select_block_size, LAYOUT=layout.kind,
         **tile.constants,
     )  # fmt: skip
     dk, dv = empty(layout, k.shape, k.dtype, k.device), empty(layout, v.shape, v.dtype, v.device)

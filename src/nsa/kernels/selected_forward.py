@@ -12,11 +12,71 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
-from nsa.kernels.tiles import load_log2_lse, load_rows, locate, softmax_end, softmax_step, wide
+from nsa.kernels.tiles import load_log2_lse, load_rows, locate, softmax_end, softmax_step, softmax_step_rows, wide
 from nsa.kernels.unions import unions
 
 # A bit for each query of a tile, the sign left alone.
 MAX_QUERIES = 16
+
+
+@triton.jit
+def _forward_range(
+    acc, total, top, q, k_rows, v_rows, stride_ks, stride_vs, items, first, end, query, position, s,
+    k_columns, v_columns, scale_log2, MASKED: tl.constexpr, SELECT: tl.constexpr,
+    MASK_D: tl.constexpr, MASK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The blocks items[first:end]; not masked, they lie before every query, so a row sees a whole block or nothing."""
+    STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
+    offsets = tl.arange(0, BLOCK_N)
+    for step in tl.range(first * STEPS, end * STEPS):
+        item = tl.load(items + step // STEPS)
+        attends = (((item & 0x7FFFFFFF).to(tl.int32) >> query) & 1) > 0
+        in_block = step % STEPS * BLOCK_N
+        base = (item >> 32) * SELECT + in_block
+        keys = base.to(tl.int32) + offsets
+        key_mask = (keys < s) & (in_block + offsets < SELECT)
+        k = load_rows(k_rows + base * stride_ks, key_mask, k_columns, MASKED, MASK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        v = load_rows(v_rows + base * stride_vs, key_mask, v_columns, MASKED, MASK_E)
+        if MASKED:
+            visible = (keys[None, :] <= position[:, None]) & attends[:, None]
+            if SELECT % BLOCK_N != 0:
+                visible &= (in_block + offsets < SELECT)[None, :]
+            scores = tl.where(visible, scores, float("-inf"))
+            acc, total, top = softmax_step(acc, total, top, scores, scale_log2, v, True, PRECISION)
+        else:
+            acc, total, top = softmax_step_rows(acc, total, top, scores, scale_log2, v, attends, PRECISION)
+    return acc, total, top
+
+
+@triton.jit
+def _dq_range(
+    acc, q, d_out, lse, delta, k_rows, v_rows, stride_ks, stride_vs, items, first, end, query, position, s,
+    k_columns, v_columns, scale_log2, MASKED: tl.constexpr, SELECT: tl.constexpr,
+    MASK_D: tl.constexpr, MASK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
+    offsets = tl.arange(0, BLOCK_N)
+    for step in tl.range(first * STEPS, end * STEPS):
+        item = tl.load(items + step // STEPS)
+        attends = (((item & 0x7FFFFFFF).to(tl.int32) >> query) & 1) > 0
+        in_block = step % STEPS * BLOCK_N
+        base = (item >> 32) * SELECT + in_block
+        keys = base.to(tl.int32) + offsets
+        key_mask = (keys < s) & (in_block + offsets < SELECT)
+        k = load_rows(k_rows + base * stride_ks, key_mask, k_columns, MASKED, MASK_D)
+        v = load_rows(v_rows + base * stride_vs, key_mask, v_columns, MASKED, MASK_E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+        p = tl.exp2(scores * scale_log2 - tl.where(attends, lse, float("inf"))[:, None])
+        if MASKED:
+            visible = keys[None, :] <= position[:, None]
+            if SELECT % BLOCK_N != 0:
+                visible &= (in_block + offsets < SELECT)[None, :]
+            p = tl.where(visible, p, 0.0)
+        d_s = p * (d_p - delta[:, None])
+        acc = tl.dot(d_s.to(k.dtype), k, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -50,27 +110,20 @@ def selected_forward_kernel(
     v_rows = v_rows + offsets[:, None] * stride_vs + e[None, :]
     out_tile = (row.to(tl.int64) * tl.num_programs(0) + pid) * tl.num_programs(1) + group
     tile_items = items + out_tile * (BLOCK_Q * N)
-    count = tl.load(counts + out_tile)
+    num_past, num_items = tl.load(counts + 2 * out_tile), tl.load(counts + 2 * out_tile + 1)
+    RAGGED_BLOCK: tl.constexpr = SELECT % BLOCK_N != 0
 
     acc = tl.zeros([BLOCK_Q * GP, EP], tl.float32)
     total = tl.zeros([BLOCK_Q * GP], tl.float32)
     top = tl.full([BLOCK_Q * GP], float("-inf"), tl.float32)
-    STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
-    for step in tl.range(0, count * STEPS):
-        item = tl.load(tile_items + step // STEPS)
-        bits = (item & 0x7FFFFFFF).to(tl.int32)
-        in_block = step % STEPS * BLOCK_N
-        base = (item >> 32) * SELECT + in_block
-        keys = base.to(tl.int32) + offsets
-        key_mask = (keys < s) & (in_block + offsets < SELECT)
-        k_tile = load_rows(k_rows + base * stride_ks, key_mask, d < D, True, D != DP)
-        scores = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION)
-        visible = (keys[None, :] <= position[:, None]) & (((bits >> query) & 1) > 0)[:, None]
-        if SELECT % BLOCK_N != 0:
-            visible &= (in_block + offsets < SELECT)[None, :]
-        scores = tl.where(visible, scores, float("-inf"))
-        v_tile = load_rows(v_rows + base * stride_vs, key_mask, e < E, True, E != EP)
-        acc, total, top = softmax_step(acc, total, top, scores, scale_log2, v_tile, True, PRECISION)
+    acc, total, top = _forward_range(
+        acc, total, top, queries, k_rows, v_rows, stride_ks, stride_vs, tile_items, 0, num_past, query, position, s,
+        d < D, e < E, scale_log2, RAGGED_BLOCK, SELECT, D != DP, E != EP, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    acc, total, top = _forward_range(
+        acc, total, top, queries, k_rows, v_rows, stride_ks, stride_vs, tile_items, num_past, num_items, query,
+        position, s, d < D, e < E, scale_log2, True, SELECT, D != DP, E != EP, BLOCK_N, PRECISION,
+    )  # fmt: skip
 
     result, row_lse = softmax_end(acc, total, top)
     heads = tl.num_programs(1) * G
@@ -125,27 +178,18 @@ def selected_dq_kernel(
     scale_log2 = scale * 1.4426950408889634
     out_tile = (row.to(tl.int64) * tl.num_programs(0) + pid) * tl.num_programs(1) + group
     tile_items = items + out_tile * (BLOCK_Q * N)
-    count = tl.load(counts + out_tile)
+    num_past, num_items = tl.load(counts + 2 * out_tile), tl.load(counts + 2 * out_tile + 1)
+    RAGGED_BLOCK: tl.constexpr = SELECT % BLOCK_N != 0
 
     acc = tl.zeros([BLOCK_Q * GP, DP], tl.float32)
-    STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
-    for step in tl.range(0, count * STEPS):
-        item = tl.load(tile_items + step // STEPS)
-        bits = (item & 0x7FFFFFFF).to(tl.int32)
-        in_block = step % STEPS * BLOCK_N
-        base = (item >> 32) * SELECT + in_block
-        keys = base.to(tl.int32) + offsets
-        key_mask = (keys < s) & (in_block + offsets < SELECT)
-        k_tile = load_rows(k_rows + base * stride_ks, key_mask, d < D, True, D != DP)
-        v_tile = load_rows(v_rows + base * stride_vs, key_mask, e < E, True, E != EP)
-        scores = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION)
-        d_p = tl.dot(d_outs, tl.trans(v_tile), input_precision=PRECISION)
-        visible = (keys[None, :] <= position[:, None]) & (((bits >> query) & 1) > 0)[:, None]
-        if SELECT % BLOCK_N != 0:
-            visible &= (in_block + offsets < SELECT)[None, :]
-        p = tl.where(visible, tl.exp2(scores * scale_log2 - row_lse[:, None]), 0.0)
-        d_s = p * (d_p - row_delta[:, None])
-        acc = tl.dot(d_s.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    acc = _dq_range(
+        acc, queries, d_outs, row_lse, row_delta, k_rows, v_rows, stride_ks, stride_vs, tile_items, 0, num_past, query,
+        position, s, d < D, e < E, scale_log2, RAGGED_BLOCK, SELECT, D != DP, E != EP, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    acc = _dq_range(
+        acc, queries, d_outs, row_lse, row_delta, k_rows, v_rows, stride_ks, stride_vs, tile_items, num_past, num_items,
+        query, position, s, d < D, e < E, scale_log2, True, SELECT, D != DP, E != EP, BLOCK_N, PRECISION,
+    )  # fmt: skip
     acc *= scale
     dq_tile = dq + flat_rows * D + (in_tile * D)[:, None] + d[None, :]
     dq_mask = row_mask[:, None] & (d < D)[None, :]
@@ -165,7 +209,7 @@ def selected_forward(
     if out.numel() == 0 or k.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     tiles = layout.query_tiles(tile.block_q)
-    items, counts = unions(block_indices, layout, tiles, tile.block_q)
+    items, counts = unions(block_indices, layout, tiles, tile.block_q, config.select_block_size)
     selected_forward_kernel[(tiles.count, heads.g, layout.b)](
         q, k, v, items, counts, out, lse, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         scale * 1.4426950408889634, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -186,7 +230,7 @@ def selected_dq(
         return torch.zeros_like(q) if add_to is None else add_to
     dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to
     tiles = layout.query_tiles(tile.block_q)
-    items, counts = unions(block_indices, layout, tiles, tile.block_q)
+    items, counts = unions(block_indices, layout, tiles, tile.block_q, config.select_block_size)
     selected_dq_kernel[(tiles.count, heads.g, layout.b)](
         q, k, v, d_out, lse, delta, dq, items, counts, *layout.arguments, tiles.sequence, tiles.first,
         layout.t, layout.s, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.launch import Heads, empty, tile_for
-from nsa.kernels.layout import PACKED, Layout
-from nsa.kernels.tiles import keys_seen, load_log2_lse, load_rows, locate, wide
+from nsa.kernels.layout import PACKED, UNIFORM, Layout
+from nsa.kernels.tiles import keys_seen, load_rows, locate, log2_lse, wide
 
 # Bytes of scores kept at a time, own and spilled parts together.
 SCRATCH_BYTES = 128 << 20
 # Blocks that one step of the top n looks at, for short sequences and long.
 TOP_BLOCKS = (128, 1024)
-TOP_QUERIES = 4
+TOP_QUERIES, TOP_WARPS = 2, 1
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "tile_offset", "num_blocks"])
@@ -69,11 +69,14 @@ def scoring_kernel(
     q_tile = q_rows + rows[:, None] * stride_qt + d[None, :]
     lse_rows = lse + (row.to(tl.int64) * num_queries + q_start + first) * heads + group * G + rows * heads
     p_sum = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+    next_lse = tl.load(lse_rows, mask=row_mask, other=float("-inf"))
     for head in tl.range(0, G):
         queries = load_rows(q_tile + wide(head) * stride_qh, row_mask, d < D, True, D != DP)
-        row_lse = load_log2_lse(lse_rows + head, row_mask)
+        # Loaded an iteration ahead: no product waits for it.
+        row_lse = next_lse
+        next_lse = tl.load(lse_rows + head + 1, mask=row_mask & (head < G - 1), other=float("-inf"))
         scores = tl.dot(queries, k_tile, input_precision=PRECISION)
-        p_sum += tl.exp2(scores * scale_log2 - row_lse[:, None])
+        p_sum += tl.exp2(scores * scale_log2 - log2_lse(row_lse)[:, None])
     high = keys_seen(s - t + column, BLOCK, STRIDE)
     visible = (keys[None, :] < high[:, None]) & (inside < PER_BLOCK)[None, :]
     p_sum = tl.where(visible, p_sum, 0.0)
@@ -194,7 +197,6 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
     own, spill = scratch.unbind(0)
     where = (*layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s)
     common = {"BLOCK": layout.block, "STRIDE": layout.stride, "PER_BLOCK": per_block, "LAYOUT": layout.kind}
-    blocks_at_once = TOP_BLOCKS[0] if num_blocks <= TOP_BLOCKS[0] else TOP_BLOCKS[1]
     for offset in range(0, tiles.count, tiles_at_once):
         here = min(tiles_at_once, tiles.count - offset)
         # Tiles of a chunk see no more keys than its last query, where the layout says which that is.
@@ -208,10 +210,12 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
                 PER_BLOCK_PADDED=per_block_padded, **common, **{**tile.constants, "BLOCK_N": block_n},
             )  # fmt: skip
         queries = min(TOP_QUERIES, tile.block_q)
+        most = num_blocks if layout.kind != UNIFORM else triton.cdiv(last, config.select_block_size)
+        blocks_at_once = min(max(triton.next_power_of_2(most), TOP_BLOCKS[0]), TOP_BLOCKS[1])
         top_blocks_kernel[(here * tile.block_q // queries, pairs)](
             own, spill, indices, *where, offset, num_blocks, heads.g, here * tile.block_q,
             SELECT=config.select_block_size, N=n, NP=triton.next_power_of_2(n),
             INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, **common,
-            BLOCK_Q=tile.block_q, QUERIES=queries, BLOCKS=blocks_at_once, num_warps=4,
+            BLOCK_Q=tile.block_q, QUERIES=queries, BLOCKS=blocks_at_once, num_warps=TOP_WARPS,
         )  # fmt: skip
     return indices

@@ -83,7 +83,24 @@ def softmax_end(acc, total, top):
 
 
 @triton.jit
-def load_log2_lse(pointers, mask):
-    """lse in base 2; +inf for rows that saw nothing or do not exist, so that their probabilities are 0."""
-    lse = tl.load(pointers, mask=mask, other=float("-inf"))
+def softmax_step_rows(acc, total, top, scores, scale_log2, v, attends, PRECISION: tl.constexpr):
+    """`softmax_step` where a row sees all keys of the tile or none: no score is masked."""
+    new_top = tl.where(attends, tl.maximum(top, tl.max(scores, 1) * scale_log2), top)
+    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(scores * scale_log2 - tl.where(attends, reference, float("inf"))[:, None])
+    rescale = tl.exp2(top - reference)
+    total = total * rescale + tl.sum(p, 1)
+    acc = acc * rescale[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit
+def log2_lse(lse):
+    """lse in base 2; +inf for rows that saw nothing or do not exist (-inf), so that their probabilities are 0."""
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def load_log2_lse(pointers, mask):
+    return log2_lse(tl.load(pointers, mask=mask, other=float("-inf")))
