@@ -11,6 +11,8 @@ k and v. Times depend on the machine; the ratios are the result. Decoding is set
 
 import json
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,11 +33,14 @@ from nsa.ops.compress import compress, phi_mean
 @dataclass(frozen=True)
 class Arguments:
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)  # tokens of the forward and backward passes
-    backward_up_to: int = 32768  # dense backward is quadratic: longest length for it
+    backward_up_to: int = 65536  # dense backward is quadratic: longest length for it
     decode_lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072)  # tokens in the cache of the decoding step
     heads: int = 16
     kv_heads: int = 1
     head_dim: int = 64
+    memory_length: int = (
+        65536  # tokens of the forward and backward pass whose peak memory is measured (8 heads); 0: none
+    )
     repeats: int = 3  # the median counts; lengths from 32k are measured once
     threads: int = 2
     output: Path | None = None  # write the rows as JSON
@@ -106,9 +111,24 @@ def decode_row(arguments: Arguments, length: int) -> dict[str, float | int | str
     }  # fmt: skip
 
 
+def peak_memory(arguments: Arguments, length: int) -> dict[str, float | int | str]:
+    """Of a process of its own: torch, the inputs, forward and backward, H=8, HK=1, D=64."""
+    script = f"""
+import resource, torch
+from nsa import native_sparse_attention
+torch.set_num_threads({arguments.threads})
+inputs = [torch.randn(1, {length}, h, d, requires_grad=True) for h, d in ((8, 64), (1, 64), (1, 64))]
+inputs.append(torch.rand(1, {length}, 8, 3, requires_grad=True))
+torch.autograd.grad(native_sparse_attention(*inputs).sum(), inputs)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {"what": "peak memory of forward + backward, H=8", "tokens": length, "gib": int(run.stdout) / 2**20}
+
+
 def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
-    console, rows = Console(), []
+    console, rows = Console(width=110), []
     console.print(
         f"torch {torch.__version__}, {arguments.threads} threads, {platform.processor() or platform.machine()}; "
         f"H={arguments.heads} HK={arguments.kv_heads} D={arguments.head_dim} fp32, {NSAConfig()}"
@@ -123,6 +143,7 @@ def main(arguments: Arguments) -> None:
             status.update(f"measuring {function.__name__.removesuffix('_row')} at {given[1]} tokens")
             rows.append(function(*given))
 
+    memory = peak_memory(arguments, arguments.memory_length) if arguments.memory_length else None
     table = Table("", "tokens", "NSA", "SDPA", "speed-up", "NSA us/token", "SDPA folded", "speed-up")
     for row in rows:
         decode = row["what"] == "decode"
@@ -134,6 +155,9 @@ def main(arguments: Arguments) -> None:
             f"{row['sdpa_s'] * scale:.2f} {unit}", f"{row['speedup']:.2f}x", per_token, *more,
         )  # fmt: skip
     console.print(table)
+    if memory:
+        console.print(f"{memory['what']}, {memory['tokens']} tokens: {memory['gib']:.1f} GiB")
+        rows.append(memory)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(rows, indent=2))
