@@ -15,6 +15,8 @@ COMMANDS = {
     "train": ("nsa.training.config:TrainConfig", "train a language model from scratch, NSA or one of its twins"),
     "generate": ("nsa.training.generation:GenerateConfig", "continue a prompt with a trained model"),
     "eval": ("nsa.eval.command:EvalArguments", "judge models at long context: needle, recall, perplexity"),
+    "compare": ("nsa.eval.compare_command:CompareArguments", "attention methods side by side, at one budget"),
+    "fetch": ("nsa.eval.compare_command:FetchArguments", "fetch a real model to try things on"),
     "demo": ("nsa.eval.command:DemoArguments", "train three twins on this machine, judge them, write a report"),
 }
 

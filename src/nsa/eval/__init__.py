@@ -13,4 +13,8 @@ its seed and the tokenizer only: every model answers exactly the same questions.
     report.py    a result -> one HTML file that needs nothing else
     demo.py      `nsa demo`: train the three twins, judge them, write the report
     command.py   the arguments of `nsa eval` and `nsa demo`
+    methods/     attention methods that can be laid over a trained model, one file each
+    compare.py   `nsa compare`: methods x lengths x tasks on one model; costs.py, compare_table.py and
+                 method_sections.py show what they read, keep and take
+    fetch.py     `nsa fetch`: a real, small model
 """

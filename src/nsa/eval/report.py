@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nsa.eval import sections
+from nsa.eval.costs import Costs
+from nsa.eval.method_sections import quality_and_costs
 from nsa.eval.models import Candidate
 from nsa.eval.pictures import BlockPicture, Curve, KeysRead, continuation, look_inside, picture_prompt, read_curve
 from nsa.eval.result import Result
@@ -28,6 +30,7 @@ class Report:
     picture: BlockPicture | None = None
     keys: KeysRead | None = None
     samples: dict[str, tuple[str, str]] = field(default_factory=dict)
+    costs: Costs | None = None
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate], result: Result, *, text: str, **more: Any) -> "Report":
@@ -48,6 +51,7 @@ class Report:
         """The page, from the most important to the most detailed."""
         colors = sections.colors_of(self.result)
         body = [
+            quality_and_costs(self.result, self.costs, colors),
             sections.table(self.result, colors),
             sections.long_context(self.result, colors),
             sections.needles(self.result),

@@ -22,7 +22,7 @@ from nsa.eval.models import Candidate, check_folder, load, names_of
 from nsa.eval.report import Report
 from nsa.eval.result import Result
 from nsa.eval.table import rich_table
-from nsa.eval.tasks import TASKS, Needle, Perplexity, Recall, Row, Task
+from nsa.eval.tasks import TASKS, Continuation, MultiValue, Needle, Perplexity, Recall, Row, Task
 from nsa.eval.text import HELD_OUT
 from nsa.training.config import CONFIG_FILE
 
@@ -85,6 +85,8 @@ def tasks_of(arguments: EvalArguments, candidates: Sequence[Candidate]) -> list[
             **shared,
         ),
         Perplexity.name: lambda: Perplexity(length=max(lengths), **shared),
+        MultiValue.name: lambda: MultiValue(length=max(lengths), seed=arguments.seed, **shared),
+        Continuation.name: lambda: Continuation(length=max(lengths), **shared),
     }
     return [made[name]() for name in arguments.tasks]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nsa.eval.prompts import Prompt
 
 TOKENS_PER_BATCH = 16_384  # a few seconds of CPU for a small model, a fraction of any GPU's memory
+LOGITS_PER_BATCH = 2**28  # 1 GiB of float32: of a large vocabulary the logits are larger than all else
 
 
 def exact_match(
@@ -23,22 +24,34 @@ def exact_match(
 ) -> list[bool]:
     """Does the model's greedy continuation of each prompt equal its answer, in every token?
 
+    See `token_matches`.
+    """
+    return [all(matches) for matches in token_matches(model, prompts, advance)]
+
+
+def token_matches(
+    model: nn.Module, prompts: Sequence[Prompt], advance: Callable[[int], None] | None = None
+) -> list[list[bool]]:
+    """For each token of each prompt's answer: would greedy decoding say it, given the answer's tokens before it?
+
     Args:
         model: called as `model(input_ids=[b, t], use_cache=False, logits_to_keep=k)`; `.logits` of what it returns
-            are those of the last k positions, as with every causal language model of transformers.
+            are those of the last k positions, as with every causal language model of transformers. A model that
+            says `has_phases` is also given `decode=d`: question and answer are its last d tokens.
         prompts: in any order and of any lengths; prompts of one length share a batch.
         advance: called with the number of prompts just finished.
 
     Returns:
-        One bool a prompt, in the order given.
+        One list a prompt, in the order given.
     """
-    right = [False] * len(prompts)
-    for indices in _batches([(len(p.tokens), len(p.answer)) for p in prompts]):
+    right: list[list[bool]] = [[]] * len(prompts)
+    for indices in _batches([(len(p.tokens), len(p.answer), p.question) for p in prompts]):
         batch = [prompts[i] for i in indices]
         answer = torch.tensor([p.answer for p in batch])
         tokens = torch.tensor([p.tokens + p.answer[:-1] for p in batch])
-        logits = _logits(model, tokens, answer.shape[1])
-        matches = (logits.argmax(dim=-1).cpu() == answer).all(dim=-1).tolist()
+        decode = min(batch[0].question + answer.shape[1] - 1, tokens.shape[1] - 1)
+        logits = _logits(model, tokens, answer.shape[1], decode)
+        matches = (logits.argmax(dim=-1).cpu() == answer).tolist()
         for i, match in zip(indices, matches, strict=True):
             right[i] = match
         if advance is not None:
@@ -46,12 +59,23 @@ def exact_match(
     return right
 
 
-def token_losses(model: nn.Module, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t-1"]:
-    """-log p(tokens[:, i + 1] | tokens[:, : i + 1]) in nats, at least fp32, for every position i."""
-    logits = _logits(model, tokens[:, :-1], tokens.shape[1] - 1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = tokens[:, 1:].to(logits.device)
-    return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu()
+def token_losses(
+    model: nn.Module, tokens: Int[Tensor, "b t"], last: int | None = None, decode: int = 0
+) -> Float[Tensor, "b last"]:
+    """-log p(tokens[:, i + 1] | tokens[:, : i + 1]) in nats, at least fp32, for the last positions i (all for None).
+
+    `decode` is for models that keep phases apart: so many inputs at the end are fed one at a time.
+    """
+    last = tokens.shape[1] - 1 if last is None else last
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
+    rows = max(1, LOGITS_PER_BATCH // (last * vocabulary))
+    parts = []
+    for some in tokens.split(rows):
+        logits = _logits(model, some[:, :-1], last, decode)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = some[:, -last:].to(logits.device)
+        parts.append(nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu())
+    return torch.cat(parts)
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -78,18 +102,19 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / n)
 
 
-def _logits(model: nn.Module, tokens: Int[Tensor, "b t"], keep: int) -> Float[Tensor, "b keep v"]:
+def _logits(model: nn.Module, tokens: Int[Tensor, "b t"], keep: int, decode: int = 0) -> Float[Tensor, "b keep v"]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    phases = {"decode": decode} if getattr(model, "has_phases", False) else {}
     with torch.inference_mode():
-        return model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=keep).logits
+        return model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=keep, **phases).logits
 
 
-def _batches(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Indices grouped by equal (prompt, answer) length, at most TOKENS_PER_BATCH tokens a group."""
-    groups: dict[tuple[int, int], list[int]] = {}
+def _batches(sizes: Sequence[tuple[int, int, int]]) -> Iterator[list[int]]:
+    """Indices grouped by equal (prompt, answer, question) length, at most TOKENS_PER_BATCH tokens a group."""
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for index, size in enumerate(sizes):
         groups.setdefault(size, []).append(index)
-    for (prompt, answer), indices in groups.items():
+    for (prompt, answer, _), indices in groups.items():
         step = max(1, TOKENS_PER_BATCH // (prompt + answer))
         for start in range(0, len(indices), step):
             yield indices[start : start + step]

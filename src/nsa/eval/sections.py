@@ -22,7 +22,7 @@ def colors_of(result: Result) -> dict[str, str]:
     for model in result.models:
         color = f"var(--{model['attention']})" if model["attention"] in ("nsa", "dense", "window") else ""
         if not color or color in colors.values():
-            color, others = f"var(--other-{others % 4})", others + 1
+            color, others = f"var(--other-{others % 8})", others + 1
         colors[model["name"]] = color
     return colors
 
@@ -82,11 +82,14 @@ def long_context(result: Result, colors: Colors) -> str:
     if "recall" in result.tasks:
         rows = {name: result.of_task(name, "recall") for name in result.names}
         names, shared = own_and_shared([row.where for row in next(iter(rows.values()))])
-        series = [
-            Series(name=name, color=colors[name], x=range(len(own)), y=[r.value for r in own],
-                   low=[r.low for r in own], high=[r.high for r in own])
-            for name, own in rows.items()
-        ]  # fmt: skip
+        series = []
+        for name, own in rows.items():
+            places = [place for place, row in enumerate(own) if row.n]
+            found = [own[place] for place in places]
+            series.append(
+                Series(name=name, color=colors[name], x=places, y=[r.value for r in found],
+                       low=[r.low for r in found], high=[r.high for r in found])
+            )  # fmt: skip
         title = f"Recall: {shared}" if shared else "Recall"
         cards.append(_card(title, interval_chart(names, series, title=title, y_label="exact match")))
     if "perplexity" in result.tasks:
@@ -114,10 +117,12 @@ def needles(result: Result) -> str:
         return ""
     cards = []
     for name in result.names:
-        rows = result.of_task(name, "needle")
+        rows = [row for row in result.of_task(name, "needle") if row.n]
+        if not rows:
+            continue
         scores = {(row.where["length"], row.where["depth"]): (row.correct or 0, row.n) for row in rows}
         cards.append(_card(name, heat_map(scores, title=f"needle heat map of {name}")))
-    n = result.of_task(result.names[0], "needle")[0].n
+    n = max((row.n for name in result.names for row in result.of_task(name, "needle")), default=0)
     text = f"One definition planted in held-out text and asked for at the end: {n} prompts a cell, the same for every "
     text += "model. Depth 0% is the start of the text, farthest from the question; lengths are exact, in tokens."
     return section("needle", "Needle in a haystack", text, _grid(cards, "three"))

@@ -94,10 +94,12 @@ def _chances(chances: Sequence[float]) -> str:
 
 
 def _cell(row: Row, reference: Row | None) -> tuple[str, str]:
+    if not row.n:
+        return "–", "no result"
     if row.correct is not None:
         return f"{row.value:.1%}", f"{row.correct}/{row.n} ({100 * row.low:.0f}-{row.high:.0%})"
     value = f"{row.value:.3f}"
-    if reference is None:
+    if reference is None or not reference.n or not row.values:
         return value, "" if math.isnan(row.error) else f"± {row.error:.3f}"
     difference, error = paired_difference(row, reference)
     return value, f"{difference:+.3f} ± {error:.3f}"

@@ -1,6 +1,7 @@
 """MagicPIG: keys sampled by locality-sensitive hashing, and weighed so that sums stay unbiased."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,12 @@ class Tables(State):
 
     directions: Tensor
     codes: Tensor
+
+
+@lru_cache(maxsize=128)  # one a layer, drawn again for no step
+def projections(seed: int, dim: int, count: int) -> Tensor:
+    """Random normal directions, [dim, count]."""
+    return torch.randn(dim, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +90,8 @@ class MagicPIG(Method):
 
     def codes(self, x: Tensor, layer: int) -> Tensor:
         """[..., d] -> the bucket in every table, [..., L]: K signs of projections that depend on seed and layer."""
-        generator = torch.Generator().manual_seed(self.seed * 1009 + layer)
-        shape = (x.shape[-1], self.num_tables * self.num_bits)
-        directions = torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
-        signs = (x @ directions > 0).unflatten(-1, (self.num_tables, self.num_bits))
+        planes = projections(self.seed * 1009 + layer, x.shape[-1], self.num_tables * self.num_bits)
+        signs = (x @ planes.to(x.device, x.dtype) > 0).unflatten(-1, (self.num_tables, self.num_bits))
         powers = 2 ** torch.arange(self.num_bits, device=x.device)
         return (signs * powers).sum(-1).to(torch.int16)
 

@@ -18,27 +18,27 @@ class Meter:
     """Sums over all calls; see `summary`."""
 
     queries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))  # of them, for their keys
     attended: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     scored: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     sequences: int = 0
     cache_bytes: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Per phase: keys of one query on average (over queries, layers and heads), milliseconds a call.
+        """Per phase: queries, keys of one query on average (over queries, layers and heads), seconds in all.
 
-        A call is the whole prefill of one batch, or one decode step of it. `cache_bytes` is of one sequence at its
-        end. Times are those of this library's torch operations, not of a method's own kernels.
+        `cache_bytes` is of one sequence at its end. Times are those of this library's torch operations, not of a
+        method's own kernels.
         """
         phases = {}
         for phase in PHASES:
-            queries, calls = self.queries[phase], self.calls[phase]
+            counted = self.counted[phase]
             phases[phase] = {
-                "queries": queries,
-                "attended": self.attended[phase] / queries if queries else None,
-                "scored": self.scored[phase] / queries if queries else None,
-                "ms_per_call": 1000 * self.seconds[phase] / calls if calls else None,
+                "queries": self.queries[phase],
+                "attended": self.attended[phase] / counted if counted else None,
+                "scored": self.scored[phase] / counted if counted else None,
+                "seconds": self.seconds[phase],
             }
         return {**phases, "cache_bytes": round(self.cache_bytes / max(1, self.sequences)), "sequences": self.sequences}
 
@@ -98,17 +98,17 @@ class Phased(nn.Module):
         for place in range(border, input_ids.shape[1]):
             parts.append(self.model(input_ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits)
         meter, b = self.meter, len(input_ids)
-        meter.calls["prefill"] += 1
-        meter.calls["decode"] += decode
+        meter.queries["prefill"] += b * border
+        meter.queries["decode"] += b * decode
         meter.seconds["prefill"] += prefilled - started
         meter.seconds["decode"] += self._clock() - prefilled
         meter.sequences += b
         if self.method.native:
             meter.cache_bytes += cache.num_bytes()
-            if not meter.queries["prefill"]:  # what it selects, once: asking is as much work as running
+            if not meter.counted["prefill"]:  # what it selects, once: asking is as much work as running
                 counts = keys_read(self.model, input_ids[0].tolist(), decode)
                 for phase, queries in (("prefill", border), ("decode", decode)):
-                    meter.queries[phase] += queries
+                    meter.counted[phase] += queries
                     meter.attended[phase] += counts[phase] * queries
         logits = torch.cat(parts, dim=1)
         return logits[:, logits.shape[1] - keep :] if keep else logits
@@ -117,7 +117,7 @@ class Phased(nn.Module):
         for phase in PHASES:
             queries = cache.counts.layers[0][phase].queries
             attended, scored = cache.counts.per_query(phase)
-            self.meter.queries[phase] += queries
+            self.meter.counted[phase] += queries
             self.meter.attended[phase] += attended * queries
             self.meter.scored[phase] += scored * queries
         self.meter.cache_bytes += cache.num_bytes()

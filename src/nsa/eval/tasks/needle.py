@@ -23,6 +23,7 @@ class Needle:
         samples: prompts a cell.
         seed: decides all prompts, together with the tokenizer and the text.
         text: a source of held-out text (nsa.eval.text).
+        chat: ask in the tokenizer's chat template.
     """
 
     name: ClassVar[str] = "needle"
@@ -32,6 +33,7 @@ class Needle:
     samples: int = 20
     seed: int = 0
     text: str = "python"
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -45,7 +47,7 @@ class Needle:
         """The prompts of one cell."""
         filler = held_out_text(self.text)
         seeds = (f"needle/{self.seed}/{length}/{depth}/{sample}" for sample in range(self.samples))
-        return [planted(seed, filler, tokenizer, length, depth=depth) for seed in seeds]
+        return [planted(seed, filler, tokenizer, length, depth=depth, chat=self.chat) for seed in seeds]
 
     def num_steps(self, tokenizer: Any) -> int:
         return len(self.lengths) * len(self.depths) * self.samples

@@ -12,6 +12,7 @@ from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
 
 INSIDE, BEYOND, OUT_OF_REACH = "inside the window", "beyond the window", "beyond the stacked windows"
+ANYWHERE = "at any distance"
 ATTEMPTS = 1000
 
 
@@ -32,35 +33,39 @@ class Recall:
 
     Args:
         length: tokens of prompt and answer together, exactly.
-        window_size: w of the models.
+        window_size: w of the models; None for one region, of all distances.
         num_layers: L of the models.
         num_keys: values in the text.
         hops: numbers of hops to ask for.
         samples: prompts a row.
         seed: decides all prompts, together with the tokenizer and the text.
         text: a source of held-out text (nsa.eval.text).
+        chat: ask in the tokenizer's chat template.
     """
 
     name: ClassVar[str] = "recall"
 
     length: int = 1024
-    window_size: int = 512
+    window_size: int | None = 512
     num_layers: int = 1
     num_keys: int = 4
     hops: tuple[int, ...] = (1, 2)
     samples: int = 100
     seed: int = 0
     text: str = "python"
+    chat: bool = False
 
     def __post_init__(self) -> None:
         for name in ("length", "window_size", "num_layers", "num_keys", "samples"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"recall: {name} must be positive, got {getattr(self, name)}")
         if not self.hops or min(self.hops) < 1:
             raise ValueError(f"recall: hops must be positive, got {list(self.hops)}")
 
     def regions(self) -> dict[str, tuple[int, int]]:
         """Region -> least and greatest distance; which of them a row can hold depends on its keys too."""
+        if self.window_size is None:
+            return {ANYWHERE: (1, self.length)}
         reach = self.num_layers * (self.window_size - 1) + 1
         regions = {
             INSIDE: (1, self.window_size),
@@ -101,6 +106,7 @@ class Recall:
                     num_keys=self.num_keys,
                     num_hops=hops,
                     distance=distances.randint(low, high),
+                    chat=self.chat,
                 )
             except ValueError as error:
                 reason = str(error)

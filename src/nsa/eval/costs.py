@@ -1,0 +1,105 @@
+"""What each method reads, keeps and takes, summed over a comparison's cells: and as a table for the terminal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nsa.eval.methods.method import PHASES, Method
+from nsa.eval.svg import format_number
+
+HEADS = ("keys in prefill", "keys in decode", "read to choose", "cache, MiB", "ms in prefill", "ms in decode")
+
+
+@dataclass(kw_only=True)
+class Cost:
+    """One method at one length; per query, on average over queries, layers and query heads."""
+
+    method: str
+    length: int
+    sizes: dict[str, Any]
+    sparse_in: tuple[str, ...]
+    paper: str
+    queries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    attended: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    scored: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    cache_bytes: int = 0
+    peak_bytes: int = 0
+    patterns: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: Method, length: int, record: dict[str, Any]) -> "Cost":
+        """From the record of one cell; sums, not yet means."""
+        sizes = {key: value for key, value in record["sizes"].items() if key != "patterns"}
+        cost = cls(method=method.name, length=length, sizes=sizes, sparse_in=method.sparse_in, paper=method.paper)
+        cost.peak_bytes = record.get("peak_bytes", 0)
+        for layer in record.get("prepared", {}).get("patterns", ()):
+            for pattern in layer:
+                cost.patterns[pattern] = cost.patterns.get(pattern, 0) + 1
+        reads = record.get("reads")
+        if reads is None:
+            return cost
+        cost.cache_bytes = reads["cache_bytes"]
+        for phase in PHASES:
+            queries = reads[phase]["queries"]
+            cost.queries[phase] = queries
+            cost.attended[phase] = (reads[phase]["attended"] or 0.0) * queries
+            cost.scored[phase] = (reads[phase]["scored"] or 0.0) * queries
+            cost.seconds[phase] = reads[phase]["seconds"]
+        return cost
+
+    def add(self, other: "Cost") -> None:
+        for phase in PHASES:
+            for name in ("queries", "attended", "scored", "seconds"):
+                getattr(self, name)[phase] += getattr(other, name)[phase]
+        self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
+        self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+
+    def per_query(self, name: str, phase: str) -> float | None:
+        """The mean of "attended", "scored" or "seconds"; None where there was no query."""
+        queries = self.queries[phase]
+        return getattr(self, name)[phase] / queries if queries else None
+
+    def keys(self, phase: str) -> float | None:
+        """Keys attended to and vectors read to choose them."""
+        parts = [self.per_query(name, phase) for name in ("attended", "scored")]
+        return sum(part for part in parts if part is not None) if None not in parts else None
+
+    def cells(self) -> list[str]:
+        """For tables, in the order of HEADS."""
+        prefill, decode = (self.per_query("attended", phase) for phase in PHASES)
+        choose = [self.per_query("scored", phase) for phase in PHASES]
+        times = [self.per_query("seconds", phase) for phase in PHASES]
+        return [
+            _number(prefill),
+            _number(decode),
+            " + ".join(_number(x) for x in choose),
+            f"{self.cache_bytes / 2**20:.1f}" if self.cache_bytes else "–",
+            *(f"{1000 * x:.2f}" if x is not None else "–" for x in times),
+        ]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One row a method and length."""
+
+    rows: list[Cost]
+
+    @classmethod
+    def of(cls, each: Sequence[Cost]) -> "Costs":
+        """Sum the cells of every method and length."""
+        rows: dict[tuple[int, str], Cost] = {}
+        for cost in each:
+            place = (cost.length, cost.method)
+            if place in rows:
+                rows[place].add(cost)
+            else:
+                rows[place] = cost
+        return cls(list(rows.values()))
+
+    def lengths(self) -> list[int]:
+        return sorted({cost.length for cost in self.rows})
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else format_number(round(value, 1))

@@ -1,0 +1,153 @@
+"""`nsa compare` from a folder to rows, tables and a report; resumed runs; memory that does not suffice."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rigged import write_text
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nsa.cli import main
+from nsa.eval import compare as comparing
+from nsa.eval.compare_command import CompareArguments
+from nsa.eval.methods import METHODS
+from nsa.eval.methods.h2o import H2O
+from nsa.eval.result import Result
+from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
+from nsa.training.tokenizer import byte_tokenizer
+
+SIZES = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4,
+         "num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
+NSA = {"compress_block_size": 16, "compress_stride": 8, "select_block_size": 16, "num_selected_blocks": 4,
+       "window_size": 40}  # fmt: skip
+LAID_OVER = [name for name, method in METHODS.items() if not method.native]
+TASKS = ("needle", "recall", "multivalue", "perplexity", "continuation")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder / "llama")
+    NSALlamaForCausalLM(NSALlamaConfig(**SIZES, nsa=NSA)).save_pretrained(folder / "nsa")
+    for name in ("llama", "nsa"):
+        byte_tokenizer().save_pretrained(folder / name)
+    write_text(folder / "text")
+    return folder
+
+
+def arguments(folder, output, model="llama", **more):
+    small = {"lengths": (128,), "budget": 40, "samples": 1, "depths": (0.5,), "hops": (1,), "values": 2, "decode": 4}
+    return CompareArguments(model=folder / model, output=output, text=folder / "text", **{**small, **more})
+
+
+def records(output):
+    return [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+
+
+def test_every_method_is_a_line_of_every_task(folder, tmp_path, capsys):
+    arguments(folder, tmp_path).run()
+    said = capsys.readouterr().out
+    assert all(word in said for word in (*LAID_OVER, *TASKS, "128 tokens", "decode"))
+    assert {(r["method"], r["task"]) for r in records(tmp_path)} == {(m, t) for m in LAID_OVER for t in TASKS}
+    assert all(r["status"] == "ok" and r["rows"] and r["reads"]["prefill"]["attended"] for r in records(tmp_path))
+    result = Result.from_json((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert (result.names, result.reference) == (LAID_OVER, "full")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(f'<section id="{name}">' in html for name in ("costs", "results", "context", "needle", "run"))
+    assert "://" not in html
+    for record in records(tmp_path):
+        reads, positions = record["reads"]["decode"], record["reads"]["decode"]["queries"]
+        if record["method"] == "full" and positions:
+            assert 100 < reads["attended"] < 128
+        if record["method"] in ("exact_top", "streaming_llm", "h2o") and positions:
+            assert reads["attended"] == pytest.approx(40)
+
+
+def test_finished_cells_are_not_run_again(folder, tmp_path, monkeypatch, capsys):
+    few = {"methods": ("full", "quest"), "tasks": ("needle", "continuation")}
+    arguments(folder, tmp_path, **few).run()
+    before, ran, run_cell = records(tmp_path), [], comparing.run_cell
+
+    def noted(cell, *rest):
+        ran.append((cell.method.name, cell.task.name, cell.length))
+        return run_cell(cell, *rest)
+
+    monkeypatch.setattr(comparing, "run_cell", noted)
+    arguments(folder, tmp_path, **few).run()
+    assert not ran
+    assert "4 of 4 cells are finished" in " ".join(capsys.readouterr().err.split())
+    lines = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(lines[:-50])  # as when the last line was being written
+    arguments(folder, tmp_path, **few).run()
+    assert ran == [("quest", "continuation", 128)]
+    after = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert [r["rows"] for r in after] == [r["rows"] for r in before]
+    ran.clear()
+    arguments(folder, tmp_path, **{**few, "lengths": (96, 128), "tasks": ("needle",)}).run()
+    assert ran == [("full", "needle", 96), ("quest", "needle", 96)]
+    ran.clear()
+    arguments(folder, tmp_path, **{**few, "budget": 60, "tasks": ("needle",)}).run()
+    assert ran == [("quest", "needle", 128)]  # full has no budget
+
+
+def test_memory_that_does_not_suffice_is_a_row_not_the_end(folder, tmp_path, monkeypatch, capsys):
+    def decode(self, q, sequence):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(H2O, "decode", decode)
+    few = {"methods": ("full", "h2o", "quest"), "tasks": ("needle", "perplexity")}
+    arguments(folder, tmp_path, **few).run()
+    said = capsys.readouterr().out
+    assert "h2o: needle at 128 tokens: out of memory" in said
+    assert "no result" in said
+    status = {(r["method"], r["task"]): r["status"] for r in records(tmp_path)}
+    assert status.pop(("h2o", "needle")) == "out of memory"
+    assert set(status.values()) == {"ok"}
+    assert "h2o: needle at 128 tokens: out of memory" in (tmp_path / "report.html").read_text()
+
+    def broken(self, q, sequence):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(H2O, "decode", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        arguments(folder, tmp_path / "other", **few).run()
+
+
+def test_an_nsa_model_is_compared_by_its_own_attention(folder, tmp_path, capsys):
+    arguments(folder, tmp_path, model="nsa", tasks=("needle", "continuation"), json=True).run()
+    data = json.loads(capsys.readouterr().out)
+    assert list(data["rows"]) == ["nsa"]
+    (cost,) = data["costs"]
+    attended = cost["attended"]["decode"] / cost["queries"]["decode"]
+    assert 13 + 49 + 40 <= attended <= 15 + 64 + 40  # compressed blocks, selected ones of 16 keys, the window
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "full", "magic"], "unknown method magic; expected some of nsa, full, exact_top"),
+        (["--tasks", "riddle"], "unknown task riddle; expected some of needle, recall"),
+        (["--methods", "full", "full"], "named twice: full full"),
+        (["--lengths", "0"], "lengths must be positive token counts, got [0]"),
+        (["--methods", "nsa"], "the method nsa needs a model trained with it"),
+        (["--budget", "2"], "expected a budget of at least 3 keys"),
+        (["--chat", "yes", "--tasks", "needle"], "chat prompts need a tokenizer with a chat template"),
+    ],
+)
+def test_errors_are_one_line(folder, tmp_path, capsys, flags, message):
+    text = str(folder / "text")
+    command = ["compare", str(folder / "llama"), "--text", text, "--lengths", "128", "--samples", "1",
+               "--output", str(tmp_path), *flags]  # fmt: skip
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in said
+
+
+def test_a_task_of_lm_eval_without_the_package_says_how_to_get_it(folder, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"^tasks of lm-eval need the package: pip install nsa\[lm-eval\]$"):
+        arguments(folder, tmp_path, tasks=("lm_eval:arc_easy",)).run()
