@@ -19,6 +19,8 @@ import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction
 
 from nsa.config import NSAConfig
@@ -55,13 +57,17 @@ def compile_instead(architecture: int) -> None:
                 continue
             if isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
+            elif isinstance(value, TensorDescriptor):
+                kind = TYPES[value.base.dtype].removeprefix("*")
+                signature[name] = f"tensordesc<{kind}{list(value.block_shape)},{value.layout!r}>"
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
+        language = GluonASTSource if isinstance(self, GluonJITFunction) else ASTSource
+        source = language(fn=self, signature=signature, constexprs=constants, attrs=attributes)
         report(self.fn.__name__, triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
 
     JITFunction.run = run
@@ -87,7 +93,7 @@ def report(name: str, kernel: Any) -> None:
 
 
 def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096) -> None:
-    """Every kernel once, the contiguous ones in their fullest form (with a window)."""
+    """Every kernel once, the contiguous ones in their fullest form (with a window) where Hopper has no kernel."""
     config = NSAConfig()
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -95,11 +101,13 @@ def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096
 
     q, k, v, d_out = tensor(1, t, h, d), tensor(1, t, g, d), tensor(1, t, g, e), tensor(1, t, h, e)
     lse, gates = tensor(1, t, h, dtype=torch.float32), tensor(1, t, h, 3)
-    k_cmp = tensor(1, config.num_compressed_blocks(t), g, d)
+    num_compressed = config.num_compressed_blocks(t)
+    k_cmp, v_cmp = tensor(1, num_compressed, g, d), tensor(1, num_compressed, g, e)
     block_indices = tensor(1, t, g, config.num_selected_blocks, dtype=torch.int32)
     raw = Layout(1, t, t)
     compressed = Layout(1, t, t, config.compress_block_size, config.compress_stride)
     window, scale = config.window_size, 0.1
+    contiguous_forward(q, k_cmp, v_cmp, compressed, None, scale)
     contiguous_forward(q, k, v, raw, window, scale)
     contiguous_backward(q, k, v, d_out, lse, lse, raw, window, scale)
     select_top_blocks(q, k_cmp, lse, compressed, config, scale)
@@ -115,5 +123,6 @@ def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096
 if __name__ == "__main__":
     architecture, dtype, *sizes = sys.argv[1:]
     launch.shared_memory = lambda device: SHARED[int(architecture)]
+    launch.is_hopper = lambda device: architecture == "90"
     compile_instead(int(architecture))
     launch_all(getattr(torch, dtype), *map(int, sizes))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels import hopper
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import Layout
 from nsa.kernels.tiles import keys_seen, load_rows, locate, softmax_end, softmax_step, wide
@@ -114,12 +115,15 @@ def contiguous_forward(
 ) -> tuple[Tensor, Tensor]:
     """out [b, t, h, e] and lse [b, t, h] (fp32) over the keys of `layout`, or the last `window` of them."""
     heads = Heads.of(q, k, v)
-    tile = tile_for("contiguous_forward" if window is None else "window_forward", heads, q)
-    tiles = layout.query_tiles(tile.block_q)
     out = empty(layout, (*q.shape[:3], heads.e), q.dtype, q.device)
     lse = empty(layout, q.shape[:3], torch.float32, q.device, fill=float("-inf"))
     if out.numel() == 0:
         return out, lse.fill_(float("-inf"))
+    if window is None and hopper.serves_compressed(q, k, v, heads):
+        hopper.compressed_forward(q, k, v, out, lse, layout, heads, scale)
+        return out, lse
+    tile = tile_for("contiguous_forward" if window is None else "window_forward", heads, q)
+    tiles = layout.query_tiles(tile.block_q)
     contiguous_forward_kernel[(tiles.count, heads.g, layout.b)](
         q, k, v, out, lse, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         window or 0, scale * 1.4426950408889634, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],

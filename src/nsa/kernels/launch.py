@@ -191,6 +191,11 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def empty(
     layout: Layout, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, fill: float = 0.0
 ) -> Tensor:

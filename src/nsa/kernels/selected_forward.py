@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels import hopper
 from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
 from nsa.kernels.tiles import load_log2_lse, load_rows, locate, softmax_end, softmax_step, softmax_step_rows, wide
@@ -203,17 +204,25 @@ def selected_forward(
 ) -> tuple[Tensor, Tensor]:
     """out [b, t, h, e] and lse [b, t, h] (fp32)."""
     heads = Heads.of(q, k, v)
-    tile = selected_tile("selected_forward", heads, q, config)
+    select, n = config.select_block_size, block_indices.shape[3]
+    on_hopper = hopper.serves_selected(q, k, v, heads, select)
+    if on_hopper:
+        tile = hopper.tile_of(hopper.ATTENTION, heads.padded_group)
+    else:
+        tile = selected_tile("selected_forward", heads, q, config)
     out = empty(layout, (*q.shape[:3], heads.e), q.dtype, q.device)
     lse = empty(layout, q.shape[:3], torch.float32, q.device, fill=float("-inf"))
     if out.numel() == 0 or k.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     tiles = layout.query_tiles(tile.block_q)
-    items, counts = unions(block_indices, layout, tiles, tile.block_q, config.select_block_size)
+    items, counts = unions(block_indices, layout, tiles, tile.block_q, select)
+    if on_hopper:
+        hopper.selected_forward(q, k, v, items, counts, out, lse, layout, tiles, heads, select, n, scale)
+        return out, lse
     selected_forward_kernel[(tiles.count, heads.g, layout.b)](
         q, k, v, items, counts, out, lse, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         scale * 1.4426950408889634, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        **heads.constants, SELECT=config.select_block_size, N=block_indices.shape[3], LAYOUT=layout.kind,
+        **heads.constants, SELECT=select, N=n, LAYOUT=layout.kind,
         **tile.constants,
     )  # fmt: skip
     return out, lse

@@ -4,7 +4,7 @@ scoring     grid (query tiles, key tiles, KV heads x rows): the keys of a tile s
             their probabilities add up in registers, so rows are queries and no group size wastes any. A compressed
             block that reaches into the next selection block gives that part to `spill`, so that no program needs its
             neighbour's keys.
-top n       grid (queries, KV heads x rows): the n-th largest score is found bit by bit (scores are not negative, so
+top n       grid (queries, KV heads x rows): the n-th largest score is found by bisection (scores are not negative, so
             their bits order as they do), everything above it is taken, then ties from the lowest index up.
 
 The scratch of scores holds a bounded number of queries, never all of them. Scores are fp32 throughout.
@@ -16,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels import hopper
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import PACKED, UNIFORM, Layout
 from nsa.kernels.tiles import keys_seen, load_rows, locate, log2_lse, wide
 
 # Bytes of scores kept at a time, own and spilled parts together.
-SCRATCH_BYTES = 128 << 20
+SCRATCH_BYTES = 256 << 20
 # Blocks that one step of the top n looks at, for short sequences and long.
 TOP_BLOCKS = (128, 1024)
 TOP_QUERIES, TOP_WARPS = 2, 1
@@ -149,13 +150,15 @@ def top_blocks_kernel(
         old = _score_bits(
             own_rows, spill_rows, kept, kept >= 0, own_block, high, PER_BLOCK, BLOCK > STRIDE, INITIAL, LOCAL
         )
-        # The largest value that at least n scores reach.
+        # The largest value that at least n scores reach, or any that n scores reach: both take the same blocks.
         threshold = tl.zeros([QUERIES], tl.int32)
-        for step in tl.range(0, 31):
-            candidate = threshold | (1 << (30 - step))
-            reach = tl.sum((new >= candidate[:, None]).to(tl.int32), 1)
-            reach += tl.sum((old >= candidate[:, None]).to(tl.int32), 1)
-            threshold = tl.where(reach >= N, candidate, threshold)
+        ceiling = tl.maximum(tl.max(new, 1), tl.max(old, 1)) + 1
+        while tl.max(ceiling - threshold) > 1:
+            middle = threshold + (ceiling - threshold) // 2
+            reach = tl.sum((new >= middle[:, None]).to(tl.int32), 1)
+            reach += tl.sum((old >= middle[:, None]).to(tl.int32), 1)
+            ceiling = tl.where(reach < N, middle, tl.where(reach == N, middle + 1, ceiling))
+            threshold = tl.where(reach < N, threshold, middle)
         # Count those above it in the low half and those equal to it in the high half, in one scan.
         edge = threshold[:, None]
         old_marks = (old > edge).to(tl.int32) + ((old == edge).to(tl.int32) << 16)
@@ -186,7 +189,8 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
         return indices
     per_block = config.select_block_size // config.compress_stride
     per_block_padded = triton.next_power_of_2(per_block)
-    tile = tile_for("scoring", heads, q)
+    on_hopper = hopper.serves_scoring(q, k_cmp, heads, per_block)
+    tile = hopper.tile_of(hopper.SCORING, 1) if on_hopper else tile_for("scoring", heads, q)
     block_n = max(tile.block_n, per_block_padded)
     tiles = layout.query_tiles(tile.block_q)
     num_blocks = max(1, config.num_selection_blocks(layout.s))
@@ -204,11 +208,29 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
         seen = config.num_compressed_blocks(layout.s if layout.kind == PACKED else min(last, layout.s))
         if seen > 0:
             key_tiles = triton.cdiv(triton.cdiv(seen, per_block), block_n // per_block_padded)
-            scoring_kernel[(here, key_tiles, pairs)](
-                q, k_cmp, lse, own, spill, *where, offset, num_blocks, heads.g, scale * 1.4426950408889634,
-                *q.stride()[:3], *k_cmp.stride()[:3], G=heads.per_group, D=heads.d, DP=heads.padded_d,
-                PER_BLOCK_PADDED=per_block_padded, **common, **{**tile.constants, "BLOCK_N": block_n},
-            )  # fmt: skip
+            if on_hopper:
+                hopper.scoring(
+                    q,
+                    k_cmp,
+                    lse,
+                    own,
+                    spill,
+                    layout,
+                    tiles,
+                    offset,
+                    here,
+                    key_tiles,
+                    num_blocks,
+                    heads,
+                    per_block,
+                    scale,
+                )
+            else:
+                scoring_kernel[(here, key_tiles, pairs)](
+                    q, k_cmp, lse, own, spill, *where, offset, num_blocks, heads.g, scale * 1.4426950408889634,
+                    *q.stride()[:3], *k_cmp.stride()[:3], G=heads.per_group, D=heads.d, DP=heads.padded_d,
+                    PER_BLOCK_PADDED=per_block_padded, **common, **{**tile.constants, "BLOCK_N": block_n},
+                )  # fmt: skip
         queries = min(TOP_QUERIES, tile.block_q)
         most = num_blocks if layout.kind != UNIFORM else triton.cdiv(last, config.select_block_size)
         blocks_at_once = min(max(triton.next_power_of_2(most), TOP_BLOCKS[0]), TOP_BLOCKS[1])

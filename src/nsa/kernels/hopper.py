@@ -1,0 +1,117 @@
+"""When the kernels for Hopper serve, their tiles, and how they are launched.
+
+They take what is most often asked for: 16-bit inputs, heads of 64 or 128 dims for keys and values alike, dense rows.
+Everything else on Hopper, and every other GPU, has the kernels in plain Triton, which compute the same.
+"""
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nsa.kernels import launch
+from nsa.kernels.launch import Heads, TileSize
+from nsa.kernels.layout import Layout, TileMap
+from nsa.kernels.tiles import LOG2E
+
+if TYPE_CHECKING:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+try:
+    _HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+except ModuleNotFoundError:  # a parent is missing: an older Triton
+    _HAS_GLUON = False
+
+# Rows (queries x heads; queries in scoring), keys, warps, stages.
+ATTENTION: launch.Candidate = (64, 64, 4, 3)
+SCORING: launch.Candidate = (64, 128, 4, 3)
+
+
+def serves_selected(q: Tensor, k: Tensor, v: Tensor, heads: Heads, select: int) -> bool:
+    # Fewer heads to a group would mean more queries in a tile, whose blocks differ more.
+    return _serves(heads, q, k, v) and select in (32, 64) and heads.padded_group in (8, 16, 32)
+
+
+def serves_compressed(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> bool:
+    return _serves(heads, q, k, v)
+
+
+def serves_scoring(q: Tensor, k_cmp: Tensor, heads: Heads, per_block: int) -> bool:
+    return _serves(heads, k_cmp, q) and per_block in (1, 2, 4, 8, 16, 32)
+
+
+def _serves(heads: Heads, *tensors: Tensor) -> bool:
+    """The first tensor is read by rows, the others by descriptor."""
+    x, *copied = tensors
+    return (
+        _HAS_GLUON
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and heads.d == heads.e
+        and heads.d in (64, 128)
+        and all(y.is_contiguous() and y.numel() > 0 and y.data_ptr() % 16 == 0 for y in copied)
+        and launch.is_hopper(x.device)
+    )
+
+
+def tile_of(candidate: launch.Candidate, group: int) -> TileSize:
+    rows, block_n, warps, stages = candidate
+    return TileSize(rows // group, block_n, warps, stages, "tf32")
+
+
+def selected_forward(
+    q: Tensor, k: Tensor, v: Tensor, items: Tensor, counts: Tensor, out: Tensor, lse: Tensor,
+    layout: Layout, tiles: TileMap, heads: Heads, select: int, n: int, scale: float,
+) -> None:  # fmt: skip
+    from nsa.kernels.hopper_attention import selected_forward_hopper_kernel
+
+    tile = tile_of(ATTENTION, heads.padded_group)
+    selected_forward_hopper_kernel[(tiles.count, heads.g, layout.b)](
+        q, k, v, _descriptor(k, select), _descriptor(v, select), items, counts, out, lse, *layout.arguments,
+        tiles.sequence, tiles.first, layout.t, layout.s, scale * LOG2E.value,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        G=heads.per_group, GP=heads.padded_group, D=heads.d, E=heads.e, SELECT=select, N=n, LAYOUT=layout.kind,
+        BLOCK_Q=tile.block_q, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def compressed_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, heads: Heads, scale: float
+) -> None:
+    from nsa.kernels.hopper_attention import compressed_forward_hopper_kernel
+
+    tile = tile_of(ATTENTION, heads.padded_group)
+    tiles = layout.query_tiles(tile.block_q)
+    compressed_forward_hopper_kernel[(tiles.count, heads.g, layout.b)](
+        q, k, v, _descriptor(k, tile.block_n), _descriptor(v, tile.block_n), out, lse, *layout.arguments,
+        tiles.sequence, tiles.first, layout.t, layout.s, k.shape[1], scale * LOG2E.value,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        G=heads.per_group, GP=heads.padded_group, D=heads.d, E=heads.e, BLOCK=layout.block, STRIDE=layout.stride,
+        LAYOUT=layout.kind, BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def scoring(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, own: Tensor, spill: Tensor, layout: Layout, tiles: TileMap,
+    offset: int, count: int, key_tiles: int, num_blocks: int, heads: Heads, per_block: int, scale: float,
+) -> None:  # fmt: skip
+    from nsa.kernels.hopper_scoring import scoring_hopper_kernel
+
+    tile = tile_of(SCORING, 1)
+    scoring_hopper_kernel[(count, key_tiles, layout.b * heads.g)](
+        _descriptor(q, tile.block_q), k_cmp, lse, own, spill, *layout.arguments, tiles.sequence, tiles.first,
+        layout.t, layout.s, offset, num_blocks, heads.g, scale * LOG2E.value, *k_cmp.stride()[:3],
+        G=heads.per_group, D=heads.d, BLOCK=layout.block, STRIDE=layout.stride, PER_BLOCK=per_block,
+        LAYOUT=layout.kind, BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def _descriptor(x: Tensor, rows: int) -> "TensorDescriptor":
+    """x [b, s, heads, d] as a matrix, of which `rows` rows of one head are copied at a time."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    matrix = x.view(x.shape[0] * x.shape[1], -1)
+    block = [rows, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
