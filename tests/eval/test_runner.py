@@ -144,7 +144,9 @@ def test_weights_of_another_attention_are_refused_not_drawn_at_random(folder, tm
 def test_an_unknown_task_is_one_clear_line(folder):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         arguments(folder, "nsa", tasks=("needle", "needel")).run()
-    assert one_line(error) == "unknown task needel; expected some of needle, recall, perplexity, multivalue, continuation"
+    assert (
+        one_line(error) == "unknown task needel; expected some of needle, recall, perplexity, multivalue, continuation"
+    )
 
 
 @pytest.mark.parametrize(("device", "message"), [("cup", "no such device: 'cup'"), ("cuda:99", "torch sees \\d+ CUDA")])

@@ -81,10 +81,16 @@ def dense(q: Tensor, sequence: Sequence) -> Tensor:
 
 def top(s: Tensor, count: int) -> Tensor:
     """A mask of the `count` highest along the last dimension, -inf never among them; ties to the lower index."""
+    count = min(count, s.shape[-1])
     if count <= 0:
         return torch.zeros_like(s, dtype=torch.bool)
-    best = s.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return torch.zeros_like(s, dtype=torch.bool).scatter_(-1, best, True) & (s != -torch.inf)
+    least = s.topk(count, sorted=False).values.amin(-1, keepdim=True)  # much less work than to sort
+    best = (s >= least) & (s != -torch.inf)
+    if not bool((best.sum(-1) > count).any()):
+        return best
+    above, tied = s > least, s == least
+    places = count - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= places))
 
 
 def moved(x: Tensor, by: Tensor | int, inv_freq: Tensor) -> Tensor:
