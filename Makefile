@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint format test-gpu bench clean
+.PHONY: demo test lint format test-gpu bench bench-gpu clean
 
 $(STAMP): pyproject.toml constraints/dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,11 +26,17 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# PROCESSES=8 spreads the tests (pytest-xdist); compiling the kernels takes most of the time.
 test-gpu:  ## on a machine with CUDA, in its own environment
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/gpu -p no:benchmark $(if $(PROCESSES),-n $(PROCESSES))
 
 bench: $(STAMP)  ## ours beside torch's SDPA on this CPU, one interleaved run
 	$(BIN)/python benchmarks/bench_cpu.py
+
+bench-gpu:  ## kernels, layer and training step beside dense attention, on a machine with CUDA
+	$(PYTHON) -m nsa.cli bench kernels
+	$(PYTHON) -m nsa.cli bench module
+	$(PYTHON) -m nsa.cli bench step
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

@@ -143,8 +143,9 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
             past_key_values = NSALlamaCache(self.config) if use_cache else None
             # Asked once, not by every layer: the answer waits for the device.
-            may_be_packed = past_key_values is None and position_ids is not None
-            if may_be_packed and kwargs.get("cu_seq_lens_q") is None and _has_no_padding(attention_mask):
+            is_asked = position_ids is not None and kwargs.get("cu_seq_lens_q") is None
+            if is_asked and past_key_values is None and _has_no_padding(attention_mask):
+                assert position_ids is not None
                 kwargs["cu_seq_lens_q"] = packed_boundaries(position_ids)
         return super().forward(
             input_ids,

@@ -1,0 +1,225 @@
+"""The arguments of `nsa bench`; the work is imported when it is run, so that `--help` is fast."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from nsa.bench.result import Entry
+
+Output = Annotated[Path | None, tyro.conf.arg(metavar="STEM")]
+RIVALS = ("cuDNN", "FlashAttention-2", "FlexAttention", "FlexAttention, selected branch")
+
+
+@dataclass(frozen=True)
+class KernelArguments:
+    """The attention function and each of its kernels, beside torch's dense attention, in one interleaved run.
+
+    NSA: q, gates and the keys and values of the three branches in, output out; and its backward. Dense: causal, of the
+    same q, k, v, by cuDNN, FlashAttention-2 and FlexAttention; and FlexAttention over NSA's selected blocks, one branch
+    of three. Random inputs, and random ones whose queries resemble their neighbours. U4 is the number of distinct
+    blocks that four neighbouring queries select between them.
+
+    Examples:
+        nsa bench kernels
+        nsa bench kernels --lengths 8192 65536 --output kernels_h200
+        nsa bench kernels --lengths 65536 --rivals
+        nsa bench kernels --heads 32 --kv-heads 2 --head-dim 64 --rivals cuDNN --json
+    """
+
+    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
+    """Lengths in tokens."""
+    heads: int = 64
+    """Query heads, H."""
+    kv_heads: int = 4
+    """KV heads, HK."""
+    head_dim: int = 128
+    """Width of a head of q, k and v."""
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Number format of the inputs."""
+    rivals: tuple[str, ...] = RIVALS
+    """Whom to compare with: cuDNN, FlashAttention-2, FlexAttention, "FlexAttention, selected branch"; or nobody."""
+    repetitions: int = 5
+    """Rounds that count, after one that does not."""
+    output: Output = None
+    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+    def wants(self, rival: str) -> bool:
+        return rival in self.rivals
+
+    def run(self) -> None:
+        unknown = sorted(set(self.rivals) - set(RIVALS))
+        if unknown:
+            raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS))}, got {unknown[0]!r}")
+        _check(self.lengths, self.repetitions)
+        _run("kernels", self)
+
+    def measure(self) -> "Iterator[Entry]":
+        from nsa.bench.kernels import measure
+
+        return measure(self)
+
+
+@dataclass(frozen=True)
+class ModuleArguments:
+    """One layer, hidden states to hidden states, beside its dense twin: forward, and forward with backward, in bf16.
+
+    Also what phi, the compression of keys and values (plain PyTorch), takes of it.
+
+    Examples:
+        nsa bench module
+        nsa bench module --lengths 65536 --hidden-size 2560 --output module_h200
+    """
+
+    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
+    """Lengths in tokens."""
+    hidden_size: int = 4096
+    """Width of the hidden states."""
+    heads: int = 64
+    """Query heads, H."""
+    kv_heads: int = 4
+    """KV heads, HK."""
+    head_dim: int = 128
+    """Width of a head of q, k and v."""
+    repetitions: int = 5
+    """Rounds that count, after one that does not."""
+    output: Output = None
+    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+    def run(self) -> None:
+        _check(self.lengths, self.repetitions)
+        _run("module", self)
+
+    def measure(self) -> "Iterator[Entry]":
+        from nsa.bench.layer import measure
+
+        return measure(self)
+
+
+@dataclass(frozen=True)
+class StepArguments:
+    """A training step of a whole language model beside its dense twin: forward, backward, AdamW, one row of tokens.
+
+    Weights in fp32, bf16 autocast, gradient checkpointing; both models are in memory at once.
+
+    Examples:
+        nsa bench step
+        nsa bench step --lengths 32768 --repetitions 2 --output step_h200
+        nsa bench step --preset small --lengths 4096
+    """
+
+    lengths: tuple[int, ...] = (32768, 65536)
+    """Tokens in the row."""
+    preset: str = "1b"
+    """Whose sizes: demo, small or 1b."""
+    layers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Layers of the model. Default: the preset's."""
+    repetitions: int = 3
+    """Rounds that count, after one that does not."""
+    output: Output = None
+    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+    def run(self) -> None:
+        _check(self.lengths, self.repetitions)
+        _run("step", self)
+
+    def measure(self) -> "Iterator[Entry]":
+        from nsa.bench.step import measure
+
+        return measure(self)
+
+
+@dataclass(frozen=True)
+class ShowArguments:
+    """A result again: the tables of a STEM.json, and STEM.md and STEM.svg from it.
+
+    Examples:
+        nsa bench show kernels_h200.json
+        nsa bench show kernels_h200.json --output kernels_h200
+    """
+
+    result: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RESULT.json")]
+    """What `nsa bench ... --output` wrote."""
+    output: Output = None
+    """Write STEM.md and STEM.svg."""
+
+    def run(self) -> None:
+        from nsa.bench.result import Result
+        from nsa.bench.show import print_tables, write
+
+        try:
+            result = Result.from_json(self.result.read_text())
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.result} is no result of nsa bench: {error}") from error
+        print_tables(result)
+        if self.output:
+            write(result, self.output)
+
+
+def _subcommand(name: str, arguments: type) -> Any:
+    return tyro.conf.subcommand(name, prefix_name=False, description=inspect.cleandoc(arguments.__doc__ or ""))
+
+
+@dataclass(frozen=True)
+class BenchArguments:
+    """What the kernels, a layer and a training step cost on this machine's GPU, beside dense attention.
+
+    Examples:
+        nsa bench kernels --lengths 8192 65536
+        nsa bench module
+        nsa bench step --lengths 32768
+        nsa bench kernels --help
+    """
+
+    what: Annotated[
+        Annotated[KernelArguments, _subcommand("kernels", KernelArguments)]
+        | Annotated[ModuleArguments, _subcommand("module", ModuleArguments)]
+        | Annotated[StepArguments, _subcommand("step", StepArguments)]
+        | Annotated[ShowArguments, _subcommand("show", ShowArguments)],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self) -> None:
+        self.what.run()
+
+
+def _check(lengths: tuple[int, ...], repetitions: int) -> None:
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"--lengths: expected positive numbers of tokens, got {list(lengths)}")
+    if repetitions < 1:
+        raise ValueError(f"--repetitions: expected at least 1, got {repetitions}")
+
+
+def _run(bench: str, arguments: KernelArguments | ModuleArguments | StepArguments) -> None:
+    """Measure, write down after every entry, show."""
+    from nsa.bench.timing import require_cuda
+
+    require_cuda()
+    from nsa.bench.result import Result, when_and_where
+    from nsa.bench.show import print_tables, write
+    from nsa.bench.timing import device_facts, matrix_rate
+
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    shape = {name: value for name, value in asdict(arguments).items() if name not in ("output", "json")}
+    result = Result(bench=bench, facts=device_facts() | when_and_where(), shape=shape, matrix_rate=matrix_rate())
+    for entry in arguments.measure():
+        result.entries.append(entry)
+        if arguments.output:
+            arguments.output.with_name(arguments.output.name + ".json").write_text(result.to_json())
+    if arguments.json:
+        print(result.to_json())
+    else:
+        print_tables(result)
+    if arguments.output:
+        write(result, arguments.output)

@@ -1,0 +1,206 @@
+"""A result for people: tables in the terminal and in Markdown, a plot."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from nsa.bench.result import Entry, Result
+
+DENSE = ("cuDNN", "FlashAttention-2", "FlexAttention", "dense")
+COLORS = {
+    "NSA": "#0b7285",
+    "NSA, correlated": "#66c2d0",
+    "cuDNN": "#c92a2a",
+    "FlashAttention-2": "#e8590c",
+    "FlexAttention": "#9c36b5",
+    "FlexAttention, selected branch": "#868e96",
+    "dense": "#c92a2a",
+    "phi": "#f08c00",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column names the row."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [f"### {self.title}", "", _line(self.header), "|---" * len(self.header) + "|"]
+        return "\n".join([*lines, *map(_line, self.rows)])
+
+    def rich(self) -> RichTable:
+        table = RichTable(title=self.title, box=box.SIMPLE, title_justify="left")
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="right" if index else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def tables(result: Result) -> list[Table]:
+    """The tables of a result of any bench."""
+    found = [_times(result, part) for part in _parts(result) if part != "kernels"]
+    if any(entry.gib for entry in result.entries):
+        found.append(_memory(result))
+    for inputs in ("random", "correlated"):
+        if result.of("kernels", inputs):
+            found.append(_kernels(result, inputs))
+    return found
+
+
+def _parts(result: Result) -> list[str]:
+    return list(dict.fromkeys(entry.part for entry in result.entries))
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(name for entry in entries for name in entry.ms))
+
+
+def _times(result: Result, part: str) -> Table:
+    """Milliseconds; a rival's also as a multiple of NSA's; NSA's own rate and its share of the counted limit."""
+    entries = result.of(part)
+    names = _names(entries)
+    header, rows = ["tokens", "inputs"], []
+    has_u4, has_flops = any("U4" in x.facts for x in entries), any(x.flops for x in entries)
+    header += ["U4"] * has_u4 + ["NSA, ms"] + ["TFLOP/s", "of the limit"] * has_flops
+    others = [name for name in names if name != "NSA"]
+    for entry in entries:
+        own = entry.ms["NSA"]
+        row = [f"{entry.length:,}", entry.inputs]
+        row += [_number(entry.facts.get("U4"))] * has_u4 + [_number(own)]
+        if has_flops:
+            rate = entry.flops["NSA"] / own * 1e3
+            row += [f"{rate / 1e12:.0f}", f"{rate / result.matrix_rate:.0%}"]
+        for name in others:
+            ms = entry.ms.get(name)
+            row.append("" if ms is None else f"{_number(ms)} ({ms / own:.2f}x)")
+        rows.append(row)
+    return Table(f"{part}: milliseconds, and how many times NSA's", header + others, rows)
+
+
+def _memory(result: Result) -> Table:
+    entries = [entry for entry in result.entries if entry.gib]
+    names = list(dict.fromkeys(name for entry in entries for name in entry.gib))
+    rows = [[f"{entry.length:,}", entry.inputs, *(_number(entry.gib.get(name)) for name in names)] for entry in entries]
+    return Table(
+        "peak memory, forward + backward, on top of inputs and weights: GiB", ["tokens", "inputs", *names], rows
+    )
+
+
+def _kernels(result: Result, inputs: str) -> Table:
+    entries = result.of("kernels", inputs)
+    rows = []
+    for name in _names(entries):
+        row = [name]
+        for entry in entries:
+            ms, flops = entry.ms.get(name), entry.flops.get(name)
+            rate = "" if not flops or not ms else f" ({flops / ms / 1e9:.0f})"
+            row.append(f"{_number(ms)}{rate}")
+        rows.append(row)
+    header = ["kernel", *(f"{entry.length:,}" for entry in entries)]
+    return Table(f"each kernel alone, {inputs} inputs: milliseconds (TFLOP/s of what it must compute)", header, rows)
+
+
+def crossover(result: Result, parts: Sequence[str]) -> float | None:
+    """The length from which NSA (random inputs) takes less than the fastest dense attention, summed over `parts`.
+
+    Between two measured lengths the ratio is taken as a power of the length. None where NSA never leads.
+    """
+    ratios: list[tuple[int, float]] = []
+    by_length = [[x for x in result.of(part, "random")] for part in parts]
+    for entries in zip(*by_length, strict=True):
+        own = sum(x.ms["NSA"] for x in entries)
+        dense = [sum(x.ms[name] for x in entries) for name in DENSE if all(name in x.ms for x in entries)]
+        if dense:
+            ratios.append((entries[0].length, min(dense) / own))
+    ratios.sort()
+    if not ratios or ratios[-1][1] < 1:
+        return None
+    for (short, low), (long, high) in pairwise(ratios):
+        if low < 1 <= high:
+            share = math.log(1 / low) / math.log(high / low)
+            return short * (long / short) ** share
+    return float(ratios[0][0])
+
+
+def notes(result: Result) -> list[str]:
+    """What the tables do not say: where it ran, the limit's rate, from which length NSA leads."""
+    facts = ", ".join(f"{name} {value}" for name, value in result.facts.items())
+    shape = ", ".join(f"{name}={value}" for name, value in result.shape.items() if name not in ("lengths", "rivals"))
+    lines = [facts, shape, f"bf16 matrix products of 8192^3 in the same run: {result.matrix_rate / 1e12:.0f} TFLOP/s"]
+    sets = [("forward",), ("backward",), ("forward", "backward"), ("forward + backward",), ("step",)]
+    for parts in sets:
+        if all(result.of(part, "random") for part in parts):
+            length = crossover(result, parts)
+            where = "at no length measured" if length is None else f"from about {length:,.0f} tokens on"
+            lines.append(f"{' and '.join(parts)}: NSA takes less than the fastest dense attention {where}")
+    for entry in result.of("step"):
+        rates = ", ".join(f"{name} {entry.length / ms * 1e3:,.0f}" for name, ms in entry.ms.items())
+        lines.append(f"tokens a second at {entry.length:,}: {rates}")
+    return lines
+
+
+def print_tables(result: Result) -> None:
+    console = Console()
+    for note in notes(result):
+        console.print(note, highlight=False)
+    for table in tables(result):
+        console.print(table.rich())
+
+
+def markdown(result: Result) -> str:
+    parts = [f"# nsa bench {result.bench}", "", *(f"* {note}" for note in notes(result))]
+    for table in tables(result):
+        parts += ["", table.markdown()]
+    return "\n".join(parts) + "\n"
+
+
+def write(result: Result, stem: Path) -> None:
+    """STEM.md and STEM.svg."""
+    stem.with_name(stem.name + ".md").write_text(markdown(result))
+    plot(result, stem.with_name(stem.name + ".svg"))
+
+
+def plot(result: Result, path: Path) -> None:
+    """Milliseconds over length, a panel a part, both axes logarithmic."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    parts = [part for part in _parts(result) if part != "kernels"]
+    figure = Figure(figsize=(5.2 * max(1, len(parts)), 4.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    for index, part in enumerate(parts):
+        axes = figure.add_subplot(1, len(parts), index + 1)
+        for inputs in ("random", "correlated"):
+            entries = sorted(result.of(part, inputs), key=lambda x: x.length)
+            for name in _names(entries):
+                label = name if inputs == "random" else f"{name}, {inputs}"
+                points = [(x.length, x.ms[name]) for x in entries if name in x.ms]
+                style = "-" if name == "NSA" else "--"
+                axes.plot(*zip(*points, strict=True), style, marker="o", ms=4, label=label, color=COLORS.get(label))
+        lengths = sorted({x.length for x in result.of(part)})
+        axes.set(xscale="log", yscale="log", title=part, xlabel="tokens", ylabel="milliseconds")
+        axes.set_xticks(lengths, [f"{x // 1024}k" if x % 1024 == 0 else str(x) for x in lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
