@@ -27,7 +27,7 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (256, (64, 32, 4, 2)),
         (256, (64, 16, 4, 2)),
     ],
-    "window_forward": [(128, (64, 64, 4, 3))],
+    "window_forward": [(128, (64, 64, 4, 2))],
     "contiguous_dq": [
         (128, (128, 64, 8, 3)),
         (128, (64, 64, 4, 3)),
