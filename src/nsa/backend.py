@@ -20,7 +20,10 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 32
 MIN_CAPABILITY = (8, 0)
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+try:
+    _HAS_TRITON = importlib.util.find_spec("triton") is not None
+except ModuleNotFoundError:
+    _HAS_TRITON = False
 _requested: Backend = "auto"
 
 

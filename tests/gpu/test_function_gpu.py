@@ -137,11 +137,10 @@ def test_64k_tokens_forward_and_backward_fit_in_12_gib(cuda_generator: torch.Gen
 
 def test_a_million_tokens_at_sampled_queries(cuda_generator: torch.Generator) -> None:
     """Row bases pass 2^31 elements; out and dq of single queries against fp64, given the blocks that were selected."""
-    length, h, d, config = 1 << 20, 8, 64, DEFAULT
+    length, h, d, config = 1 << 20, 32, 64, DEFAULT
     inputs = _inputs(Layout(t=length, s=length), cuda_generator, h=h, g=1, d=d)
     q, k, v, gates = (x.detach() for x in inputs)
-    q = torch.cat([q, q.new_zeros(1, length, 24, d)], dim=2)[:, :, :h]  # rows 32 heads apart: 2^31 elements
-    assert length * q.stride(1) >= 1 << 31
+    assert q.numel() >= 1 << 31
     k_cmp, v_cmp = (compress(x, phi_mean, config) for x in (k, v))
     d_out = torch.randn(q.shape, generator=cuda_generator, dtype=q.dtype, device="cuda")
     sizes, scale, keys = library.sizes_of(config), d**-0.5, (k_cmp, v_cmp, k, v, k, v)
@@ -149,7 +148,7 @@ def test_a_million_tokens_at_sampled_queries(cuda_generator: torch.Generator) ->
     dq = library.whole_backward(q, *keys, gates, d_out, saved, None, None, None, None, sizes, scale, True)[0]
     block_indices = saved[6]
 
-    at = torch.tensor([0, 31, 600, 65535, 65536, 524287, 524288, 1000001, length - 1], device="cuda")
+    at = torch.tensor([31, 600, 65536, 524287, 1000001, length - 1], device="cuda")
     positions = at[:, None]
     blocks = torch.arange(k_cmp.shape[1], device="cuda")
     key = torch.arange(length, device="cuda")
