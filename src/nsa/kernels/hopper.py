@@ -5,7 +5,8 @@ Everything else on Hopper, and every other GPU, has the kernels in plain Triton,
 """
 
 import importlib.util
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -108,10 +109,14 @@ def scoring(
 
 def _descriptor(x: Tensor, rows: int) -> "TensorDescriptor":
     """x [b, s, heads, d] as a matrix, of which `rows` rows of one head are copied at a time."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    matrix = x.view(x.shape[0] * x.shape[1], -1)
-    block = [rows, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)
+    b, s, heads, d = x.shape
+    return TensorDescriptor(x, [b * s, heads * d], [heads * d, 1], [rows, d], _shared_layout(rows, d, x.dtype))
+
+
+@lru_cache
+def _shared_layout(rows: int, d: int, dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([rows, d], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
