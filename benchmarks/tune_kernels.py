@@ -11,8 +11,12 @@ a short length (lengths are no part of the key), before one process alone does t
 import argparse
 
 import torch
-from bench_kernels import Problem, interleaved
 
+from nsa.bench.candidates import Problem
+from nsa.bench.counts import Shape
+from nsa.bench.kernels import single_kernels
+from nsa.bench.timing import interleaved
+from nsa.config import NSAConfig
 from nsa.kernels import launch
 
 # Rows (queries x heads), keys, warps, stages; and the launchers that a kernel's tile matters to.
@@ -32,7 +36,7 @@ TIMED = {
     "scoring": ("forward: selection",),
     "selected_forward": ("forward: selected",),
     "selected_dq": ("backward: selected dq",),
-    "selected_dkdv": ("backward: selected dk, dv (with index)",),
+    "selected_dkdv": ("backward: selected dk, dv",),
 }
 
 
@@ -47,14 +51,14 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", help="i/n: only every n-th candidate, from the i-th on")
     arguments = parser.parse_args()
     first, step = map(int, arguments.share.split("/"))
-    problem = Problem(
-        arguments.length, arguments.heads, arguments.kv_heads, arguments.head_dim, torch.bfloat16, arguments.correlated
-    )
+    d = arguments.head_dim
+    shape = Shape(length=arguments.length, h=arguments.heads, g=arguments.kv_heads, d=d, e=d)
+    problem = Problem(shape, NSAConfig(), correlated=arguments.correlated, dtype=torch.bfloat16)
     print(f"{torch.cuda.get_device_name()}, {arguments.length} tokens, U4 {problem.distinct_of_four():.1f}", flush=True)
     todo = [(kernel, candidate) for kernel, candidates in CANDIDATES.items() for candidate in candidates]
     for kernel, candidate in todo[first::step]:
         before, launch.TABLE[kernel] = launch.TABLE[kernel], [(256, candidate)]
-        launchers = problem.kernels()
+        launchers = single_kernels(problem)
         try:
             times = interleaved({name: launchers[name] for name in TIMED[kernel]}, arguments.repetitions)
             found = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Past this a mask of selected blocks keeps FlexAttention busy for seconds.
 MAX_FLEX_SELECTED = 32768
+FLEX_BLOCK = 128  # FlexAttention's tiles
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,18 @@ class Problem:
 
     def flex(self) -> Candidate:
         """Dense causal FlexAttention, compiled, KV heads shared."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        from torch.nn.attention.flex_attention import BlockMask
 
-        length = self.shape.length
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=self.device)
+        length, blocks = self.shape.length, self.shape.length // FLEX_BLOCK
+        # What create_block_mask would find, without a tensor of length x length: tiles on the diagonal are masked,
+        # those before it are visited whole.
+        block = torch.arange(blocks, dtype=torch.int32, device=self.device)
+        diagonal = block[:, None].expand(1, 1, blocks, blocks).contiguous()
+        before = block.expand(1, 1, blocks, blocks).contiguous()
+        mask = BlockMask.from_kv_blocks(
+            torch.ones_like(block)[None, None], diagonal, block[None, None], before,
+            BLOCK_SIZE=FLEX_BLOCK, mask_mod=lambda b, h, i, j: i >= j, seq_lengths=(length, length),
+        )  # fmt: skip
         return self._flex(mask)
 
     def flex_selected(self) -> Candidate:
@@ -119,18 +128,17 @@ class Problem:
         from torch.nn.attention.flex_attention import BlockMask
 
         length, size, group = self.shape.length, self.config.select_block_size, self.shape.h // self.shape.g
-        step = 128
         selected = selected_table(self.block_indices(), length, size)
 
         def chosen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (i >= j) & selected[h // group, i, j // size]
 
         # A tile of keys is visited by a tile of queries if any of them selected any of its blocks.
-        needed = selected.unflatten(1, (-1, step)).any(2).unflatten(2, (-1, step // size)).any(-1)
+        needed = selected.unflatten(1, (-1, FLEX_BLOCK)).any(2).unflatten(2, (-1, FLEX_BLOCK // size)).any(-1)
         needed = needed.repeat_interleave(group, 0)[None]
         order = needed.int().argsort(dim=-1, descending=True, stable=True).int()
         mask = BlockMask.from_kv_blocks(
-            needed.sum(-1).int(), order, BLOCK_SIZE=step, mask_mod=chosen, seq_lengths=(length, length)
+            needed.sum(-1).int(), order, BLOCK_SIZE=FLEX_BLOCK, mask_mod=chosen, seq_lengths=(length, length)
         )
         return self._flex(mask)
 
@@ -138,7 +146,8 @@ class Problem:
         from torch._functorch import config as autograd_config
         from torch.nn.attention.flex_attention import flex_attention
 
-        q, k, v, d_out = self.heads_first()
+        q, k, v, d_out = (x.detach().contiguous() for x in self.heads_first())
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
         autograd_config.donated_buffer = False  # a graph is kept and run again
         compiled = torch.compile(flex_attention, dynamic=False)
         return Candidate(lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True), (q, k, v), d_out)
@@ -147,11 +156,12 @@ class Problem:
         found = {
             "cuDNN": lambda: self.sdpa(SDPBackend.CUDNN_ATTENTION),
             "FlashAttention-2": lambda: self.sdpa(SDPBackend.FLASH_ATTENTION),
-            "FlexAttention": self.flex,
         }
-        fits = self.shape.length % 128 == 0 and 128 % self.config.select_block_size == 0
-        if fits and self.shape.length <= MAX_FLEX_SELECTED:
-            found["FlexAttention, selected branch"] = self.flex_selected
+        length = self.shape.length
+        if length % FLEX_BLOCK == 0:
+            found["FlexAttention"] = self.flex
+            if FLEX_BLOCK % self.config.select_block_size == 0 and length <= MAX_FLEX_SELECTED:
+                found["FlexAttention, selected branch"] = self.flex_selected
         return found
 
 
