@@ -9,6 +9,8 @@ a short length (lengths are no part of the key), before one process alone does t
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,27 +19,56 @@ from nsa.bench.counts import Shape
 from nsa.bench.kernels import single_kernels
 from nsa.bench.timing import interleaved
 from nsa.config import NSAConfig
-from nsa.kernels import launch
+from nsa.kernels import hopper, launch
 
-# Rows (queries x heads), keys, warps, stages; and the launchers that a kernel's tile matters to.
+# Rows (queries x heads), keys, warps, stages.
 CANDIDATES: dict[str, list[launch.Candidate]] = {
-    "contiguous_forward": [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
-    "contiguous_dq": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
-    "contiguous_dkdv": [(32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
-    "scoring": [(128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 4, 3), (128, 64, 4, 3), (64, 256, 8, 3)],
-    "selected_forward": [(64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (16, 64, 4, 3), (16, 64, 2, 3)],
-    "selected_dq": [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 4, 2), (64, 32, 4, 3)],
-    "selected_dkdv": [(32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2)],
+    "contiguous_forward": [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
+    "window_forward": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
+    "contiguous_dq": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2)],
+    "window_dq": [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)],
+    "contiguous_dkdv": [(64, 128, 8, 3), (32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
+    "window_dkdv": [(64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 3)],
+    "scoring": [(64, 128, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 64, 4, 3), (64, 256, 8, 3)],
+    "selected_forward": [(64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (16, 64, 2, 3), (64, 32, 4, 3)],
+    "selected_dq": [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (16, 64, 4, 2), (64, 32, 4, 2)],
+    "selected_dkdv": [(64, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2), (16, 64, 4, 3)],
+    "hopper.ATTENTION": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)],
+    "hopper.SCORING": [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 8, 3)],
 }
+# The launchers that a kernel's tile matters to.
 TIMED = {
-    "contiguous_forward": ("forward: compressed", "forward: window"),
-    "contiguous_dq": ("backward: compressed", "backward: window"),
-    "contiguous_dkdv": ("backward: compressed", "backward: window"),
+    "contiguous_forward": ("forward: compressed",),
+    "window_forward": ("forward: window",),
+    "contiguous_dq": ("backward: compressed",),
+    "window_dq": ("backward: window",),
+    "contiguous_dkdv": ("backward: compressed",),
+    "window_dkdv": ("backward: window",),
     "scoring": ("forward: selection",),
     "selected_forward": ("forward: selected",),
     "selected_dq": ("backward: selected dq",),
     "selected_dkdv": ("backward: selected dk, dv",),
+    "hopper.ATTENTION": ("forward: compressed", "forward: selected"),
+    "hopper.SCORING": ("forward: selection",),
 }
+
+
+@contextmanager
+def in_use(kernel: str, candidate: launch.Candidate) -> Iterator[None]:
+    """One candidate and no other; candidates of plain Triton kernels are timed on Hopper too."""
+    is_hopper, table = launch.is_hopper, dict(launch.TABLE)
+    attention, scoring = hopper.ATTENTION, hopper.SCORING
+    if kernel.startswith("hopper."):
+        setattr(hopper, kernel.removeprefix("hopper."), candidate)
+    else:
+        launch.is_hopper = lambda device: False
+        launch.TABLE[kernel] = [(launch.TABLE[kernel][-1][0], candidate)]
+    try:
+        yield
+    finally:
+        launch.is_hopper = is_hopper
+        launch.TABLE.update(table)
+        hopper.ATTENTION, hopper.SCORING = attention, scoring
 
 
 def main() -> None:
@@ -51,20 +82,21 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", help="i/n: only every n-th candidate, from the i-th on")
     arguments = parser.parse_args()
     first, step = map(int, arguments.share.split("/"))
-    d = arguments.head_dim
-    shape = Shape(length=arguments.length, h=arguments.heads, g=arguments.kv_heads, d=d, e=d)
-    problem = Problem(shape, NSAConfig(), correlated=arguments.correlated, dtype=torch.bfloat16)
-    print(f"{torch.cuda.get_device_name()}, {arguments.length} tokens, U4 {problem.distinct_of_four():.1f}", flush=True)
+    shape = Shape(
+        length=arguments.length, h=arguments.heads, g=arguments.kv_heads, d=arguments.head_dim, e=arguments.head_dim
+    )
+    launchers = single_kernels(Problem(shape, NSAConfig(), correlated=arguments.correlated, dtype=torch.bfloat16))
+    print(f"{torch.cuda.get_device_name()}, {arguments.length} tokens", flush=True)
     todo = [(kernel, candidate) for kernel, candidates in CANDIDATES.items() for candidate in candidates]
     for kernel, candidate in todo[first::step]:
-        before, launch.TABLE[kernel] = launch.TABLE[kernel], [(256, candidate)]
-        launchers = single_kernels(problem)
-        try:
-            times = interleaved({name: launchers[name] for name in TIMED[kernel]}, arguments.repetitions)
-            found = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
-        except Exception as error:  # a candidate that does not fit is a result too
-            found = f"{type(error).__name__}: {str(error)[:100]}"
-        launch.TABLE[kernel] = before
+        if kernel.startswith("hopper.") and torch.cuda.get_device_capability()[0] != 9:
+            continue
+        with in_use(kernel, candidate):
+            try:
+                times = interleaved({name: launchers[name] for name in TIMED[kernel]}, arguments.repetitions)
+                found = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+            except Exception as error:  # a candidate that does not fit is a result too
+                found = f"{type(error).__name__}: {str(error)[:100]}"
         print(f"{kernel} {candidate}: {found}", flush=True)
 
 
