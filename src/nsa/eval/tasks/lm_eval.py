@@ -1,6 +1,7 @@
 """Any task of lm-eval (EleutherAI's harness), with the phases kept apart: the context is prefill, the rest decode."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -40,10 +41,13 @@ class LMEval:
 
     def run(self, model: nn.Module, tokenizer: Any, advance: Advance = ignore) -> list[Row]:
         harness = _import()
-        manager = harness.tasks.TaskManager(include_path=self.path)
-        lm = _phased_lm(harness, model, tokenizer)
         found = harness.simple_evaluate(
-            model=lm, tasks=[self.task], limit=self.samples, task_manager=manager, log_samples=False, bootstrap_iters=0
+            model=_phased_lm(harness, model, tokenizer),
+            tasks=[self.task],
+            limit=self.samples,
+            task_manager=_manager(self.path),
+            log_samples=False,
+            bootstrap_iters=0,
         )
         advance(1)
         rows = []
@@ -60,6 +64,11 @@ class LMEval:
         if not rows:
             raise ValueError(f"lm-eval's task {self.task} gave no numbers")
         return rows
+
+
+@lru_cache(maxsize=4)  # it reads thousands of files
+def _manager(path: str | None) -> Any:
+    return _import().tasks.TaskManager(include_path=path)
 
 
 def _import() -> Any:
