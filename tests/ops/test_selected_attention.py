@@ -56,6 +56,19 @@ def test_a_query_whose_blocks_are_all_empty_or_after_it_gives_zero(tiling):
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("score", [-1e3, -60.0, 60.0, 1e3])
+def test_keys_that_are_not_selected_change_nothing_however_they_score(tiling, score):
+    """Also the own one, which usually is selected, and is a tiling's first guess at a typical score."""
+    q, k, v = (torch.randn(1, 40, 2, 3, dtype=torch.float64) for _ in range(3))
+    block_indices = torch.zeros(1, 40, 2, 1, dtype=torch.int64)  # tokens 0 to 7 alone
+    expected = selected_attention(q, k, v, block_indices, SMALL, tiling=tiling)
+    k[:, 8:] = score * q[:, 8:] / q[:, 8:].square().sum(-1, keepdim=True) * 3**0.5
+    torch.testing.assert_close(
+        selected_attention(q, k, v, block_indices, SMALL, tiling=tiling), expected, rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("group", [1, 3, 16])
 def test_longer_sequences_in_tiny_tiles_equal_the_brute_force(monkeypatch, tiling, group):
     monkeypatch.setattr("nsa.ops.selected_attention.TILE_ELEMENTS", 1000)

@@ -111,11 +111,8 @@ class _TiledAttention(torch.autograd.Function):
 
         for tile in tiles():
             scratch.clear()
-            q_tile, k_tile, v_tile = (
-                scratch.queries(q_heads, tile),
-                _take_keys(k_heads, tile),
-                _take_keys(v_heads, tile),
-            )
+            q_tile = scratch.queries(q_heads, tile)
+            k_tile, v_tile = (_take_keys(x, tile) for x in (k_heads, v_heads))
             old_lse = scratch.queries(lse, tile) if tile.partial else None
             p, share, kept, tile_lse = _fold(tile, q_tile, k_tile, old_lse, scratch)
             tile_out = _attend(p, v_tile, scratch).mul_(share.unsqueeze(-1))
@@ -148,11 +145,8 @@ class _TiledAttention(torch.autograd.Function):
 
         for tile in ctx.tiles():
             scratch.clear()
-            q_tile, k_tile, v_tile = (
-                scratch.queries(q_heads, tile),
-                _take_keys(k_heads, tile),
-                _take_keys(v_heads, tile),
-            )
+            q_tile = scratch.queries(q_heads, tile)
+            k_tile, v_tile = (_take_keys(x, tile) for x in (k_heads, v_heads))
             d_out_tile = scratch.queries(d_out, tile)
             p = _exponentials(tile, _attend(q_tile, k_tile.transpose(-1, -2), scratch), scratch.queries(lse, tile))
             ds = _attend(d_out_tile, v_tile.transpose(-1, -2), scratch)
