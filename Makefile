@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 
 $(STAMP): pyproject.toml constraints/dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints/dev.txt torch==2.13.0 --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints/dev.txt torch==2.13.0 --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)  ## train NSA and its twins on this machine, judge them, write report.html
