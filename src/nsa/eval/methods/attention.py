@@ -1,7 +1,7 @@
 """What the methods share: scores, softmax over allowed keys, dense attention, moving rotary positions.
 
-Plain torch, a chunk of queries at a time, so that no score matrix is larger than CHUNK_ELEMENTS. Scores and softmax
-are in at least float32 whatever the model's dtype.
+Plain torch, a chunk of queries at a time, so that no score matrix is larger than CHUNK_ELEMENTS says. Scores and
+softmax are in at least float32 whatever the model's dtype.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from nsa.eval.methods.method import Sequence
 
-CHUNK_ELEMENTS = 2**25  # of one score matrix: 128 MiB in float32
+# Of one score matrix: 16 MiB in float32, which the CPU's allocator keeps and hands out again; 256 MiB on a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 def scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
@@ -49,9 +50,10 @@ def causal(t: int, n: int, device: torch.device, first: int = 0, last: int | Non
     return torch.arange(n, device=device) <= queries[:, None]
 
 
-def chunks(h: int, t: int, n: int) -> Iterator[tuple[int, int]]:
-    """Ranges [first, last) of the t queries for which a score matrix [h, last - first, n] fits."""
-    step = max(1, CHUNK_ELEMENTS // (h * n))
+def chunks(q: Tensor, n: int) -> Iterator[tuple[int, int]]:
+    """Ranges [first, last) of the queries [h, t, d] for which a score matrix [h, last - first, n] fits."""
+    h, t, _ = q.shape
+    step = max(1, CHUNK_ELEMENTS.get(q.device.type, 2**22) // (h * n))
     for first in range(0, t, step):
         yield first, min(t, first + step)
 
@@ -62,7 +64,7 @@ def dense(q: Tensor, sequence: Sequence) -> Tensor:
     n = sequence.k.shape[1]
     k, v = sequence.k[None], sequence.v[None]
     parts = []
-    for first, last in [(0, t)] if t in (1, n) else chunks(h, t, n):
+    for first, last in [(0, t)] if t in (1, n) else chunks(q, n):
         allowed = causal(t, n, q.device, first, last) if t not in (1, n) else None
         parts.append(
             F.scaled_dot_product_attention(

@@ -35,10 +35,10 @@ class ExactTop(Method):
         return cls(sink=split.sink, local=split.local, chosen=split.chosen)
 
     def prefill(self, q: Tensor, sequence: Sequence) -> Tensor:
-        (h, t, _), n = q.shape, sequence.k.shape[1]
+        t, n = q.shape[1], sequence.k.shape[1]
         keys = torch.arange(n, device=q.device)
         parts = []
-        for first, last in chunks(h, t, n):
+        for first, last in chunks(q, n):
             visible = causal(t, n, q.device, first, last)
             own = keys[n - t + first : n - t + last, None]
             forced = visible & ((keys < self.sink) | (keys > own - self.local))

@@ -50,7 +50,7 @@ class H2O(Method):
         (h, t, _), (g, n, _) = q.shape, sequence.k.shape
         state = self._with_new(sequence, t)
         gathered, parts = state.gathered, []
-        for first, last in chunks(h, t, n):
+        for first, last in chunks(q, n):
             allowed = causal(t, n, q.device, first, last).expand(h, -1, -1)
             sequence.read(allowed)
             p = softmax(scores(q[:, first:last], sequence.k, sequence.scaling), allowed)

@@ -93,7 +93,7 @@ class MInference(Method):
             blocks = self.blocks(q, sequence)
         keys = torch.arange(n, device=q.device)
         parts = []
-        for first, last in chunks(h, t, n):
+        for first, last in chunks(q, n):
             visible = causal(t, n, q.device, first, last)
             own = keys[n - t + first : n - t + last, None]
             allowed = torch.zeros(h, last - first, n, dtype=torch.bool, device=q.device)

@@ -40,7 +40,7 @@ class StreamingLLM(Method):
         keys = torch.arange(n, device=q.device)
         sink = min(self.sink, n)
         parts = []
-        for first, last in chunks(h, t, n):
+        for first, last in chunks(q, n):
             own, queries = keys[n - t + first : n - t + last], q[:, first:last]
             recent = keys > own[:, None] - self.window
             allowed = causal(t, n, q.device, first, last) & (recent | (keys < self.sink))
