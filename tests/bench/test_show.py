@@ -60,6 +60,14 @@ def test_the_crossover_lies_between_the_lengths_around_it() -> None:
     assert both == pytest.approx(1024 * 4 ** (math.log(4 / 2.5) / math.log(5 / (2.5 / 4))))
 
 
+def test_a_run_that_was_cut_off_is_shown_as_far_as_it_came() -> None:
+    whole = canned()
+    cut = replace(whole, entries=whole.entries[:-5])  # at 4k forward alone
+    assert crossover(cut, ["forward"]) == crossover(whole, ["forward"])
+    assert crossover(cut, ["forward", "backward"]) is None
+    assert "| 4,096 | random |" in markdown(cut)
+
+
 def test_there_is_no_crossover_where_nsa_never_leads() -> None:
     slow = [replace(x, ms={**x.ms, "NSA": 1000.0}) for x in canned().entries]
     assert crossover(replace(canned(), entries=slow), ["forward"]) is None

@@ -120,12 +120,14 @@ def crossover(result: Result, parts: Sequence[str]) -> float | None:
     Between two measured lengths the ratio is taken as a power of the length. None where NSA never leads.
     """
     ratios: list[tuple[int, float]] = []
-    by_length = [[x for x in result.of(part, "random")] for part in parts]
-    for entries in zip(*by_length, strict=True):
+    for length in {x.length for x in result.entries}:
+        entries = [x for part in parts for x in result.of(part, "random") if x.length == length]
+        if len(entries) < len(parts):
+            continue  # a run that was cut off
         own = sum(x.ms["NSA"] for x in entries)
         dense = [sum(x.ms[name] for x in entries) for name in DENSE if all(name in x.ms for x in entries)]
         if dense:
-            ratios.append((entries[0].length, min(dense) / own))
+            ratios.append((length, min(dense) / own))
     ratios.sort()
     if not ratios or ratios[-1][1] < 1:
         return None
