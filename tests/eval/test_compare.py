@@ -1,6 +1,7 @@
 """`nsa compare` from a folder to rows, tables and a report; resumed runs; memory that does not suffice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,11 @@ def test_finished_cells_are_not_run_again(folder, tmp_path, monkeypatch, capsys)
     ran.clear()
     arguments(folder, tmp_path, **{**few, "budget": 60, "tasks": ("needle",)}).run()
     assert ran == [("quest", "needle", 128)]  # full has no budget
+    ran.clear()
+    (tmp_path / "text").write_text("another line of text\n" * 400)
+    again = {**few, "tasks": ("needle",)}
+    replace(arguments(folder, tmp_path, **again), text=tmp_path / "text").run()
+    assert ran == [("full", "needle", 128), ("quest", "needle", 128)]
 
 
 def test_memory_that_does_not_suffice_is_a_row_not_the_end(folder, tmp_path, monkeypatch, capsys):

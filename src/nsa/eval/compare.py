@@ -116,6 +116,7 @@ def cells_of(arguments: CompareArguments, candidate: Candidate) -> Iterator[Cell
     """All cells, the short lengths first, so that early rows are there for every method."""
     fingerprint = fingerprint_of(arguments.model)
     text = text_of(arguments.text, [arguments.model])
+    text_digest = hashlib.sha256(held_out_text(text).encode(errors="surrogatepass")).hexdigest()[:16]
     chat = {"auto": bool(getattr(candidate.tokenizer, "chat_template", None)), "yes": True, "no": False}[arguments.chat]
     for length in sorted(arguments.lengths):
         tasks = [task_of(name, arguments, length, text, chat) for name in arguments.tasks]
@@ -129,6 +130,7 @@ def cells_of(arguments: CompareArguments, candidate: Candidate) -> Iterator[Cell
                     "length": length,
                     "task": task.name,
                     "parameters": asdict(task),  # type: ignore[call-overload]
+                    "text": text_digest,  # Python sources are other ones after an installation
                     "dtype": arguments.dtype,
                     "device": torch.device(arguments.device).type,
                 }
@@ -272,8 +274,10 @@ def gather(candidate: Candidate, cells: Sequence[Cell], records: Sequence[dict[s
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Tells models apart by their configuration and the beginning and size of their weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    """Tells models apart by their configuration, tokenizer, and the beginning and size of their weights."""
+    digest = hashlib.sha256()
+    for file in (folder / name for name in ("config.json", "tokenizer.json", "chat_template.jinja")):
+        digest.update(file.read_bytes() if file.is_file() else b"-")
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as weights:
             digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
