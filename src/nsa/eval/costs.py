@@ -39,7 +39,7 @@ class Cost:
         reads = record.get("reads")
         if reads is None:
             return cost
-        cost.cache_bytes = reads["cache_bytes"]
+        cost.cache_bytes = reads["cache_bytes"] if reads["decode"]["queries"] else 0  # of a text that was generated on
         for phase in PHASES:
             queries = reads[phase]["queries"]
             cost.queries[phase] = queries
