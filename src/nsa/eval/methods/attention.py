@@ -98,7 +98,7 @@ def top(s: Tensor, count: int) -> Tensor:
 def moved(x: Tensor, by: Tensor | int, inv_freq: Tensor) -> Tensor:
     """x [..., t, d], as if its rotary positions were `by` [t] larger (Llama's layout: halves, not pairs)."""
     by = torch.as_tensor(by, device=x.device, dtype=torch.float64)
-    angles = by[..., None] * inv_freq.to(torch.float64)  # positions reach a million: float32 would round them
+    angles = by[..., None] * inv_freq.to(by)  # positions reach a million: float32 would round them
     cos, sin = (f(angles).to(wide(x).dtype) for f in (torch.cos, torch.sin))
     low, high = wide(x).chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)

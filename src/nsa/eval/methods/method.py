@@ -67,10 +67,10 @@ class Sequence:
     def read(self, attended: Tensor | float, scored: Tensor | float = 0.0) -> None:
         """Count keys, summed over the queries, averaged over the heads; `attended` may be the mask [h, t, n]."""
         if isinstance(attended, Tensor) and attended.dtype == torch.bool:
-            attended = attended.sum() / attended.shape[0]
+            attended = attended.sum().double() / attended.shape[0]
         count = self.reads[self.phase]
-        count.attended = count.attended + attended
-        count.scored = count.scored + scored
+        count.attended = count.attended + attended  # tensors stay where they are: asking a GPU would wait for it
+        count.scored = count.scored + (scored.double() if isinstance(scored, Tensor) else scored)
 
     def copy(self) -> "Sequence":
         """Another sequence that goes on from here by itself (beam search)."""
