@@ -4,11 +4,11 @@ They take what is most often asked for: 16-bit inputs, heads of 64 or 128 dims f
 Everything else on Hopper, and every other GPU, has the kernels in plain Triton, which compute the same.
 """
 
-import importlib.util
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 from torch import Tensor
 
 from nsa.kernels import launch
@@ -19,10 +19,8 @@ from nsa.kernels.tiles import LOG2E
 if TYPE_CHECKING:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-try:
-    _HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
-except ModuleNotFoundError:  # a parent is missing: an older Triton
-    _HAS_GLUON = False
+# Gluon is experimental in Triton: only the versions that it was tried with.
+_HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
 
 # Rows (queries x heads; queries in scoring), keys, warps, stages.
 ATTENTION: launch.Candidate = (64, 64, 4, 3)
