@@ -220,6 +220,24 @@ def test_the_budget_is_divided_as_in_the_paper():
         split(10)
 
 
+def test_sizes_follow_the_budget():
+    small, paper = split(8192, 40), split(32_768)
+    assert METHODS["quest"].at_budget(small) == Quest(num_pages=3)  # its least
+    assert METHODS["quest"].at_budget(paper) == Quest(num_pages=160)
+    assert METHODS["h2o"].at_budget(paper) == H2O()
+    assert METHODS["exact_top"].at_budget(paper) == ExactTop()
+    assert METHODS["infllm"].at_budget(paper) == InfLLM()
+    assert METHODS["infllm"].at_budget(small) == InfLLM(
+        init=2, local=8, block_size=2, num_blocks=15, representatives=2, chunk=8
+    )
+    assert METHODS["clusterkv"].at_budget(paper) == ClusterKV()
+    assert METHODS["streaming_llm"].at_budget(paper) == StreamingLLM(sink=128, window=2432)
+    assert METHODS["magicpig"].at_budget(small) == MagicPIG(sink=2, local=8)
+    minference = METHODS["minference"].at_budget(paper)
+    assert minference.num_vertical + minference.num_slash == minference.a_sink + minference.a_local == 2560
+    assert (minference.forced_vertical, minference.forced_slash, minference.num_blocks) == (128, 512, 40)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
