@@ -127,6 +127,20 @@ def test_generate_works_with_batches_and_beams(llama, name):
 
 
 @pytest.mark.parametrize("name", LAID_OVER)
+def test_beams_that_come_from_one_row_go_on_by_themselves(llama, name):
+    method, ids = METHODS[name].at_budget(split(LENGTH, 20)), tokens(2)
+    both = ids[:1, :PROMPT].repeat(2, 1)
+    both = torch.cat([both, ids[:, PROMPT:]], 1)
+    with attached(llama):
+        cache = MethodCache(method, llama)
+        llama(ids[:, :PROMPT], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([0, 0]))
+        steps = [llama(both[:, i : i + 1], past_key_values=cache).logits for i in range(PROMPT, LENGTH)]
+        truth = run(llama, MethodCache(method, llama), both)[:, PROMPT:]
+    torch.testing.assert_close(torch.cat(steps, 1), truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAID_OVER)
 def test_low_precision_stays_within_the_error_budget(name):
     torch.manual_seed(0)
     model = FAMILIES["llama"]().eval()

@@ -220,6 +220,15 @@ def test_the_budget_is_divided_as_in_the_paper():
         split(10)
 
 
+def test_the_highest_are_those_of_a_stable_sort():
+    s = torch.randint(0, 5, (3, 20, 40)).double()
+    s[..., ::3] = -torch.inf
+    for count in (0, 1, 5, 13, 26, 27, 40, 60):
+        best = s.argsort(dim=-1, descending=True, stable=True)[..., :count]
+        expected = torch.zeros_like(s, dtype=torch.bool).scatter_(-1, best, True) & (s > -torch.inf)
+        assert torch.equal(attention.top(s, count), expected)
+
+
 def test_sizes_follow_the_budget():
     small, paper = split(8192, 40), split(32_768)
     assert METHODS["quest"].at_budget(small) == Quest(num_pages=3)  # its least
