@@ -3,15 +3,21 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints/dev.txt torch==2.13.0
 
 .PHONY: demo test lint format test-gpu bench bench-gpu clean
 
 $(STAMP): pyproject.toml constraints/dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints/dev.txt torch==2.13.0 --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
+	touch $@ $@-demo
+
+$(STAMP)-demo: pyproject.toml constraints/dev.txt  # what the command needs, without the tools of development
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[hf]'
 	touch $@
 
-demo: $(STAMP)  ## train NSA and its twins on this machine, judge them, write report.html
+demo: $(STAMP)-demo  ## train NSA and its twins on this machine, judge them, write report.html
 	$(BIN)/nsa demo
 
 test: $(STAMP)  ## every test that needs no GPU, and the examples

@@ -8,11 +8,12 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -117,11 +118,20 @@ def _start(config: TrainConfig, threads: int, bar: TaskID) -> _Running:
 
 
 def _train_in_process(config: TrainConfig, threads: int, result: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         train_twin(replace(config, quiet=True))
     except (ValueError, OSError) as error:
         result.send(error)
+
+
+def _end_with_parent() -> None:
+    """Nobody waits for a twin whose parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _raise_if_failed(twin: str, one: _Running) -> None:
