@@ -70,7 +70,7 @@ def demo(arguments: DemoArguments) -> None:
 
 def recipe(out: Path, twin: Attention, *, steps: int | None, seed: int) -> TrainConfig:
     """The demo preset for one twin; `steps` shortens or lengthens every stage of its curriculum alike."""
-    config = replace(preset("demo"), out=out / twin, attention=twin, seed=seed, save_every=100, keep_checkpoints=1)
+    config = replace(preset("demo"), out=out / twin, attention=twin, seed=seed, save_every=200, keep_checkpoints=1)
     if steps is None:
         return config
     if steps < 1:
@@ -110,7 +110,7 @@ def tasks_for(config: TrainConfig, seed: int) -> list[Task]:
             seed=seed,
         ),
         Perplexity(length=length, samples=64),
-        Needle(lengths=(length // 4, length // 2, length), samples=10, seed=seed),
+        Needle(lengths=(length // 4, length // 2, length), samples=6, seed=seed),
     ]  # fmt: skip
 
 
