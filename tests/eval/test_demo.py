@@ -171,6 +171,12 @@ def test_overwrite_starts_again_and_leaves_other_files(tiny):
     assert (tiny / "mine.txt").read_text(encoding="utf-8") == "kept"
 
 
+def test_a_negative_number_of_processes_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match=r"--processes should be 0 .* or more, got -1"):
+        DemoArguments(output=tmp_path / "out", processes=-1).run()
+    assert not (tmp_path / "out").exists()
+
+
 def test_steps_shorten_every_stage_alike(tmp_path):
     whole = demo.recipe(tmp_path, "nsa", steps=None, seed=0)
     half = demo.recipe(tmp_path, "nsa", steps=whole.total_steps // 2, seed=0)

@@ -41,10 +41,9 @@ def dense_pairs(length: int) -> int:
 
 def pairs(length: int, config: NSAConfig) -> Pairs:
     """Pairs of the three branches in a sequence, causal."""
-    # A compressed block i is seen by every query from i d + l - 1 on.
-    l, d = config.compress_block_size, config.compress_stride  # noqa: E741 (the paper's letter)
+    # A compressed block i is seen by every query from i * stride + its size - 1 on.
     c = config.num_compressed_blocks(length)
-    compressed = c * (length - l + 1) - d * c * (c - 1) // 2
+    compressed = c * (length - config.compress_block_size + 1) - config.compress_stride * c * (c - 1) // 2
     # A query in block o selects min(o + 1, n) blocks: its own up to itself, the others whole.
     size, n = config.select_block_size, config.num_selected_blocks
     whole, rest = divmod(length, size)

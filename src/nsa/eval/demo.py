@@ -43,6 +43,8 @@ COLUMNS = (
 def demo(arguments: DemoArguments) -> None:
     """Train what is not trained yet, judge, print, write."""
     console, out = Console(), arguments.output
+    if arguments.processes < 0:
+        raise ValueError(f"--processes should be 0 (as many as there are cores) or more, got {arguments.processes}")
     recipes: dict[str, TrainConfig] = {
         twin: recipe(out, twin, steps=arguments.steps, seed=arguments.seed) for twin in TWINS
     }
