@@ -1,0 +1,140 @@
+"""The memory of one layer's cache as device tensors of a fixed size, which the decoding kernels read and write.
+
+    k, v           rotated keys, and values, of the selection branch      pages of tokens
+    k_cmp, v_cmp   compressed keys (rotated) and values                   in the page of their block's last token
+    k_win, v_win   keys (rotated) and values of the window branch         a ring for each row
+    k_raw, v_raw   what compression has still to read, not rotated        a ring for each row
+    block_table    page of each run of page_size tokens of each row
+    lengths        tokens of each row
+
+A static cache is one page a row; a paged cache is a pool of pages that rows may share. Both are the same tensors and
+the same addresses.
+
+**Addresses.** The token at position p of a row lies in page block_table[row, p // page_size], place p % page_size; in
+a ring in slot p % ring. Compressed block i ends with token i d + l - 1, the last of stride number
+
+    c = i + l/d - 1
+
+and lies in page block_table[row, c // (page_size/d)], place c % (page_size/d). So the first l/d - 1 places of a row
+hold nothing, the query at position p sees the places l/d - 1 <= c < (p + 1) // d, and what a page holds depends on no
+token after it: rows that share a prefix of whole pages share its compressed keys and values too.
+
+Everything is indexed [page or row, token, head, dim]; in memory the heads of a page or ring come before its tokens, so
+that a head's keys are contiguous.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from nsa.config import NSAConfig
+
+# Page sizes and rings are multiples of this, so that every row of keys begins where wide loads may begin.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class CacheTensors:
+    """See the module. `k_win` and `v_win` are None with shared keys and values: the window then reads k and v.
+
+    A row of length 0 is legal, also in a batch with others, and so is a row without pages (-1 in its block table):
+    nothing may be appended to it.
+    """
+
+    k: Float[Tensor, "pages page_size g d"]
+    v: Float[Tensor, "pages page_size g e"]
+    k_cmp: Float[Tensor, "pages page_strides g d"]
+    v_cmp: Float[Tensor, "pages page_strides g e"]
+    k_win: Float[Tensor, "rows ring g d"] | None
+    v_win: Float[Tensor, "rows ring g e"] | None
+    k_raw: Float[Tensor, "rows raw_ring g d"]
+    v_raw: Float[Tensor, "rows raw_ring g e"]
+    block_table: Int32[Tensor, "rows pages_per_row"]
+    lengths: Int32[Tensor, " rows"]
+
+    @property
+    def rows(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.k.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row's block table can address."""
+        return self.block_table.shape[1] * self.page_size
+
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        pairs = (self.k, self.v, self.k_cmp, self.v_cmp, self.k_win, self.v_win, self.k_raw, self.v_raw)
+        return sum(x.numel() * x.element_size() for x in pairs if x is not None)
+
+
+def empty_cache_tensors(
+    config: NSAConfig,
+    *,
+    rows: int,
+    num_pages: int,
+    page_size: int,
+    pages_per_row: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    max_new: int,
+    max_crop: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> CacheTensors:
+    """Tensors of a cache without tokens, every entry of the block table -1.
+
+    Args:
+        config: block sizes of the layer.
+        rows: sequences.
+        num_pages: pages of the pool.
+        page_size: tokens in a page; a multiple of l' and of 16.
+        pages_per_row: entries of the block table, so that a row may hold pages_per_row * page_size tokens.
+        num_kv_heads, head_dim, v_head_dim: g, d and e.
+        max_new: tokens that come in one decoding step, at most; the rings keep as many more.
+        max_crop: tokens that may be taken back; the rings keep as many more.
+
+    Raises:
+        ValueError: a size that is not positive, or a page size that does not fit the blocks.
+    """
+    sizes = {"rows": rows, "num_pages": num_pages, "pages_per_row": pages_per_row, "max_new": max_new}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"cache: expected {name} >= 1, got {size}")
+    if max_crop < 0:
+        raise ValueError(f"cache: expected max_crop >= 0, got {max_crop}")
+    if page_size < 1 or page_size % config.select_block_size or page_size % ALIGNMENT:
+        raise ValueError(
+            f"cache: page_size should be a multiple of select_block_size={config.select_block_size} and of "
+            f"{ALIGNMENT}, got {page_size}"
+        )
+
+    def pair(first: int, tokens: int) -> tuple[Tensor, Tensor]:
+        # Heads before tokens in memory. Zeros, not whatever lay there: kernels may load places that they mask.
+        k, v = (
+            torch.zeros(first, num_kv_heads, tokens, width, dtype=dtype, device=device).transpose(1, 2)
+            for width in (head_dim, v_head_dim)
+        )
+        return k, v
+
+    ring = _aligned(config.window_size + max_new - 1 + max_crop)
+    raw_ring = _aligned(config.compress_block_size + max_new - 1 + max_crop)
+    return CacheTensors(
+        *pair(num_pages, page_size),
+        *pair(num_pages, page_size // config.compress_stride),
+        *((None, None) if config.shared_kv else pair(rows, ring)),
+        *pair(rows, raw_ring),
+        torch.full((rows, pages_per_row), -1, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+    )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
