@@ -6,6 +6,7 @@
     k_raw, v_raw   what compression has still to read, not rotated        a ring for each row
     block_table    page of each run of page_size tokens of each row
     lengths        tokens of each row
+    arrivals       counters of the kernels, at 0 between two of them
 
 A static cache is one page a row; a paged cache is a pool of pages that rows may share. Both are the same tensors and
 the same addresses.
@@ -53,6 +54,7 @@ class CacheTensors:
     v_raw: Float[Tensor, "rows raw_ring g e"]
     block_table: Int32[Tensor, "rows pages_per_row"]
     lengths: Int32[Tensor, " rows"]
+    arrivals: Int32[Tensor, "rows g 16"]
 
     @property
     def rows(self) -> int:
@@ -126,14 +128,14 @@ def empty_cache_tensors(
 
     ring = _aligned(config.window_size + max_new - 1 + max_crop)
     raw_ring = _aligned(config.compress_block_size + max_new - 1 + max_crop)
-    return CacheTensors(
-        *pair(num_pages, page_size),
-        *pair(num_pages, page_size // config.compress_stride),
-        *((None, None) if config.shared_kv else pair(rows, ring)),
-        *pair(rows, raw_ring),
-        torch.full((rows, pages_per_row), -1, dtype=torch.int32, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-    )
+    k, v = pair(num_pages, page_size)
+    k_cmp, v_cmp = pair(num_pages, page_size // config.compress_stride)
+    k_win, v_win = (None, None) if config.shared_kv else pair(rows, ring)
+    k_raw, v_raw = pair(rows, raw_ring)
+    block_table = torch.full((rows, pages_per_row), -1, dtype=torch.int32, device=device)
+    lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+    arrivals = torch.zeros(rows, num_kv_heads, 16, dtype=torch.int32, device=device)
+    return CacheTensors(k, v, k_cmp, v_cmp, k_win, v_win, k_raw, v_raw, block_table, lengths, arrivals)
 
 
 def _aligned(size: int) -> int:

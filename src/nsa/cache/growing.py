@@ -8,34 +8,15 @@ A dense cache holds s pairs; this one about 1.07 s at 64k, not three times s. On
 call, and rows may have different lengths.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache, row_indices
 from nsa.config import NSAConfig
 
-# Maps raw keys and values [b, m, g, d] that begin at block `first` to the keys (rotated) and values of their blocks.
-CompressRun = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
-
-@dataclass(frozen=True)
-class CacheViews:
-    """Keys and values of the three branches, rows left-aligned, and the rows' lengths where they differ."""
-
-    k: Float[Tensor, "b s g d"]
-    v: Float[Tensor, "b s g e"]
-    k_cmp: Float[Tensor, "b c g d"]
-    v_cmp: Float[Tensor, "b c g e"]
-    k_win: Float[Tensor, "b s_win g d"]
-    v_win: Float[Tensor, "b s_win g e"]
-    seqlens_k: Tensor | None
-    seqlens_win: Tensor | None
-
-
-class NSACache:
+class NSACache(LayerCache):
     """The cache of one layer; it grows as tokens come.
 
     Args:
@@ -45,13 +26,12 @@ class NSACache:
     """
 
     def __init__(self, config: NSAConfig, *, max_crop: int = 64) -> None:
-        self.config, self.max_crop = config, max_crop
+        super().__init__(config, max_crop=max_crop)
         self.selection, self.compressed = _Rows(), _Rows()
         self.window, self.uncompressed = _Rows(), _Rows()
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens seen by each row; empty before the first append."""
         return list(self.selection.lengths)
 
     def append(
@@ -66,21 +46,8 @@ class NSACache:
         *,
         counts: list[int] | None = None,
     ) -> CacheViews:
-        """Remember new tokens and return the keys and values that their queries may read.
-
-        Args:
-            k, v: rotated keys, and values, of the selection branch.
-            k_win, v_win: the same for the window branch.
-            k_raw, v_raw: keys before rotation, and values, of the compressed branch.
-            compress_run: compresses a run of raw tokens that begins at block `first`, keys rotated.
-            counts: how many of the t columns are tokens in each row, its last ones; by default all.
-
-        Raises:
-            ValueError: another number of rows than before.
-        """
         b, t = k.shape[:2]
-        if self.lengths and len(self.lengths) != b:
-            raise ValueError(f"NSACache: expected {len(self.lengths)} rows as before, got {b}")
+        self._check_rows(b)
         counts = [t] * b if counts is None else counts
         self.window.append(k_win, v_win, counts)
         self.uncompressed.append(k_raw, v_raw, counts)
@@ -122,32 +89,41 @@ class NSACache:
             self.compressed.append(k, v, counts)
 
     def crop(self, num_tokens: int) -> None:
-        """Take back the last `num_tokens` tokens of every row, as if they had never come.
-
-        Raises:
-            ValueError: more than a row has, or more than is still remembered (at least max_crop). Nothing changes.
-        """
-        if num_tokens < 0 or num_tokens > min(self.lengths, default=0):
-            raise ValueError(f"NSACache: cannot crop {num_tokens} tokens from rows of {self.lengths}")
-        for length, near, raw in zip(self.lengths, self.window.lengths, self.uncompressed.lengths, strict=True):
-            left = length - num_tokens
-            pending = left - self.config.num_compressed_blocks(left) * self.config.compress_stride
-            if near - num_tokens < min(left, self.config.window_size - 1) or raw - num_tokens < pending:
-                raise ValueError(
-                    f"NSACache: max_crop={self.max_crop} tokens can be taken back, expected no more, got {num_tokens}"
-                )
+        seen = self.selection.lengths
+        first_window, first_raw = (
+            [length - kept for length, kept in zip(seen, part.lengths, strict=True)]
+            for part in (self.window, self.uncompressed)
+        )
+        self._check_crop(num_tokens, first_window, first_raw)
         for rows in (self.selection, self.window, self.uncompressed):
             rows.lengths = [length - num_tokens for length in rows.lengths]
         self.compressed.lengths = [self.config.num_compressed_blocks(length) for length in self.lengths]
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was (beam search); rows may repeat, or be fewer or more."""
         for part in (self.selection, self.window, self.uncompressed, self.compressed):
             part.reorder(rows)
 
     def num_bytes(self) -> int:
-        """Bytes of the keys and values remembered (room for growth not counted)."""
+        """Room for growth is not counted."""
         return sum(part.num_bytes() for part in (self.selection, self.window, self.uncompressed, self.compressed))
+
+    def contents(self) -> CacheContents | None:
+        if not self.lengths:
+            return None
+        near, raw = self.window, self.uncompressed
+        k_raw, v_raw = raw.view()
+        return CacheContents(
+            self.lengths, *self.selection.view(), *self.compressed.view(),
+            list(near.lengths), *near.view(), list(raw.lengths), k_raw, v_raw,
+        )  # fmt: skip
+
+    def fill(self, contents: CacheContents) -> None:
+        c = contents
+        blocks = [self.config.num_compressed_blocks(length) for length in c.lengths]
+        self.selection.fill(c.k, c.v, c.lengths)
+        self.compressed.fill(c.k_cmp, c.v_cmp, blocks)
+        self.window.fill(c.k_win, c.v_win, c.window_lengths)
+        self.uncompressed.fill(c.k_raw, c.v_raw, c.raw_lengths)
 
 
 class _Rows:
@@ -202,9 +178,16 @@ class _Rows:
         longest = max(self.lengths, default=0)
         return k[:, :longest], v[:, :longest]
 
+    def fill(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
+        longest = max(lengths, default=0)
+        self.data, self.lengths = tuple(x[:, :longest].clone() for x in (k, v)), list(lengths)
+
     def reorder(self, rows: Tensor) -> None:
-        self.data = tuple(x.index_select(0, rows.to(x.device)) for x in self.data)
-        self.lengths = [self.lengths[row] for row in rows.tolist()] if self.lengths else []
+        if not self.data:
+            return
+        index, chosen = row_indices(rows, self.data[0].device)
+        self.data = tuple(x.index_select(0, index) for x in self.data)
+        self.lengths = [self.lengths[row] if row >= 0 else 0 for row in chosen]
 
     def num_bytes(self) -> int:
         return sum(
