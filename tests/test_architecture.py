@@ -20,7 +20,7 @@ LAYERS = [
     {"shapes", "backend", "cache_tensors"},
     {"kernels"},
     {"ops"},
-    {"functional", "cache", "distributed"},
+    {"functional", "decoding", "cache", "distributed"},
     {"modules"},
     {"models"},
     {"training", "eval", "serving", "bench"},

@@ -1,0 +1,74 @@
+"""Decoding over a cache's fixed memory: append tokens, attend from the last ones; by the kernels where they serve."""
+
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from nsa.backend import Backend, resolve
+from nsa.cache_tensors import CacheTensors
+from nsa.config import NSAConfig
+from nsa.ops import decode as ops
+
+# Queries of a row in one call of the kernels; more are a chunk of prefill.
+MAX_QUERIES = 16
+
+
+def append_tokens(
+    tensors: CacheTensors,
+    k: Float[Tensor, "b t g d"],
+    v: Float[Tensor, "b t g e"],
+    k_win: Float[Tensor, "b t g d"] | None,
+    v_win: Float[Tensor, "b t g e"] | None,
+    k_raw: Float[Tensor, "b t g d"],
+    v_raw: Float[Tensor, "b t g e"],
+    config: NSAConfig,
+    phi_k: tuple[Tensor, ...],
+    phi_v: tuple[Tensor, ...],
+    cos_cmp: Float[Tensor, "b new d"],
+    sin_cmp: Float[Tensor, "b new d"],
+    *,
+    counts: Int32[Tensor, " b"] | None = None,
+    cos: Float[Tensor, "b t d"] | None = None,
+    sin: Float[Tensor, "b t d"] | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """`nsa.ops.decode.append_tokens`, or the kernels that do the same.
+
+    The kernels read no length on the host, so they may be captured in a CUDA graph; a token without room is then
+    not written, which the caller has to rule out beforehand.
+    """
+    given = (k, v, k_win, v_win, k_raw, v_raw, config, phi_k, phi_v, cos_cmp, sin_cmp)
+    if _on_kernels(k, tensors, backend):
+        from nsa.kernels import decode as kernels  # only where triton is installed
+
+        kernels.append_tokens(tensors, *given, counts=counts, cos=cos, sin=sin)
+    else:
+        ops.append_tokens(tensors, *given, counts=counts, cos=cos, sin=sin)
+
+
+def decode_attention(
+    q: Float[Tensor, "b t h d"],
+    gates: Float[Tensor, "b t h 3"],
+    tensors: CacheTensors,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    cos: Float[Tensor, "b t d"] | None = None,
+    sin: Float[Tensor, "b t d"] | None = None,
+    backend: Backend | None = None,
+) -> Float[Tensor, "b t h e"]:
+    """`nsa.ops.decode.decode_attention`, or the kernels that do the same in two launches of a fixed grid.
+
+    A row's result does not depend on the other rows, nor on where its pages lie, bit by bit; nor does it change on
+    repetition.
+    """
+    if q.shape[1] <= MAX_QUERIES and _on_kernels(q, tensors, backend, scale):
+        from nsa.kernels import decode as kernels  # only where triton is installed
+
+        return kernels.decode_attention(q, gates, tensors, config, scale=scale, cos=cos, sin=sin)
+    return ops.decode_attention(q, gates, tensors, config, scale=scale, cos=cos, sin=sin)
+
+
+def _on_kernels(x: Tensor, tensors: CacheTensors, backend: Backend | None, scale: float | None = None) -> bool:
+    # The window's ring has the shapes of the others.
+    memory = (tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp)
+    return resolve(x, *memory, scale=scale, backend=backend) == "triton"

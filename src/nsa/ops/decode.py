@@ -1,0 +1,196 @@
+"""Decoding over the fixed memory of a cache: append new tokens, and attend from the last ones.
+
+What the kernels of `nsa.kernels.decode_*` do, in PyTorch: `nsa.cache_tensors` says where everything lies. Here the
+lengths are read by the host and keys are gathered; the kernels do neither.
+"""
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from nsa.cache_tensors import CacheTensors
+from nsa.config import NSAConfig
+from nsa.ops.combine import combine
+from nsa.ops.compress import phi_linear, phi_mean, phi_mlp
+from nsa.ops.selected_attention import selected_attention
+from nsa.ops.selection import compressed_attention_and_selection
+from nsa.ops.window_attention import window_attention
+from nsa.shapes import Sequences
+
+
+@torch.no_grad()
+def append_tokens(
+    tensors: CacheTensors,
+    k: Float[Tensor, "b t g d"],
+    v: Float[Tensor, "b t g e"],
+    k_win: Float[Tensor, "b t g d"] | None,
+    v_win: Float[Tensor, "b t g e"] | None,
+    k_raw: Float[Tensor, "b t g d"],
+    v_raw: Float[Tensor, "b t g e"],
+    config: NSAConfig,
+    phi_k: tuple[Tensor, ...],
+    phi_v: tuple[Tensor, ...],
+    cos_cmp: Float[Tensor, "b new d"],
+    sin_cmp: Float[Tensor, "b new d"],
+    *,
+    counts: Int32[Tensor, " b"] | None = None,
+    cos: Float[Tensor, "b t d"] | None = None,
+    sin: Float[Tensor, "b t d"] | None = None,
+) -> None:
+    """Write new tokens behind those of each row, compress the blocks that they complete, and advance the lengths.
+
+    Block i ends with stride c = i + l/d - 1. A row of `length` tokens that gets up to t more completes at most
+    ceil(t/d) strides, from c = length // d on; those of them that are whole end a block:
+
+        k_cmp[i] = rotate(phi_k(k_raw[i d : i d + l]), position i d),   v_cmp[i] = phi_v(v_raw[i d : i d + l])
+
+    Args:
+        tensors: the cache of a layer, written in place.
+        k, v: keys and values of the selection branch, and of the window where k_win is None (shared).
+        k_win, v_win: those of the window branch.
+        k_raw, v_raw: those of compression, not rotated.
+        config: block sizes, and the kind of phi.
+        phi_k, phi_v: the weights of phi for keys and values, as `nsa.ops.compress` takes them: none for the mean,
+            (weight,) for linear, (position_encoding, weight_in, bias_in, weight_out, bias_out) for mlp.
+        cos_cmp, sin_cmp: rotary factors of the blocks that may complete; column j is for the block that ends with
+            stride length // d + j, `length` being the one before this call, so for position
+            (length // d + j + 1) d - l (whatever where that is negative: there is no such block).
+        counts: how many of the t columns are tokens, the last ones of each row; by default all. 0 leaves a row as it
+            was.
+        cos, sin: rotary factors of the tokens, where k and k_win are not rotated yet.
+
+    Raises:
+        ValueError: tokens without room: past the block table, or in a page that is not there. Nothing changes.
+    """
+    t = k.shape[1]
+    before = tensors.lengths.long()
+    new = torch.full_like(before, t) if counts is None else counts.long()
+    column = torch.arange(t, device=k.device)
+    row, at = (column >= t - new[:, None]).nonzero(as_tuple=True)
+    position = (before - t + new)[row] + at
+    page, place = _page_and_place(tensors, row, position, tensors.page_size)
+    if (position >= tensors.capacity).any() or (page < 0).any():
+        raise ValueError(
+            f"append_tokens: no room for {new.tolist()} tokens behind {before.tolist()}: "
+            f"expected pages for them, within {tensors.capacity} tokens"
+        )
+
+    if cos is not None and sin is not None:
+        k = _rotate(k, cos, sin)
+        k_win = None if k_win is None else _rotate(k_win, cos, sin)
+    for memory, x in ((tensors.k, k), (tensors.v, v)):
+        memory[page, place] = x[row, at].to(memory.dtype)
+    for ring, x in (
+        (tensors.k_win, k_win),
+        (tensors.v_win, v_win),
+        (tensors.k_raw, k_raw),
+        (tensors.v_raw, v_raw),
+    ):
+        if ring is not None:
+            assert x is not None, "append_tokens: the window has its own keys and values, and was given none"
+            ring[row, position % ring.shape[1]] = x[row, at].to(ring.dtype)
+
+    length, stride = config.compress_block_size, config.compress_stride
+    last = before[:, None] // stride + torch.arange(-(-t // stride), device=k.device)
+    complete = ((last + 1) * stride <= (before + new)[:, None]) & ((last + 1) * stride >= length)
+    row, at = complete.nonzero(as_tuple=True)
+    last = last[row, at]
+    token = (last[:, None] + 1) * stride - length + torch.arange(length, device=k.device)
+    page, place = _page_and_place(tensors, row, last, tensors.page_size // stride)
+    slot = token % tensors.k_raw.shape[1]
+    blocks_k, blocks_v = (x[row[:, None], slot].transpose(1, 2) for x in (tensors.k_raw, tensors.v_raw))
+    k_cmp = _rotate(_phi(blocks_k, config, phi_k), cos_cmp[row, at], sin_cmp[row, at])
+    tensors.k_cmp[page, place] = k_cmp.to(tensors.k_cmp.dtype)
+    tensors.v_cmp[page, place] = _phi(blocks_v, config, phi_v).to(tensors.v_cmp.dtype)
+    tensors.lengths.add_(new.to(tensors.lengths.dtype))
+
+
+def decode_attention(
+    q: Float[Tensor, "b t h d"],
+    gates: Float[Tensor, "b t h 3"],
+    tensors: CacheTensors,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    cos: Float[Tensor, "b t d"] | None = None,
+    sin: Float[Tensor, "b t d"] | None = None,
+) -> Float[Tensor, "b t h e"]:
+    """`native_sparse_attention` of the last t tokens of every row of a cache; t is small.
+
+    Args:
+        q: queries, the last of them at position lengths - 1 of its row.
+        gates: one scalar per query, head and branch, in the order cmp, slc, win.
+        tensors: the cache, the queries' own tokens included.
+        config: block sizes and counts.
+        scale: factor of the scores, d ** -0.5 by default.
+        cos, sin: rotary factors of the queries [b, t, d], where q is not rotated yet.
+
+    Returns:
+        [b, t, h, e] in q's dtype; 0 for queries at a negative position, so for all of a row of length 0. A branch in
+        which a query sees no key adds 0.
+
+    Source: paper eqs. 5 and 8 to 12. Tested against the fp64 brute force of nsa.testing.
+    """
+    if cos is not None and sin is not None:
+        q = _rotate(q, cos, sin)
+    t, stride = q.shape[1], config.compress_stride
+    lengths = tensors.lengths.long()
+    longest = int(lengths.max()) if len(lengths) else 0
+    k, v = (_gathered(tensors, x, lengths, longest) for x in (tensors.k, tensors.v))
+    # Block i lies in the place of its last stride; the places before that of block 0 hold nothing.
+    empty = config.compress_block_size // stride - 1
+    num_blocks = config.num_compressed_blocks(longest)
+    strides = lengths // stride
+    k_cmp, v_cmp = (
+        _gathered(tensors, x, strides, num_blocks + empty)[:, empty:] if num_blocks else x.new_zeros(len(q), 0, *tail)
+        for x, tail in ((tensors.k_cmp, k.shape[2:]), (tensors.v_cmp, v.shape[2:]))
+    )
+    near = min(config.window_size + t - 1, longest)
+    lengths_win = lengths.clamp(max=near)
+    position = (lengths - lengths_win)[:, None] + torch.arange(near, device=q.device)
+    if tensors.k_win is None or tensors.v_win is None:
+        row = torch.arange(len(q), device=q.device)[:, None]
+        k_win, v_win = (x[row, position.clamp(max=max(0, longest - 1))] for x in (k, v))
+    else:
+        row, slot = torch.arange(len(q), device=q.device)[:, None], position % tensors.k_win.shape[1]
+        k_win, v_win = (x[row, slot] for x in (tensors.k_win, tensors.v_win))
+
+    ragged = Sequences(seqlens_k=lengths)
+    out_cmp, _, block_indices = compressed_attention_and_selection(
+        q, k_cmp, v_cmp, config, num_keys=longest, sequences=ragged, scale=scale
+    )
+    out_slc, _ = selected_attention(q, k, v, block_indices, config, sequences=ragged, scale=scale)
+    out_win, _ = window_attention(
+        q, k_win, v_win, config.window_size, sequences=Sequences(seqlens_k=lengths_win), scale=scale
+    )
+    return combine(out_cmp, out_slc, out_win, gates)
+
+
+def _page_and_place(tensors: CacheTensors, row: Tensor, index: Tensor, per_page: int) -> tuple[Tensor, Tensor]:
+    """Where token (or stride) `index` of a row lies: its page, and its place in it."""
+    column = (index // per_page).clamp(max=tensors.block_table.shape[1] - 1)
+    return tensors.block_table[row, column].long(), index % per_page
+
+
+def _gathered(tensors: CacheTensors, memory: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """The first `longest` entries of every row, side by side; what lies past a row's length is 0."""
+    index = torch.arange(longest, device=memory.device).expand(len(lengths), longest)
+    row = torch.arange(len(lengths), device=memory.device)[:, None].expand_as(index)
+    page, place = _page_and_place(tensors, row, index, memory.shape[1])
+    there = index < lengths[:, None]
+    return memory[page, place].masked_fill(~there[:, :, None, None], 0.0)
+
+
+def _phi(blocks: Tensor, config: NSAConfig, weights: tuple[Tensor, ...]) -> Tensor:
+    """phi of blocks [..., l, d]."""
+    if config.compression == "mean":
+        return phi_mean(blocks)
+    if config.compression == "linear":
+        return phi_linear(blocks, *weights)
+    return phi_mlp(blocks, *weights)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of x [..., heads, d] by factors [..., d]."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(-2) + torch.cat([-high, low], dim=-1) * sin.unsqueeze(-2)
