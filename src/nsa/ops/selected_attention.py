@@ -132,11 +132,11 @@ def _tiles_by_block(part: Part, chosen: Tensor, config: NSAConfig, blocks: int, 
             for block in range(blocks):
                 low, high = block * size, min((block + 1) * size, part.num_keys)
                 queries = queries_by_block[bounds[block] : bounds[block + 1]]
-                # Queries inside the block see a part of it; they come first, then those that it is local to, which
-                # mostly follow one another, then those far after it. Only the first need a mask.
-                ends = [high, high + (config.num_local_blocks - 1) * size]
-                inside, local = (int(torch.searchsorted(queries, end - part.first_position)) for end in ends)
-                for run in (queries[:inside], *queries[inside:local].split(room), *queries[local:].split(room)):
+                # First the queries that the block is local to, which mostly follow one another, those inside it among
+                # them: they see a part of it. Then those far after it.
+                end = high + (config.num_local_blocks - 1) * size
+                local = int(torch.searchsorted(queries, end - part.first_position))
+                for run in (*queries[:local].split(room), *queries[local:].split(room)):
                     if len(run) == 0:
                         continue
                     masks: tuple[tuple[int, Tensor], ...] = ()

@@ -1,10 +1,11 @@
 """Softmax attention over a list of tiles: the one place where scores, probabilities and gradients are computed.
 
 A branch of NSA differs from another only in which keys a query sees. It says so by tiles: some queries against some
-keys, with a mask where not all of them are visible. A tile yields an output and a log-sum-exp; a query that meets its
-keys in several tiles gets their outputs weighted by the log-sum-exps, which is the softmax over all of them. Backward
-walks the same tiles again and recomputes the probabilities from the log-sum-exp. Nothing of size t x s is ever in
-memory: a tile holds about TILE_ELEMENTS scores.
+keys, with a mask where not all of them are visible. Where one tile holds all keys of its queries, it yields their output
+and log-sum-exp. Where they meet their keys in several (`Tile.partial`), each tile adds exp(score - reference) v to a sum,
+and its mass to another; the reference is what the first tile set, and the division comes last. Backward walks the same
+tiles again and recomputes the probabilities from the log-sum-exp. Nothing of size t x s is ever in memory: a tile holds
+about TILE_ELEMENTS scores.
 """
 
 import math
@@ -17,6 +18,8 @@ from torch import Tensor
 
 # exp() of this is far from overflow, and far above any sum of probabilities that is let pass.
 LARGEST_EXPONENT = 80.0
+# Sums of exponentials relative to an earlier reference may grow to this; the outputs they weigh still have room.
+LARGEST_MASS = 1e25
 # Scores in one tile. 2 MB of fp32: small enough for the cache of a core, large enough that Python costs little.
 TILE_ELEMENTS = 1 << 19
 
@@ -27,7 +30,7 @@ class Tile:
 
     rows: slice  # of the batch
     groups: slice  # KV heads
-    queries: slice | Tensor  # columns of q
+    queries: slice | Tensor  # columns of q; one by one only in a tile of one row and group
     keys: slice | Tensor  # columns of k and v
     # From this key of the tile on, 1 for a visible one and 0 for a hidden one: [b, g, queries, keys covered], fp32,
     # dimensions of size 1 where all are alike.
@@ -90,11 +93,11 @@ class _Scratch:
 
     def queries(self, x: Tensor, tile: Tile) -> Tensor:
         """The tile's queries of x [b, g, t, ...]: a view where they are a slice, else a copy."""
-        x = x[tile.rows, tile.groups]
         if isinstance(tile.queries, slice):
-            return x[:, :, tile.queries]
-        shape = (*x.shape[:2], len(tile.queries), *x.shape[3:])
-        return torch.index_select(x, 2, tile.queries, out=self.take(shape, x))
+            return x[tile.rows, tile.groups, tile.queries]
+        lines = _lines(x, tile)
+        found = self.take((len(tile.queries), lines.shape[1]), x)
+        return torch.index_select(lines, 0, tile.queries, out=found).view(1, 1, -1, *x.shape[3:])
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -107,21 +110,22 @@ class _TiledAttention(torch.autograd.Function):
         k_heads, v_heads = (x.to(wide).transpose(1, 2).contiguous() for x in (k, v))
         out = torch.zeros(b, g, t, h // g, e, dtype=wide, device=q.device)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=wide, device=q.device)
+        sums = _Sums(out, lse)
         scratch = _Scratch()
 
         for tile in tiles():
             scratch.clear()
             q_tile = scratch.queries(q_heads, tile)
             k_tile, v_tile = (_take_keys(x, tile) for x in (k_heads, v_heads))
-            old_lse = scratch.queries(lse, tile) if tile.partial else None
-            p, share, kept, tile_lse = _fold(tile, q_tile, k_tile, old_lse, scratch)
-            tile_out = _attend(p, v_tile, scratch).mul_(share.unsqueeze(-1))
-            if kept is not None:
-                tile_out.addcmul_(scratch.queries(out, tile), kept.unsqueeze(-1))
-            if observe is not None:
-                observe(tile, p.mul_(share.unsqueeze(-1)).sum(-2))
+            if tile.partial:
+                sums.add(tile, q_tile, k_tile, v_tile, scratch)
+                continue
+            p, share, tile_lse = _probabilities(tile, q_tile, k_tile, scratch)
             _put_queries(lse, tile, tile_lse)
-            _put_queries(out, tile, tile_out)
+            _put_queries(out, tile, _attend(p, v_tile, scratch).mul_(share.unsqueeze(-1)))
+            if observe is not None:
+                observe(tile, _sum_over_heads(p, share))
+        sums.divide()
 
         out, lse = _from_group(out).to(q.dtype), _from_group(lse)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -174,20 +178,23 @@ def _from_group(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2, 3)
 
 
+def _lines(x: Tensor, tile: Tile) -> Tensor:
+    """x [b, g, t, ...] of the tile's one row and group as a matrix, a line a query; operations by index are then fast."""
+    return x[tile.rows, tile.groups].flatten(0, 2).flatten(1)
+
+
 def _put_queries(x: Tensor, tile: Tile, values: Tensor) -> None:
-    x = x[tile.rows, tile.groups]
     if isinstance(tile.queries, slice):
-        x[:, :, tile.queries] = values
+        x[tile.rows, tile.groups, tile.queries] = values
     else:
-        x.index_copy_(2, tile.queries, values)
+        _lines(x, tile).index_copy_(0, tile.queries, values.flatten(0, 2).flatten(1))
 
 
 def _add_queries(x: Tensor, tile: Tile, values: Tensor) -> None:
-    x = x[tile.rows, tile.groups]
     if isinstance(tile.queries, slice):
-        x[:, :, tile.queries] += values
+        x[tile.rows, tile.groups, tile.queries] += values
     else:
-        x.index_add_(2, tile.queries, values)
+        _lines(x, tile).index_add_(0, tile.queries, values.flatten(0, 2).flatten(1))
 
 
 def _take_keys(x: Tensor, tile: Tile) -> Tensor:
@@ -207,7 +214,12 @@ def _attend(rows: Tensor, keys: Tensor, scratch: _Scratch) -> Tensor:
     """[b, g, queries, heads, m] @ [b, g, m, n]: the heads of a group share the right-hand side."""
     b, g, queries, heads, _ = rows.shape
     out = scratch.take((b * g, queries * heads, keys.shape[-1]), rows)
-    torch.bmm(rows.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1), out=out)
+    left, right = rows.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1)
+    threads = torch.get_num_threads()
+    if b * g == 1 and threads > 1 and queries * heads % threads == 0:
+        # A product with few columns keeps one core busy; as many products of fewer rows keep them all.
+        left, right = left.view(threads, -1, left.shape[-1]), right.expand(threads, -1, -1)
+    torch.bmm(left, right, out=out.view(left.shape[0], left.shape[1], -1))
     return out.view(b, g, queries, heads, -1)
 
 
@@ -222,41 +234,36 @@ def _exponentials(tile: Tile, scores: Tensor, reference: Tensor) -> Tensor:
     Hiding by a product after exp() is many times faster on a CPU than -inf before it. It needs finite exponentials.
     """
     scores.sub_(reference.unsqueeze(-1))
-    if tile.masks:
-        scores.clamp_(max=LARGEST_EXPONENT)
+    for first, mask in tile.masks:
+        scores[..., first : first + mask.shape[-1]].clamp_(max=LARGEST_EXPONENT)
     p = scores.exp_()
     for first, mask in tile.masks:
-        p[..., first : first + mask.shape[-1]] *= mask.unsqueeze(-2)
+        p[..., first : first + mask.shape[-1]].mul_(mask.unsqueeze(-2))
     return p
 
 
-def _fold(
-    tile: Tile, q_tile: Tensor, k_tile: Tensor, old_lse: Tensor | None, scratch: _Scratch
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """p, share, kept, lse such that the attention over the tile's keys and those before them is
+def _probabilities(tile: Tile, q_tile: Tensor, k_tile: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """p, share, lse of queries that meet all their keys in this tile: share * p are the probabilities.
 
-        out = share * (p @ v) + kept * old_out        (kept None: there were none before)
-
-    exp() needs a reference near the largest score of the row. Mostly one is at hand, the log-sum-exp so far or the
-    score of a typical key, and the search for the maximum is saved. Rows in which it proves so far off that rounding
-    would show are done again with their maximum. What happens in a row depends on no other row.
+    exp() needs a reference near the largest score of the row. Mostly the score of a typical key will do, and the search
+    for the maximum is saved. Rows in which it proves so far off that rounding would show are done again with their
+    maximum. What happens in a row depends on no other row.
     """
-    if old_lse is not None and bool((old_lse == -torch.inf).all()):
-        old_lse = None
     keys = k_tile.transpose(-1, -2)
     scores = _attend(q_tile, keys, scratch)
     reference = _typical_scores(tile, scores)
-    if old_lse is not None:
-        reference = torch.where(old_lse == -torch.inf, reference, old_lse)
-    p, mass, carried = _weights(tile, scores, reference, old_lse)
+    p = _exponentials(tile, scores, reference)
+    mass = p.sum(-1)
     eps = torch.finfo(mass.dtype).eps
     near = (eps < mass) & (mass < 1.0 / eps)  # false for NaN
     if not bool(near.all()):
         scores = _attend(q_tile, keys, scratch)
-        reference = torch.where(near, reference, _largest(tile, scores, old_lse))
-        p, mass, carried = _weights(tile, scores, reference, old_lse)
+        largest = _largest(tile, scores)
+        reference = torch.where(near, reference, largest.masked_fill_(largest == -torch.inf, 0.0))
+        p = _exponentials(tile, scores, reference)
+        mass = p.sum(-1)
     share = mass.masked_fill(mass == 0.0, 1.0).reciprocal_()  # a row that sees no key: p is 0
-    return p, share, None if carried is None else carried.mul_(share), mass.log_().add_(reference)
+    return p, share, mass.log_().add_(reference)
 
 
 def _typical_scores(tile: Tile, scores: Tensor) -> Tensor:
@@ -265,22 +272,61 @@ def _typical_scores(tile: Tile, scores: Tensor) -> Tensor:
     return scores.take_along_dim(tile.typical_key.view(1, 1, -1, 1, 1), dim=-1).squeeze(-1)
 
 
-def _largest(tile: Tile, scores: Tensor, old_lse: Tensor | None) -> Tensor:
-    """The largest visible score of each row, or the log-sum-exp so far; 0 where nothing was seen."""
+def _largest(tile: Tile, scores: Tensor) -> Tensor:
+    """The largest visible score of each row, -inf where there is none."""
     visible = scores.clone()
     for first, mask in tile.masks:
         visible[..., first : first + mask.shape[-1]].masked_fill_((mask == 0).unsqueeze(-2), -torch.inf)
-    top = visible.amax(-1)
-    largest = top if old_lse is None else torch.maximum(top, old_lse)
-    return largest.masked_fill(largest == -torch.inf, 0.0)
+    return visible.amax(-1)
 
 
-def _weights(
-    tile: Tile, scores: Tensor, reference: Tensor, old_lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """p relative to the reference; its sum with what earlier keys carry over; and that part."""
-    p = _exponentials(tile, scores, reference)
-    if old_lse is None:
-        return p, p.sum(-1), None
-    carried = (old_lse - reference).exp_()
-    return p, p.sum(-1).add_(carried), carried
+def _sum_over_heads(p: Tensor, share: Tensor) -> Tensor:
+    """Probabilities share * p [b, g, queries, heads, keys], summed over the heads of each group."""
+    return (share.flatten(0, 2).unsqueeze(1) @ p.flatten(0, 2)).view(*p.shape[:3], -1)
+
+
+class _Sums:
+    """Outputs and masses of queries that meet their keys in several tiles, relative to a reference for each row.
+
+    The reference is the largest score of the first tile with a visible key. So the mass is at least 1, nothing that
+    matters underflows, and only scores far above the reference raise it.
+    """
+
+    def __init__(self, out: Tensor, lse: Tensor) -> None:
+        self.out, self.reference = out, lse  # both in place: `divide` makes of them what their names say
+        self.mass: Tensor | None = None
+
+    def add(self, tile: Tile, q_tile: Tensor, k_tile: Tensor, v_tile: Tensor, scratch: _Scratch) -> None:
+        if self.mass is None:
+            self.mass = torch.ones_like(self.reference)
+        keys = k_tile.transpose(-1, -2)
+        reference = scratch.queries(self.reference, tile)
+        if bool((reference > -torch.inf).all()):  # false for NaN
+            p = _exponentials(tile, _attend(q_tile, keys, scratch), reference)
+            mass = p.sum(-1)
+            if bool((mass < LARGEST_MASS).all()):
+                _add_queries(self.mass, tile, mass)
+                _add_queries(self.out, tile, _attend(p, v_tile, scratch))
+                return
+        scores = _attend(q_tile, keys, scratch)
+        raised = self._raise(tile, reference, _largest(tile, scores))
+        p = _exponentials(tile, scores, raised.masked_fill(raised == -torch.inf, 0.0))
+        _add_queries(self.mass, tile, p.sum(-1))
+        _add_queries(self.out, tile, _attend(p, v_tile, scratch))
+
+    def _raise(self, tile: Tile, reference: Tensor, largest: Tensor) -> Tensor:
+        """The reference of each row, moved to `largest` where that is far above it, the sums so far brought along."""
+        assert self.mass is not None
+        # A row so far above has a mass that no other path lets pass, so what happens to it depends on no other row.
+        far = ~(largest - reference < math.log(LARGEST_MASS)) & (largest > -torch.inf)
+        raised = torch.where(far, largest, reference)
+        kept = torch.where(far, (reference - raised).exp_(), 1.0)
+        _put_queries(self.reference, tile, raised)
+        for sums, factor in ((self.mass, kept), (self.out, kept.unsqueeze(-1))):
+            _put_queries(sums, tile, sums[tile.rows, tile.groups, tile.queries] * factor)
+        return raised
+
+    def divide(self) -> None:
+        if self.mass is not None:
+            self.out.div_(self.mass.unsqueeze(-1))
+            self.reference.add_(self.mass.log_())

@@ -12,23 +12,23 @@ from torch.nn import functional as F
 
 from nsa.eval.methods.method import Sequence
 
-# Of one score matrix: 16 MiB in float32, which the CPU's allocator keeps and hands out again; 256 MiB on a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+# Of one score matrix: 4 MiB in float32, which a CPU's caches nearly hold (a third of the time of 16 MiB); 256 MiB on
+# a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
 def scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     """[h, t, d], [g, n, d] -> scaling * q . k, [h, t, n], in at least float32."""
     h, t, d = q.shape
-    folded = wide(q).reshape(k.shape[0], -1, d)
-    return (folded @ wide(k).transpose(1, 2) * scaling).reshape(h, t, -1)
+    folded = (wide(q) * scaling).reshape(k.shape[0], -1, d)
+    return (folded @ wide(k).transpose(1, 2)).reshape(h, t, -1)
 
 
 def softmax(s: Tensor, allowed: Tensor) -> Tensor:
     """Over the allowed keys of each query; rows without any are zero."""
-    s = s.masked_fill(~allowed, -torch.inf)
-    highest = s.amax(-1, keepdim=True)
-    weights = (s - highest.masked_fill(highest == -torch.inf, 0.0)).exp()
-    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    s = torch.where(allowed, s, -torch.inf)
+    nothing = s.amax(-1, keepdim=True) == -torch.inf
+    return torch.softmax(s, -1).masked_fill_(nothing, 0.0)
 
 
 def weigh(p: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,23 +37,32 @@ def weigh(p: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     return (p.reshape(v.shape[0], -1, n) @ wide(v)).reshape(h, t, -1).to(dtype)
 
 
-def attend(q: Tensor, sequence: Sequence, allowed: Tensor) -> Tensor:
-    """Softmax attention of q [h, t, d] over the allowed [h, t, n] of the sequence's keys; counts them."""
+def attend(q: Tensor, sequence: Sequence, allowed: Tensor, s: Tensor | None = None) -> Tensor:
+    """Softmax attention of q [h, t, d] over the allowed [h, t, m] of the sequence's first m keys; counts them.
+
+    `s` are their scores [h, t, m], where the method has computed them already.
+    """
     sequence.read(allowed)
-    p = softmax(scores(q, sequence.k, sequence.scaling), allowed)
-    return weigh(p, sequence.v, q.dtype)
+    m = allowed.shape[-1]
+    s = scores(q, sequence.k[:, :m], sequence.scaling) if s is None else s
+    return weigh(softmax(s, allowed), sequence.v[:, :m], q.dtype)
 
 
 def causal(t: int, n: int, device: torch.device, first: int = 0, last: int | None = None) -> Tensor:
-    """[last - first, n]: which of n keys the queries first..last of the last t tokens see."""
-    queries = torch.arange(n - t + first, n - t + (t if last is None else last), device=device)
-    return torch.arange(n, device=device) <= queries[:, None]
+    """[last - first, m]: which keys the queries first..last of the last t of n tokens see, m those of the last one."""
+    end = n - t + (t if last is None else last)
+    queries = torch.arange(n - t + first, end, device=device)
+    return torch.arange(end, device=device) <= queries[:, None]
+
+
+def chunk_size(q: Tensor, n: int) -> int:
+    """How many queries of [h, t, d] may have scores with n keys at once."""
+    return max(1, CHUNK_ELEMENTS.get(q.device.type, CHUNK_ELEMENTS["cpu"]) // (q.shape[0] * n))
 
 
 def chunks(q: Tensor, n: int) -> Iterator[tuple[int, int]]:
     """Ranges [first, last) of the queries [h, t, d] for which a score matrix [h, last - first, n] fits."""
-    h, t, _ = q.shape
-    step = max(1, CHUNK_ELEMENTS.get(q.device.type, 2**22) // (h * n))
+    t, step = q.shape[1], chunk_size(q, n)
     for first in range(0, t, step):
         yield first, min(t, first + step)
 
@@ -66,11 +75,12 @@ def dense(q: Tensor, sequence: Sequence) -> Tensor:
     parts = []
     for first, last in [(0, t)] if t in (1, n) else chunks(q, n):
         allowed = causal(t, n, q.device, first, last) if t not in (1, n) else None
+        m = n - t + last
         parts.append(
             F.scaled_dot_product_attention(
                 q[None, :, first:last],
-                k,
-                v,
+                k[:, :, :m],
+                v[:, :, :m],
                 attn_mask=allowed,
                 is_causal=t == n and t > 1,
                 scale=sequence.scaling,
@@ -87,8 +97,9 @@ def top(s: Tensor, count: int) -> Tensor:
     if count <= 0:
         return torch.zeros_like(s, dtype=torch.bool)
     least = s.topk(count, sorted=False).values.amin(-1, keepdim=True)  # much less work than to sort
-    best = (s >= least) & (s != -torch.inf)
-    if not bool((best.sum(-1) > count).any()):
+    least = least.clamp(min=torch.finfo(s.dtype).min)
+    best = s >= least
+    if not bool((best.count_nonzero(-1) > count).any()):
         return best
     above, tied = s > least, s == least
     places = count - above.sum(-1, keepdim=True)

@@ -71,11 +71,14 @@ class ClusterKV(Method):
         queries = wide(q)[:, 0].unflatten(0, (len(state.labels), -1))  # g r d
         relevance = (queries @ state.centroids.mT).flatten(0, 1)  # h c
         order = relevance.argsort(dim=-1, descending=True, stable=True)
-        places = torch.arange(order.shape[1], device=q.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(1, order, places)
-        labels = state.labels.repeat_interleave(q.shape[0] // len(state.labels), 0)
-        first = rank.gather(1, labels).argsort(dim=-1, stable=True)[:, : self.budget]
-        return torch.zeros(labels.shape, dtype=torch.bool, device=q.device).scatter_(1, first, True)
+        r = q.shape[0] // len(state.labels)
+        labels, sizes = state.labels.repeat_interleave(r, 0), state.sizes.repeat_interleave(r, 0)
+        before = sizes.gather(1, order).cumsum(1) - sizes.gather(1, order)
+        left = torch.empty_like(before).scatter_(1, order, self.budget - before)  # of the budget, for each cluster
+        cut = (left > 0) & (left < sizes)
+        whole, in_cut = (left >= sizes).gather(1, labels), cut.gather(1, labels)  # at most one cluster is cut
+        first = in_cut.cumsum(1) <= (left * cut).sum(1, keepdim=True)
+        return whole | (in_cut & first)
 
     def _cluster_new(self, sequence: Sequence) -> None:
         """The prompt before the first step, then the generated keys whenever enough have gathered."""

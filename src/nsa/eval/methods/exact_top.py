@@ -36,14 +36,15 @@ class ExactTop(Method):
 
     def prefill(self, q: Tensor, sequence: Sequence) -> Tensor:
         t, n = q.shape[1], sequence.k.shape[1]
-        keys = torch.arange(n, device=q.device)
         parts = []
         for first, last in chunks(q, n):
-            visible = causal(t, n, q.device, first, last)
-            own = keys[n - t + first : n - t + last, None]
+            queries, visible = q[:, first:last], causal(t, n, q.device, first, last)
+            keys = torch.arange(visible.shape[1], device=q.device)
+            own = keys[n - t + first :, None]
             forced = visible & ((keys < self.sink) | (keys > own - self.local))
-            free = scores(q[:, first:last], sequence.k, sequence.scaling).masked_fill(~visible | forced, -torch.inf)
-            parts.append(attend(q[:, first:last], sequence, top(free, self.chosen) | forced))
+            s = scores(queries, sequence.k[:, : len(keys)], sequence.scaling)
+            chosen = top(torch.where(visible & ~forced, s, -torch.inf), self.chosen)
+            parts.append(attend(queries, sequence, chosen | forced, s))
             sequence.read(0.0, visible.sum())
         return torch.cat(parts, dim=1)
 

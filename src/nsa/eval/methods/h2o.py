@@ -49,13 +49,14 @@ class H2O(Method):
     def prefill(self, q: Tensor, sequence: Sequence) -> Tensor:
         (h, t, _), (g, n, _) = q.shape, sequence.k.shape
         state = self._with_new(sequence, t)
-        gathered, parts = state.gathered, []
+        gathered, parts = state.gathered.clone(), []
         for first, last in chunks(q, n):
             allowed = causal(t, n, q.device, first, last).expand(h, -1, -1)
             sequence.read(allowed)
-            p = softmax(scores(q[:, first:last], sequence.k, sequence.scaling), allowed)
-            gathered = gathered + p.reshape(g, -1, n).sum(1)
-            parts.append(weigh(p, sequence.v, q.dtype))
+            m = allowed.shape[-1]
+            p = softmax(scores(q[:, first:last], sequence.k[:, :m], sequence.scaling), allowed)
+            gathered[:, :m] += p.reshape(g, -1, m).sum(1)
+            parts.append(weigh(p, sequence.v[:, :m], q.dtype))
         sequence.state = Kept(gathered, state.positions)
         return torch.cat(parts, dim=1)
 

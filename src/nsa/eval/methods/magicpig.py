@@ -15,16 +15,17 @@ from nsa.eval.methods.method import Method, Sequence, State
 
 @dataclass
 class Tables(State):
-    """Of the prompt's middle keys: their directions from the mean [g, m, d], and their codes [g, m, L]."""
+    """Of the prompt's middle keys: their directions from the mean [g, m, d], and their codes [g, L, m]."""
 
     directions: Tensor
     codes: Tensor
 
 
 @lru_cache(maxsize=128)  # one a layer, drawn again for no step
-def projections(seed: int, dim: int, count: int) -> Tensor:
-    """Random normal directions, [dim, count]."""
-    return torch.randn(dim, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def projections(seed: int, dim: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random normal directions, [dim, count]; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(dim, count, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +87,21 @@ class MagicPIG(Method):
         middle = wide(k[:, self.sink : max(self.sink, prompt - self.local)])
         if middle.shape[1]:
             middle = middle - middle.mean(1, keepdim=True)
-        return Tables(F.normalize(middle, dim=-1), self.codes(middle, layer))
+        return Tables(F.normalize(middle, dim=-1), self.codes(middle, layer).transpose(1, 2).contiguous())
 
     def codes(self, x: Tensor, layer: int) -> Tensor:
         """[..., d] -> the bucket in every table, [..., L]: K signs of projections that depend on seed and layer."""
-        planes = projections(self.seed * 1009 + layer, x.shape[-1], self.num_tables * self.num_bits)
-        signs = (x @ planes.to(x.device, x.dtype) > 0).unflatten(-1, (self.num_tables, self.num_bits))
+        count = self.num_tables * self.num_bits
+        planes = projections(self.seed * 1009 + layer, x.shape[-1], count, x.dtype, x.device)
+        signs = (x @ planes > 0).unflatten(-1, (self.num_tables, self.num_bits))
         powers = 2 ** torch.arange(self.num_bits, device=x.device)
-        return (signs * powers).sum(-1).to(torch.int16)
+        return (signs.to(x.dtype) @ powers.to(x.dtype)).to(torch.int16)  # at most 15 bits: exact in float32
 
     def sample(self, q: Tensor, tables: Tables, layer: int) -> tuple[Tensor, Tensor]:
         """[h, 1, d] -> which middle keys are sampled, [h, m], and the log of their chance."""
         g = len(tables.codes)
-        codes = self.codes(wide(q), layer).unflatten(0, (g, -1))  # g r 1 L
-        shared = (codes == tables.codes[:, None]).sum(-1).flatten(0, 1)
+        codes = self.codes(wide(q), layer).unflatten(0, (g, -1)).mT  # g r L 1
+        shared = (codes == tables.codes[:, None]).sum(-2, dtype=torch.int16).flatten(0, 1)
         cosine = scores(F.normalize(wide(q), dim=-1), tables.directions, 1.0)[:, 0]
         return shared >= 2, self.log_chance(cosine).to(cosine.dtype)
 

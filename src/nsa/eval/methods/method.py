@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nsa.eval.methods.budget import Split
 
@@ -53,21 +54,31 @@ class Sequence:
         self.layer, self.inv_freq, self.reads = layer, inv_freq, reads
         self.k: Tensor = torch.empty(0)
         self.v: Tensor = torch.empty(0)
+        self.room: tuple[Tensor, Tensor] | None = None  # k and v are its beginning, until a method replaces them
         self.length = 0  # tokens seen, evicted ones included
         self.scaling = 1.0  # of q . k before the softmax
         self.phase = "prefill"
         self.state: Any = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Remember the keys and values [g, t, d] of t new tokens."""
-        self.k = torch.cat([self.k, k], dim=1) if self.length else k
-        self.v = torch.cat([self.v, v], dim=1) if self.length else v
+        """Remember the keys and values [g, t, d] of t new tokens; room for more is made a sixteenth at a time."""
         self.length += k.shape[1]
+        if self.length == k.shape[1]:
+            self.k, self.v = k, v
+            return
+        old, new = self.k.shape[1], self.k.shape[1] + k.shape[1]
+        fits = self.room is not None and new <= self.room[0].shape[1] and self.k.data_ptr() == self.room[0].data_ptr()
+        if self.room is None or not fits:
+            more = (0, 0, 0, k.shape[1] + max(64, old // 16))
+            self.room = (F.pad(self.k, more), F.pad(self.v, more))
+        for room, x in zip(self.room, (k, v), strict=True):
+            room[:, old:new] = x
+        self.k, self.v = (room[:, :new] for room in self.room)
 
     def read(self, attended: Tensor | float, scored: Tensor | float = 0.0) -> None:
         """Count keys, summed over the queries, averaged over the heads; `attended` may be the mask [h, t, n]."""
         if isinstance(attended, Tensor) and attended.dtype == torch.bool:
-            attended = attended.sum().double() / attended.shape[0]
+            attended = attended.count_nonzero().double() / attended.shape[0]
         count = self.reads[self.phase]
         count.attended = count.attended + attended  # tensors stay where they are: asking a GPU would wait for it
         count.scored = count.scored + (scored.double() if isinstance(scored, Tensor) else scored)
@@ -75,6 +86,7 @@ class Sequence:
     def copy(self) -> "Sequence":
         """Another sequence that goes on from here by itself (beam search)."""
         other = Sequence(self.layer, self.inv_freq, self.reads)
+        self.room = None  # both would write into it
         other.__dict__.update(self.__dict__)
         if self.state is not None:
             other.state = self.state.copy()

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nsa.eval.methods.attention import attend, causal, chunks, dense, scores, softmax, top, wide
 from nsa.eval.methods.budget import Split
@@ -91,23 +92,26 @@ class MInference(Method):
             vertical, slash = self.vertical_slash(q, sequence)
         if "block_sparse" in heads:
             blocks = self.blocks(q, sequence)
-        keys = torch.arange(n, device=q.device)
         parts = []
         for first, last in chunks(q, n):
             visible = causal(t, n, q.device, first, last)
-            own = keys[n - t + first : n - t + last, None]
-            allowed = torch.zeros(h, last - first, n, dtype=torch.bool, device=q.device)
+            m = visible.shape[1]
+            keys = torch.arange(m, device=q.device)
+            own = keys[n - t + first :, None]
+            allowed = visible.repeat(h, 1, 1)
             if "a_shape" in heads:
-                allowed[heads["a_shape"]] = (keys < self.a_sink) | (keys > own - self.a_local)
+                allowed[heads["a_shape"]] &= (keys < self.a_sink) | (keys > own - self.a_local)
             if vertical is not None and slash is not None:
-                offset = (own - keys).clamp(min=0)
                 rows = heads["vertical_slash"]
-                allowed[rows] = vertical[rows, None] | slash[rows][:, offset]
+                diagonals = slash[rows, :m].flip(-1)  # column c is the offset m - 1 - c: a query's own row, moved
+                diagonals = F.pad(diagonals, (0, last - first - 1)).unfold(-1, m, 1).flip(1)
+                allowed[rows] &= vertical[rows, None, :m] | diagonals
             if blocks is not None:
                 rows = heads["block_sparse"]
                 of_query = (own[:, 0] // self.block_size) - (n - t) // self.block_size
-                allowed[rows] = blocks[rows][:, of_query][:, :, keys // self.block_size]
-            parts.append(attend(q[:, first:last], sequence, allowed & visible))
+                of_key = blocks[rows].repeat_interleave(self.block_size, -1)[..., :m]
+                allowed[rows] &= of_key[:, of_query]
+            parts.append(attend(q[:, first:last], sequence, allowed))
         return torch.cat(parts, dim=1)
 
     def vertical_slash(self, q: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nsa.eval.methods.attention import causal, chunks, moved, scores, softmax, weigh
+from nsa.eval.methods.attention import chunk_size, moved, scores, softmax, weigh
 from nsa.eval.methods.budget import Split
 from nsa.eval.methods.method import Method, Sequence
 
@@ -36,22 +36,29 @@ class StreamingLLM(Method):
         return cls(sink=split.sink, window=split.total - split.sink)
 
     def prefill(self, q: Tensor, sequence: Sequence) -> Tensor:
-        (h, t, _), n = q.shape, sequence.k.shape[1]
-        keys = torch.arange(n, device=q.device)
-        sink = min(self.sink, n)
-        parts = []
-        for first, last in chunks(q, n):
-            own, queries = keys[n - t + first : n - t + last], q[:, first:last]
-            recent = keys > own[:, None] - self.window
-            allowed = causal(t, n, q.device, first, last) & (recent | (keys < self.sink))
-            s = scores(queries, sequence.k, sequence.scaling)
-            if sink and sequence.inv_freq is not None:
-                back = own.clamp(max=self.sink + self.window - 1) - own
-                far = scores(moved(queries, back, sequence.inv_freq), sequence.k[:, :sink], sequence.scaling)
-                s[..., :sink] = torch.where(recent[:, :sink], s[..., :sink], far)
-            allowed = allowed.expand(h, -1, -1)
-            sequence.read(allowed)
-            parts.append(weigh(softmax(s, allowed), sequence.v, q.dtype))
+        t, n = q.shape[1], sequence.k.shape[1]
+        step = max(self.window, 64)  # so many queries share one stretch of keys, at most twice the window
+        step = min(step, chunk_size(q, min(n, self.sink + self.window + step)))
+        parts = [self._chunk(q[:, i : i + step], sequence, n - t + i) for i in range(0, t, step)]
         return torch.cat(parts, dim=1)
 
     decode = prefill
+
+    def _chunk(self, q: Tensor, sequence: Sequence, first: int) -> Tensor:
+        """Queries at positions from `first` on."""
+        h, t, _ = q.shape
+        own = torch.arange(first, first + t, device=q.device)
+        start = max(0, first - self.window + 1)  # of the windows
+        sinks = torch.arange(min(self.sink, start), device=q.device)
+        keys = torch.cat([sinks, torch.arange(start, first + t, device=q.device)])
+        k, v = sequence.k[:, keys], sequence.v[:, keys]
+        recent = keys > own[:, None] - self.window
+        allowed = ((keys <= own[:, None]) & (recent | (keys < self.sink))).expand(h, -1, -1)
+        s = scores(q, k, sequence.scaling)
+        sink = min(self.sink, len(keys))  # the sinks are the first columns, inside the window or not
+        if sink and sequence.inv_freq is not None:
+            back = own.clamp(max=self.sink + self.window - 1) - own
+            far = scores(moved(q, back, sequence.inv_freq), k[:, :sink], sequence.scaling)
+            s[..., :sink] = torch.where(recent[:, :sink], s[..., :sink], far)
+        sequence.read(allowed)
+        return weigh(softmax(s, allowed), v, q.dtype)
