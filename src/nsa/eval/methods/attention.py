@@ -6,6 +6,7 @@ softmax are in at least float32 whatever the model's dtype.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -96,14 +97,21 @@ def top(s: Tensor, count: int) -> Tensor:
     count = min(count, s.shape[-1])
     if count <= 0:
         return torch.zeros_like(s, dtype=torch.bool)
-    least = s.topk(count, sorted=False).values.amin(-1, keepdim=True)  # much less work than to sort
-    least = least.clamp(min=torch.finfo(s.dtype).min)
+    least = nth_highest(s, count).clamp(min=torch.finfo(s.dtype).min)
     best = s >= least
-    if not bool((best.count_nonzero(-1) > count).any()):
+    if not bool((best.sum(-1, dtype=torch.int32) > count).any()):
         return best
     above, tied = s > least, s == least
     places = count - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= places))
+
+
+def nth_highest(s: Tensor, n: int) -> Tensor:
+    """The n-th highest of the last dimension, from 1, kept as a dimension of size 1; NaN counts as the highest."""
+    if s.device.type == "cpu":  # numpy's selection takes a quarter of the time of torch's
+        place = s.shape[-1] - n
+        return torch.from_numpy(np.partition(s.numpy(), place, axis=-1)[..., place : place + 1])
+    return s.topk(n, sorted=False).values.amin(-1, keepdim=True)
 
 
 def moved(x: Tensor, by: Tensor | int, inv_freq: Tensor) -> Tensor:

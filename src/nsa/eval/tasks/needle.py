@@ -53,9 +53,12 @@ class Needle:
         return len(self.lengths) * len(self.depths) * self.samples
 
     def run(self, model: nn.Module, tokenizer: Any, advance: Advance = ignore) -> list[Row]:
-        rows = []
-        for length in self.lengths:
-            for depth in self.depths:
-                right = exact_match(model, self.prompts(tokenizer, length, depth), advance)
-                rows.append(Row.of_answers(self.name, {"length": length, "depth": depth}, right, CHANCE))
-        return rows
+        grid = [(length, depth) for length in self.lengths for depth in self.depths]
+        prompts = [prompt for cell in grid for prompt in self.prompts(tokenizer, *cell)]
+        right = exact_match(model, prompts, advance)  # all at once, for larger batches
+        return [
+            Row.of_answers(
+                self.name, {"length": length, "depth": depth}, right[i * self.samples : (i + 1) * self.samples], CHANCE
+            )
+            for i, (length, depth) in enumerate(grid)
+        ]

@@ -83,12 +83,13 @@ class Recall:
         return len(self.hops) * len(self.regions()) * self.samples
 
     def run(self, model: nn.Module, tokenizer: Any, advance: Advance = ignore) -> list[Row]:
+        kinds = [(hops, region) for hops in self.hops for region in self.regions()]
+        prompts = [prompt for kind in kinds for prompt in self.prompts(tokenizer, *kind)]
+        right = exact_match(model, prompts, advance)  # all at once, for larger batches
         rows = []
-        for hops in self.hops:
-            for region in self.regions():
-                right = exact_match(model, self.prompts(tokenizer, hops, region), advance)
-                where = {"length": self.length, "keys": self.num_keys, "hops": hops, "region": region}
-                rows.append(Row.of_answers(self.name, where, right, CHANCE))
+        for i, (hops, region) in enumerate(kinds):
+            where = {"length": self.length, "keys": self.num_keys, "hops": hops, "region": region}
+            rows.append(Row.of_answers(self.name, where, right[i * self.samples : (i + 1) * self.samples], CHANCE))
         return rows
 
     def _prompt(self, tokenizer: Any, hops: int, region: str, sample: int) -> Prompt:
