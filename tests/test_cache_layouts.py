@@ -198,10 +198,7 @@ def test_conversion_refuses_another_configuration_and_a_cache_without_room():
     append(cache, torch.randn(2, 40, dtype=torch.float64))
     with pytest.raises(ValueError, match="caches of one configuration"):
         convert(cache, NSACache(NSAConfig()))
-    for layout, message in (
-        ("static", "at most 32 tokens a row, got 40"),
-        ("paged", "at most 32 tokens a row, got 40"),
-    ):
+    for layout in ("static", "paged"):
         small = new_cache(layout, room=32)
         append(small, torch.ones(1, 5, dtype=torch.float64))
         with pytest.raises(ValueError, match="at most 32 tokens a row, got 40"):

@@ -1,13 +1,16 @@
 """The NSA layer: from hidden states to hidden states, with or without a cache."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
-from nsa.cache import NSACache
+from nsa.cache import FixedNSACache, LayerCache
+from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
+from nsa.decoding import append_tokens, decode_attention
 from nsa.functional import native_sparse_attention
 from nsa.modules.compression import Compression
 from nsa.modules.rotary import RotaryEmbedding, rotate
@@ -28,6 +31,45 @@ class Gates(nn.Linear):
 
     def forward(self, x: Float[Tensor, "b t hidden"]) -> Float[Tensor, "b t h 3"]:
         return super().forward(x).sigmoid().unflatten(-1, (-1, 3))
+
+
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What all layers of a decoding step of t new tokens share, on the device, from the lengths before it.
+
+    counts: how many of the t columns are tokens, the last ones of each row; None where all are.
+    cos, sin: rotary factors of the columns.
+    cos_cmp, sin_cmp: those of the compressed keys whose blocks may complete.
+    """
+
+    counts: Int32[Tensor, " b"] | None
+    cos: Float[Tensor, "b t d"]
+    sin: Float[Tensor, "b t d"]
+    cos_cmp: Float[Tensor, "b new d"]
+    sin_cmp: Float[Tensor, "b new d"]
+
+    @classmethod
+    def after(
+        cls,
+        lengths: Int32[Tensor, " b"],
+        t: int,
+        counts: Int32[Tensor, " b"] | None,
+        config: NSAConfig,
+        rotary: Rotary,
+        like: Tensor,
+    ) -> "DecodeStep":
+        """The step of t columns after `lengths` tokens; `like` gives the factors' dtype and device."""
+        first = lengths + (0 if counts is None else counts - t)
+        positions = first[:, None] + torch.arange(t, device=lengths.device)
+        # The block that ends with stride number c begins at (c + 1) d - l; c = length // d is the first to complete.
+        stride = config.compress_stride
+        strides = lengths[:, None] // stride + torch.arange(-(-t // stride), device=lengths.device)
+        blocks = (strides + 1) * stride - config.compress_block_size
+        cos, sin = rotary(like, torch.cat([positions, blocks], dim=1).clamp(min=0))
+        return cls(counts, cos[:, :t], sin[:, :t], cos[:, t:], sin[:, t:])
 
 
 class NativeSparseAttention(nn.Module):
@@ -62,7 +104,7 @@ class NativeSparseAttention(nn.Module):
         config: NSAConfig | None = None,
         *,
         rope_theta: float = 10000.0,
-        rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        rotary: Rotary | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__()
@@ -99,7 +141,7 @@ class NativeSparseAttention(nn.Module):
         self,
         x: Float[Tensor, "b t hidden"],
         *,
-        cache: NSACache | None = None,
+        cache: LayerCache | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
     ) -> Float[Tensor, "b t hidden"]:
@@ -107,8 +149,9 @@ class NativeSparseAttention(nn.Module):
 
         Args:
             x: hidden states of the new tokens.
-            cache: remembers these tokens and gives those before them; every split of a sequence into calls gives
-                the same numbers as one call.
+            cache: remembers these tokens and gives those before them, in any layout; every split of a sequence into
+                calls gives the same numbers as one call. In a static or paged cache few tokens (t <= cache.max_new)
+                are a decoding step: kernels made for it, where they can serve, and nothing waits for the device.
             attention_mask: [b, at least t], nonzero where a token is; only the last t columns matter, and padding
                 may lie anywhere among them.
             cu_seqlens: packed sequences (b == 1, no cache).
@@ -124,6 +167,9 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"NativeSparseAttention: expected x of width {self.hidden_size}, got {list(x.shape)}")
         if cu_seqlens is not None and (cache is not None or attention_mask is not None):
             raise ValueError("NativeSparseAttention: cu_seqlens goes with neither a cache nor an attention_mask")
+        can_step = isinstance(cache, FixedNSACache) and cache.is_allocated and t <= cache.max_new
+        if can_step and not torch.is_grad_enabled():
+            return self._decode_columns(x, cache, attention_mask)
         counts = order = None
         if attention_mask is not None:
             counts, order = _padding(attention_mask, b, t)
@@ -175,6 +221,44 @@ class NativeSparseAttention(nn.Module):
         if order is not None:
             y = torch.empty_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
         return y
+
+    def decode(
+        self, x: Float[Tensor, "b t hidden"], tensors: CacheTensors, step: DecodeStep
+    ) -> Float[Tensor, "b t hidden"]:
+        """Attention output of a decoding step; the tokens are appended to `tensors`, whose lengths advance.
+
+        All of it happens on the device, at fixed addresses: a CUDA graph can hold it. The cache that owns the tensors
+        has been told by `make_room`. Columns before a row's tokens are padding and carry only the output's bias.
+        """
+        q = self._heads(self.q_proj, x)
+        k, v = self._heads(self.k_proj, x), self._heads(self.v_proj, x)
+        k_win = v_win = None
+        k_raw, v_raw = k, v
+        if not self.config.shared_kv:
+            k_win, v_win = self._heads(self.k_proj_win, x), self._heads(self.v_proj_win, x)
+            k_raw, v_raw = self._heads(self.k_proj_cmp, x), self._heads(self.v_proj_cmp, x)
+        append_tokens(
+            tensors, k, v, k_win, v_win, k_raw, v_raw, self.config, self.compress_k.weights(),
+            self.compress_v.weights(), step.cos_cmp, step.sin_cmp, counts=step.counts, cos=step.cos, sin=step.sin,
+        )  # fmt: skip
+        out = decode_attention(q, self.gate_proj(x), tensors, self.config, cos=step.cos, sin=step.sin)
+        if step.counts is not None:
+            t = x.shape[1]
+            padding = torch.arange(t, device=x.device) < t - step.counts[:, None]
+            out = out.masked_fill(padding[:, :, None, None], 0.0)
+        return self.o_proj(out.flatten(2))
+
+    def _decode_columns(self, x: Tensor, cache: FixedNSACache, attention_mask: Tensor | None) -> Tensor:
+        """A decoding step of this layer by itself."""
+        b, t, _ = x.shape
+        cache._check_rows(b)
+        counts, order = step_padding(attention_mask, b, t)
+        if order is not None:
+            x = x.gather(1, order.unsqueeze(-1).expand_as(x))
+        cache.make_room(t, some_may_wait=counts is not None)
+        tensors = cache.tensors
+        y = self.decode(x, tensors, DecodeStep.after(tensors.lengths, t, counts, self.config, self.rotary, x))
+        return y if order is None else torch.empty_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
 
     @torch.no_grad()
     def select(self, x: Float[Tensor, "b t hidden"]) -> tuple[Float[Tensor, "b t g blocks"], Int[Tensor, "b t g n"]]:
@@ -229,11 +313,24 @@ class NativeSparseAttention(nn.Module):
         return torch.cat([k for k, _ in runs], dim=1), torch.cat([v for _, v in runs], dim=1)
 
 
-def _padding(mask: Tensor, b: int, t: int) -> tuple[list[int] | None, Tensor | None]:
-    """Tokens among the last t columns of each row, and the order that moves padding to the front if it is not."""
+def step_padding(mask: Tensor | None, b: int, t: int) -> tuple[Tensor | None, Tensor | None]:
+    """`_padding` without asking the device: tokens of each row, and the order; None where there is no mask."""
+    if mask is None:
+        return None, None
+    is_token = _last_columns(mask, b, t)
+    counts = is_token.sum(1, dtype=torch.int32)
+    return counts, is_token.to(torch.int8).argsort(dim=1, stable=True) if t > 1 else None
+
+
+def _last_columns(mask: Tensor, b: int, t: int) -> Tensor:
     if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] < t:
         raise ValueError(f"attention_mask should have shape [b={b}, at least t={t}], got {list(mask.shape)}")
-    is_token = mask[:, mask.shape[1] - t :] != 0
+    return mask[:, mask.shape[1] - t :] != 0
+
+
+def _padding(mask: Tensor, b: int, t: int) -> tuple[list[int] | None, Tensor | None]:
+    """Tokens among the last t columns of each row, and the order that moves padding to the front if it is not."""
+    is_token = _last_columns(mask, b, t)
     counts = is_token.sum(1).tolist()
     if all(count == t for count in counts):
         return None, None

@@ -51,3 +51,12 @@ class Compression(nn.Module):
             self.out.weight,
             self.out.bias,
         )
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """In the order in which `nsa.ops.compress` takes them after the blocks."""
+        if self.kind == "mean":
+            return ()
+        if self.kind == "linear":
+            return (self.weight,)
+        hidden, out = self.hidden, self.out
+        return self.position_encoding, hidden.weight, hidden.bias, out.weight, out.bias
