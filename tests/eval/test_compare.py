@@ -10,10 +10,11 @@ from rigged import write_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nsa.cli import main
-from nsa.eval import compare as comparing
+from nsa.eval import compare_run
 from nsa.eval.compare_command import CompareArguments
 from nsa.eval.methods import METHODS
 from nsa.eval.methods.h2o import H2O
+from nsa.eval.methods.minference import MInference
 from nsa.eval.result import Result
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.tokenizer import byte_tokenizer
@@ -69,13 +70,13 @@ def test_every_method_is_a_line_of_every_task(folder, tmp_path, capsys):
 def test_finished_cells_are_not_run_again(folder, tmp_path, monkeypatch, capsys):
     few = {"methods": ("full", "quest"), "tasks": ("needle", "continuation")}
     arguments(folder, tmp_path, **few).run()
-    before, ran, run_cell = records(tmp_path), [], comparing.run_cell
+    before, ran, run_cell = records(tmp_path), [], compare_run.run_cell
 
     def noted(cell, *rest):
         ran.append((cell.method.name, cell.task.name, cell.length))
         return run_cell(cell, *rest)
 
-    monkeypatch.setattr(comparing, "run_cell", noted)
+    monkeypatch.setattr(compare_run, "run_cell", noted)
     arguments(folder, tmp_path, **few).run()
     assert not ran
     assert "4 of 4 cells are finished" in " ".join(capsys.readouterr().err.split())
@@ -96,6 +97,21 @@ def test_finished_cells_are_not_run_again(folder, tmp_path, monkeypatch, capsys)
     again = {**few, "tasks": ("needle",)}
     replace(arguments(folder, tmp_path, **again), text=tmp_path / "text").run()
     assert ran == [("full", "needle", 128), ("quest", "needle", 128)]
+
+
+def test_processes_give_the_rows_of_one_and_prepare_a_method_once(folder, tmp_path, monkeypatch):
+    asked = {"methods": ("quest", "minference"), "tasks": ("needle", "continuation")}
+    arguments(folder, tmp_path / "one", **asked).run()
+    arguments(folder, tmp_path / "two", **asked, processes=2).run()
+    one, two = ({r["key"]: (r["rows"], r.get("prepared")) for r in records(tmp_path / name)} for name in ("one", "two"))
+    assert one == two
+    assert len({str(prepared) for _, prepared in one.values()}) == 2  # none for quest, the same for both of the other
+
+    def search(self, model, tokens):
+        raise AssertionError("the rows that are finished say which patterns were found")
+
+    monkeypatch.setattr(MInference, "prepare", search)
+    arguments(folder, tmp_path / "one", **{**asked, "tasks": ("needle", "continuation", "perplexity")}).run()
 
 
 def test_memory_that_does_not_suffice_is_a_row_not_the_end(folder, tmp_path, monkeypatch, capsys):
@@ -136,6 +152,7 @@ def test_an_nsa_model_is_compared_by_its_own_attention(folder, tmp_path, capsys)
         (["--methods", "full", "magic"], "unknown method magic; expected some of nsa, full, exact_top"),
         (["--tasks", "riddle"], "unknown task riddle; expected some of needle, recall"),
         (["--methods", "full", "full"], "named twice: full full"),
+        (["--processes", "0"], "expected at least 1 of --processes, got 0"),
         (["--lengths", "0"], "lengths must be positive token counts, got [0]"),
         (["--methods", "nsa"], "the method nsa needs a model trained with it"),
         (["--budget", "2"], "expected a budget of at least 3 keys"),

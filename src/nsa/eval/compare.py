@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nsa.eval.compare_cells import Cell, cells_of
+from nsa.eval.compare_rows import append, read_finished
+from nsa.eval.compare_run import Prepared, load_model, remember, run_apart, run_here
 from nsa.eval.compare_table import comparison_tables
 from nsa.eval.costs import Cost, Costs
-from nsa.eval.methods import METHODS, Method, split
-from nsa.eval.methods.phased import Phased
-from nsa.eval.models import Candidate, check_folder, load
+from nsa.eval.methods import METHODS
+from nsa.eval.models import Candidate, check_folder
 from nsa.eval.report import Report
 from nsa.eval.result import Result
-from nsa.eval.runner import circumstances, text_of
-from nsa.eval.tasks import TASKS, Continuation, MultiValue, Needle, Perplexity, Recall, Row, Task
-from nsa.eval.tasks.lm_eval import PREFIX, LMEval
-from nsa.eval.text import held_out_text
-from nsa.training.tokenizer import encoder
+from nsa.eval.runner import circumstances
+from nsa.eval.tasks import TASKS, Row
+from nsa.eval.tasks.lm_eval import PREFIX
 
 if TYPE_CHECKING:
     from nsa.eval.compare_command import CompareArguments
 
+
 # Which of the report's colours a method takes; the others take the remaining ones.
 TWIN_OF = {"nsa": "nsa", "full": "dense", "streaming_llm": "window"}
-OUT_OF_MEMORY = "out of memory"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method, length and task; `identity` is everything that its numbers depend on."""
-
-    method: Method
-    length: int
-    task: Task
-    identity: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.method.name}: {self.task.name} at {self.length}"
-
-    @property
-    def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def compare(arguments: CompareArguments) -> Result:
     """Check, load, run what is not finished, print, write."""
     check(arguments)
-    candidate = load(arguments.model, name=arguments.model.name, device=arguments.device, dtype=arguments.dtype)
+    candidate = load_model(arguments)
     cells = list(cells_of(arguments, candidate))
     path = arguments.output / "rows.jsonl"
     finished = read_finished(path)
@@ -65,8 +41,13 @@ def compare(arguments: CompareArguments) -> Result:
     console = Console(stderr=True)
     if len(todo) < len(cells):
         console.print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished in {path}", highlight=False)
+    prepared: Prepared = {}
+    for cell in cells:
+        remember(prepared, cell, finished.get(cell.key, {}))
+    apart = arguments.processes > 1 and len(todo) > 1
+    running = run_apart(todo, arguments, prepared, console) if apart else run_here(todo, candidate, prepared, console)
     try:
-        for record in run_cells(todo, candidate, console):
+        for record in running:
             append(path, record)
             finished[record["key"]] = record
     except KeyboardInterrupt:
@@ -100,141 +81,11 @@ def check(arguments: CompareArguments) -> None:
         raise ValueError(f"unknown task {', '.join(unknown) or '(none)'}; expected some of {expected}")
     if not arguments.lengths or min(arguments.lengths) < 1:
         raise ValueError(f"lengths must be positive token counts, got {list(arguments.lengths)}")
+    if arguments.processes < 1:
+        raise ValueError(f"expected at least 1 of --processes, got {arguments.processes}")
     for repeated in (arguments.methods, arguments.tasks, arguments.lengths):
         if len(set(repeated)) < len(repeated):
             raise ValueError(f"named twice: {' '.join(map(str, repeated))}")
-
-
-def methods_for(arguments: CompareArguments, candidate: Candidate) -> list[str]:
-    """The methods asked for; else those that the model can run."""
-    if arguments.methods:
-        return list(arguments.methods)
-    return [name for name, method in METHODS.items() if method.native == (candidate.attention == "nsa")]
-
-
-def cells_of(arguments: CompareArguments, candidate: Candidate) -> Iterator[Cell]:
-    """All cells, the short lengths first, so that early rows are there for every method."""
-    fingerprint = fingerprint_of(arguments.model)
-    text = text_of(arguments.text, [arguments.model])
-    text_digest = hashlib.sha256(held_out_text(text).encode(errors="surrogatepass")).hexdigest()[:16]
-    chat = {"auto": bool(getattr(candidate.tokenizer, "chat_template", None)), "yes": True, "no": False}[arguments.chat]
-    for length in sorted(arguments.lengths):
-        tasks = [task_of(name, arguments, length, text, chat) for name in arguments.tasks]
-        for name in methods_for(arguments, candidate):
-            method = METHODS[name].at_budget(split(length, arguments.budget))
-            for task in tasks:
-                identity = {
-                    "model": fingerprint,
-                    "method": method.name,
-                    "sizes": asdict(method),
-                    "length": length,
-                    "task": task.name,
-                    "parameters": asdict(task),  # type: ignore[call-overload]
-                    "text": text_digest,  # Python sources are other ones after an installation
-                    "dtype": arguments.dtype,
-                    "device": torch.device(arguments.device).type,
-                }
-                yield Cell(method, length, task, json.loads(json.dumps(identity)))
-
-
-def task_of(name: str, arguments: CompareArguments, length: int, text: str, chat: bool) -> Task:
-    """A task with the command's parameters at one length."""
-    shared: dict[str, Any] = {"samples": arguments.samples, "text": text}
-    asked: dict[str, Any] = {**shared, "seed": arguments.seed, "chat": chat}
-    if name.startswith(PREFIX):
-        folder = str(arguments.lm_eval_path) if arguments.lm_eval_path else None
-        return LMEval(task=name.removeprefix(PREFIX), samples=arguments.samples, path=folder)
-    made: dict[str, Any] = {
-        Needle.name: lambda: Needle(lengths=(length,), depths=arguments.depths, **asked),
-        Recall.name: lambda: Recall(
-            length=length, window_size=None, num_keys=arguments.keys, hops=arguments.hops, **asked
-        ),
-        MultiValue.name: lambda: MultiValue(length=length, num_values=arguments.values, **asked),
-        Perplexity.name: lambda: Perplexity(length=length, **shared),
-        Continuation.name: lambda: Continuation(length=length, decode=arguments.decode, **shared),
-    }
-    return made[name]()
-
-
-def run_cells(cells: Sequence[Cell], candidate: Candidate, console: Console) -> Iterator[dict[str, Any]]:
-    """Run cells one after another; a cell that does not fit into memory is a record that says so."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        overall = progress.add_task("cells", total=len(cells))
-        prepared: dict[tuple[str, int], Method] = {}
-        for cell in cells:
-            bar = progress.add_task(cell.name, total=cell.task.num_steps(candidate.tokenizer))
-            yield run_cell(cell, candidate, prepared, lambda steps, bar=bar: progress.advance(bar, steps))
-            progress.remove_task(bar)
-            progress.advance(overall)
-
-
-def run_cell(cell: Cell, candidate: Candidate, prepared: dict[tuple[str, int], Method], advance: Any) -> dict[str, Any]:
-    """The record of one cell: its rows, what was read, bytes and seconds; or that memory did not suffice."""
-    record: dict[str, Any] = {"key": cell.key, **cell.identity, "status": "ok", "run": circumstances()}
-    started = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        place = (cell.method.name, cell.length)
-        if place not in prepared:
-            prepared[place] = cell.method.prepare(candidate.model, sample(candidate, cell))
-        phased = Phased(candidate.model, prepared[place])
-        rows = cell.task.run(phased, candidate.tokenizer, advance)
-        record["rows"] = [asdict(row) for row in rows]
-        record["reads"] = phased.meter.summary()
-        if prepared[place] != cell.method:
-            record["prepared"] = asdict(prepared[place])
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        record["status"] = OUT_OF_MEMORY
-        record["error"] = " ".join(str(error).split())[:200]
-    if torch.cuda.is_available():
-        record["peak_bytes"] = torch.cuda.max_memory_allocated()
-        torch.cuda.empty_cache()
-    record["seconds"] = time.perf_counter() - started
-    return record
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's and Python's have their own types; torch's allocator on the CPU raises a RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
-
-
-def sample(candidate: Candidate, cell: Cell) -> list[int]:
-    """A text of the cell's length, for what a method does offline: the end of the held-out text."""
-    source = getattr(cell.task, "text", "python")
-    return list(encoder(candidate.tokenizer)(held_out_text(source)[-8 * cell.length :]))[-cell.length :]
-
-
-def read_finished(path: Path) -> dict[str, dict[str, Any]]:
-    """The records of a file by their keys; a line that was cut off by an interruption does not count."""
-    records: dict[str, dict[str, Any]] = {}
-    if not path.is_file():
-        return records
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[record["key"]] = record
-    return records
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """One more line, on the disk before the next cell begins; it never continues a line that was cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        cut_off = False
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            cut_off = file.read(1) != b"\n"
-        file.write((b"\n" if cut_off else b"") + json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def gather(candidate: Candidate, cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> tuple[Result, Costs]:
@@ -271,14 +122,3 @@ def gather(candidate: Candidate, cells: Sequence[Cell], records: Sequence[dict[s
     costs = Costs.of([Cost.of(cell.method, cell.length, record) for cell, record in zip(cells, records, strict=True)])
     run = {**circumstances(), "model": description["folder"]}
     return Result(models=models, tasks=tasks, rows=rows, run=run, notes=notes), costs
-
-
-def fingerprint_of(folder: Path) -> str:
-    """Tells models apart by their configuration, tokenizer, and the beginning and size of their weights."""
-    digest = hashlib.sha256()
-    for file in (folder / name for name in ("config.json", "tokenizer.json", "chat_template.jinja")):
-        digest.update(file.read_bytes() if file.is_file() else b"-")
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
-    return digest.hexdigest()[:16]

@@ -59,6 +59,8 @@ class CompareArguments:
     """Where to run: cpu, cuda, cuda:1."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the model."""
+    processes: int = 1
+    """Cells to run at once, each in a process with its own copy of the model and its share of the threads."""
 
     def run(self) -> None:
         from nsa.eval.compare import compare

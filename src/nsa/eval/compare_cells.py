@@ -1,0 +1,111 @@
+"""The cells of a comparison: one method, one length, one task, and everything that its numbers depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nsa.eval.methods import METHODS, Method, split
+from nsa.eval.models import Candidate
+from nsa.eval.runner import text_of
+from nsa.eval.tasks import Continuation, MultiValue, Needle, Perplexity, Recall, Task
+from nsa.eval.tasks.lm_eval import PREFIX, LMEval
+from nsa.eval.text import held_out_text
+
+if TYPE_CHECKING:
+    from nsa.eval.compare_command import CompareArguments
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method, length and task; `identity` is everything that its numbers depend on."""
+
+    method: Method
+    length: int
+    task: Task
+    identity: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}: {self.task.name} at {self.length}"
+
+    @property
+    def key(self) -> str:
+        return _digest(self.identity)
+
+    @property
+    def preparation(self) -> str:
+        """The same for all cells that share what the method does offline."""
+        return _digest({key: value for key, value in self.identity.items() if key not in ("task", "parameters")})
+
+
+def methods_for(arguments: CompareArguments, candidate: Candidate) -> list[str]:
+    """The methods asked for; else those that the model can run."""
+    if arguments.methods:
+        return list(arguments.methods)
+    return [name for name, method in METHODS.items() if method.native == (candidate.attention == "nsa")]
+
+
+def cells_of(arguments: CompareArguments, candidate: Candidate) -> Iterator[Cell]:
+    """All cells, the short lengths first, so that early rows are there for every method."""
+    fingerprint = fingerprint_of(arguments.model)
+    text = text_of(arguments.text, [arguments.model])
+    text_digest = hashlib.sha256(held_out_text(text).encode(errors="surrogatepass")).hexdigest()[:16]
+    chat = {"auto": bool(getattr(candidate.tokenizer, "chat_template", None)), "yes": True, "no": False}[arguments.chat]
+    for length in sorted(arguments.lengths):
+        tasks = [task_of(name, arguments, length, text, chat) for name in arguments.tasks]
+        for name in methods_for(arguments, candidate):
+            method = METHODS[name].at_budget(split(length, arguments.budget))
+            for task in tasks:
+                identity = {
+                    "model": fingerprint,
+                    "method": method.name,
+                    "sizes": asdict(method),
+                    "length": length,
+                    "task": task.name,
+                    "parameters": asdict(task),  # type: ignore[call-overload]
+                    "text": text_digest,  # Python sources are other ones after an installation
+                    "dtype": arguments.dtype,
+                    "device": torch.device(arguments.device).type,
+                }
+                yield Cell(method, length, task, json.loads(json.dumps(identity)))
+
+
+def task_of(name: str, arguments: CompareArguments, length: int, text: str, chat: bool) -> Task:
+    """A task with the command's parameters at one length."""
+    shared: dict[str, Any] = {"samples": arguments.samples, "text": text}
+    asked: dict[str, Any] = {**shared, "seed": arguments.seed, "chat": chat}
+    if name.startswith(PREFIX):
+        folder = str(arguments.lm_eval_path) if arguments.lm_eval_path else None
+        return LMEval(task=name.removeprefix(PREFIX), samples=arguments.samples, path=folder)
+    made: dict[str, Any] = {
+        Needle.name: lambda: Needle(lengths=(length,), depths=arguments.depths, **asked),
+        Recall.name: lambda: Recall(
+            length=length, window_size=None, num_keys=arguments.keys, hops=arguments.hops, **asked
+        ),
+        MultiValue.name: lambda: MultiValue(length=length, num_values=arguments.values, **asked),
+        Perplexity.name: lambda: Perplexity(length=length, **shared),
+        Continuation.name: lambda: Continuation(length=length, decode=arguments.decode, **shared),
+    }
+    return made[name]()
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Tells models apart by their configuration, tokenizer, and the beginning and size of their weights."""
+    digest = hashlib.sha256()
+    for file in (folder / name for name in ("config.json", "tokenizer.json", "chat_template.jinja")):
+        digest.update(file.read_bytes() if file.is_file() else b"-")
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as weights:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
