@@ -50,7 +50,8 @@ def held_out_text(source: str) -> str:
     return "\n".join(held_out_texts(source))
 
 
-def held_out_documents(source: str, tokenizer: Any) -> list[list[int]]:
+@lru_cache(maxsize=2)  # seconds for a text of a million tokens
+def held_out_documents(source: str, tokenizer: Any) -> tuple[list[int], ...]:
     """The documents as tokens, without special ones."""
     encode = encoder(tokenizer)
-    return [list(encode(document)) for document in held_out_texts(source)]
+    return tuple(list(encode(document)) for document in held_out_texts(source))
