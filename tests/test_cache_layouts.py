@@ -330,3 +330,15 @@ def test_another_number_of_rows_is_an_error(layout):
     append(cache, torch.zeros(2, 3))
     with pytest.raises(ValueError, match="expected 2 rows as before, got 3"):
         append(cache, torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cleared_it_starts_again_in_the_same_memory(layout):
+    cache, tokens = new_cache(layout), torch.randn(2, 40, dtype=torch.float64)
+    append(cache, tokens)
+    memory = getattr(cache, "tensors", None)
+    cache.clear()
+    assert sum(cache.lengths) == 0
+    assert getattr(cache, "num_pages_used", 0) == 0
+    assert_remembers(cache, append(cache, tokens[:, 20:]), tokens[:, 20:].tolist(), [20, 20])
+    assert getattr(cache, "tensors", None) is memory

@@ -215,7 +215,7 @@ def test_training_makes_no_cache_and_evaluation_does():
         (lambda: NSALlamaConfig(nsa={"blocks": 3}), r"unknown keys \['blocks'\]"),
         (lambda: NSALlamaConfig(nsa={"compress_stride": 3}), "compress_stride"),
         (lambda: model()(tokens(1, 4), past_key_values=DynamicCache()), "needs an NSALlamaCache .* got DynamicCache"),
-        (lambda: model().generate(tokens(1, 4), cache_implementation="static", max_new_tokens=2), "'static'"),
+        (lambda: model().generate(tokens(1, 4), cache_implementation="offloaded", max_new_tokens=2), "'offloaded'"),
         (lambda: model()(tokens(2, 4), position_ids=torch.tensor([[0, 1, 0, 1]] * 2), use_cache=False), "one row"),
     ],
 )

@@ -68,6 +68,10 @@ class FixedNSACache(LayerCache):
     def is_allocated(self) -> bool:
         return self._tensors is not None
 
+    def can_step(self, t: int) -> bool:
+        """Whether t new tokens are a decoding step rather than a prefill."""
+        return self.is_allocated and t <= self.max_new
+
     @property
     def lengths(self) -> list[int]:
         if not self._exact:
@@ -277,6 +281,13 @@ class FixedNSACache(LayerCache):
         longest = [self._longest[row] if row >= 0 else 0 for row in chosen]
         self._set_rows(lengths, first_window, first_raw)
         self._longest = longest
+
+    def clear(self) -> None:
+        if self.is_allocated:
+            rows = self.tensors.rows
+            self.tensors.lengths.zero_()
+            self._set_rows([0] * rows, [0] * rows, [0] * rows)
+            self._took_back()
 
     @abstractmethod
     def _with_rows(self, tensors: CacheTensors, rows: int) -> CacheTensors:

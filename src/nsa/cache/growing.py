@@ -27,6 +27,9 @@ class NSACache(LayerCache):
 
     def __init__(self, config: NSAConfig, *, max_crop: int = 64) -> None:
         super().__init__(config, max_crop=max_crop)
+        self.clear()
+
+    def clear(self) -> None:
         self.selection, self.compressed = _Rows(), _Rows()
         self.window, self.uncompressed = _Rows(), _Rows()
 

@@ -105,6 +105,10 @@ class LayerCache(ABC):
         """Row i becomes what row rows[i] was (beam search), -1 an empty one; rows may repeat, or be fewer or more."""
 
     @abstractmethod
+    def clear(self) -> None:
+        """Forget all tokens; static and paged caches keep their memory, at its addresses, and the number of rows."""
+
+    @abstractmethod
     def num_bytes(self) -> int:
         """Bytes of keys and values: those remembered (growing), the whole memory (static), pages in use (paged)."""
 

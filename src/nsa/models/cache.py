@@ -1,14 +1,15 @@
-"""`NSACache` as transformers wants it: one layer object for each layer of the model."""
+"""The caches of `nsa.cache` as transformers wants them: one layer object for each layer of the model."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from nsa.cache import NSACache
-from nsa.config import NSAConfig
+from nsa.cache import FixedNSACache, LayerCache, NSACache, PagedNSACache, StaticNSACache, convert
 from nsa.models.configuration import NSALlamaConfig
+
+Layout = Literal["growing", "static", "paged"]
 
 
 class NSALlamaCache(Cache):
@@ -16,28 +17,102 @@ class NSALlamaCache(Cache):
 
     Args:
         config: the model's configuration.
+        layout: "growing"; "static", with room for `max_length` tokens a row; or "paged", whose rows take pages of a
+            pool and share them (`nsa.cache` says how).
+        max_length: tokens that a row may hold; needed for "static", by default the whole pool for "paged".
+        num_pages, page_size: of the pool of each layer, for "paged".
         max_crop: how many tokens can be taken back (assisted decoding).
+        max_new: tokens of a decoding step, at most, in static and paged caches.
+
+    Raises:
+        ValueError: sizes that the layout needs and that are missing.
     """
 
-    def __init__(self, config: NSALlamaConfig, *, max_crop: int = 64) -> None:
-        layers = [NSALlamaCacheLayer(config.nsa_config, max_crop) for _ in range(config.num_hidden_layers)]
-        super().__init__(layers=layers)
+    def __init__(
+        self,
+        config: NSALlamaConfig,
+        *,
+        layout: Layout = "growing",
+        max_length: int | None = None,
+        num_pages: int | None = None,
+        page_size: int = 256,
+        max_crop: int = 64,
+        max_new: int = 16,
+    ) -> None:
+        nsa = config.nsa_config
+
+        def new() -> LayerCache:
+            if layout == "growing":
+                return NSACache(nsa, max_crop=max_crop)
+            if layout == "static" and max_length is not None:
+                return StaticNSACache(nsa, max_length, max_crop=max_crop, max_new=max_new)
+            if layout == "paged" and num_pages is not None:
+                return PagedNSACache(
+                    nsa, num_pages, page_size=page_size, max_length=max_length, max_crop=max_crop, max_new=max_new
+                )
+            raise ValueError(
+                "NSALlamaCache: expected layout 'growing', 'static' with max_length, or 'paged' with num_pages; got "
+                f"{layout!r} with max_length={max_length} and num_pages={num_pages}"
+            )
+
+        super().__init__(layers=[NSALlamaCacheLayer(new()) for _ in range(config.num_hidden_layers)])
+        self.layout = layout
+        # Whether decoding steps over this cache are CUDA graphs, which `generate()` decides, and the captured one
+        # (`nsa.models.decoding.Decoder`), which belongs to the addresses of this cache.
+        self.cuda_graphs = False
+        self.decoder: Any = None
+
+    @property
+    def caches(self) -> list[LayerCache]:
+        """Of every layer."""
+        return [layer.nsa for layer in self.layers]
+
+    @property
+    def fixed(self) -> list[FixedNSACache]:
+        """Of every layer, where they are static or paged and have their memory; else none."""
+        return [cache for cache in self.caches if isinstance(cache, FixedNSACache) and cache.is_allocated]
+
+    def make_room(self, t: int, *, some_may_wait: bool = False) -> None:
+        """`FixedNSACache.make_room` of every layer. All have the same room: the first refuses, or none."""
+        for cache, layer in zip(self.fixed, self.layers, strict=True):
+            cache.make_room(t, some_may_wait=some_may_wait)
+            layer.num_columns += t
+
+    def convert(self, target: "NSALlamaCache") -> "NSALlamaCache":
+        """Put what this cache remembers into `target`, of any layout, and return it; see `nsa.cache.convert`."""
+        for source, other in zip(self.layers, target.layers, strict=True):
+            convert(source.nsa, other.nsa)
+            other.num_columns = source.num_columns
+        return target
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        self._share_lengths()
+        super().crop(int(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._share_lengths()
+        super().reorder_cache(beam_idx.cpu())  # asked for once, not by every layer
+
+    def _share_lengths(self) -> None:
+        """Ask the device for the lengths once, not for every layer."""
+        for other in self.fixed[1:]:
+            other.know_lengths(self.fixed[0].lengths)
 
     def num_bytes(self) -> int:
-        """Bytes of all keys and values remembered."""
-        return sum(layer.nsa.num_bytes() for layer in self.layers)
+        """Bytes of all keys and values; see `nsa.cache.LayerCache.num_bytes`."""
+        return sum(cache.num_bytes() for cache in self.caches)
 
 
 class NSALlamaCacheLayer(DynamicLayer):
-    """One layer. transformers counts columns, padding included; NSACache counts tokens."""
+    """One layer. transformers counts columns, padding included; the cache of the layer counts tokens."""
 
-    def __init__(self, config: NSAConfig, max_crop: int) -> None:
+    def __init__(self, nsa: LayerCache) -> None:
         super().__init__()
-        self.config, self.max_crop = config, max_crop
-        self.reset()
+        self.nsa = nsa
+        self.num_columns = 0
 
     def reset(self) -> None:
-        self.nsa = NSACache(self.config, max_crop=self.max_crop)
+        self.nsa.clear()
         self.num_columns = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -48,6 +123,10 @@ class NSALlamaCacheLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.num_columns
+
+    def get_max_length(self) -> int:
+        """Tokens that a row may hold; -1 if it grows."""
+        return getattr(self.nsa, "max_length", -1)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last tokens; a positive number is the length to keep, as in transformers' older versions."""

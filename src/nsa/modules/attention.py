@@ -167,8 +167,7 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"NativeSparseAttention: expected x of width {self.hidden_size}, got {list(x.shape)}")
         if cu_seqlens is not None and (cache is not None or attention_mask is not None):
             raise ValueError("NativeSparseAttention: cu_seqlens goes with neither a cache nor an attention_mask")
-        can_step = isinstance(cache, FixedNSACache) and cache.is_allocated and t <= cache.max_new
-        if can_step and not torch.is_grad_enabled():
+        if isinstance(cache, FixedNSACache) and cache.can_step(t) and not torch.is_grad_enabled():
             return self._decode_columns(x, cache, attention_mask)
         counts = order = None
         if attention_mask is not None:

@@ -1,0 +1,83 @@
+"""A decoding step of the whole model at fixed addresses, and its CUDA graph.
+
+A step takes a few milliseconds of hundreds of small kernels, which the host launches no faster than the device runs
+them. Captured once, the step is one launch. What is captured is `Decoder.step`: from token ids in a buffer to logits in
+a buffer, over the cache's memory; nothing in it asks the host. `Decoder.__call__` is what stays outside: room in the
+cache, ids into the buffer, logits out of it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.models.cache import NSALlamaCache
+
+
+class Decoder:
+    """Decoding steps of one token a row, over one static or paged cache.
+
+    The first step runs as it is, on a stream of its own: it compiles kernels and sets libraries up, which no capture
+    may do. The second is captured and replayed, as are all after it.
+
+    Args:
+        model: an NSALlamaForCausalLM with attention="nsa".
+        cache: with memory; its addresses must stay, see `serves`.
+        masked: whether steps come with an attention mask, by which rows may sit a step out.
+        capture: False runs every step as it is, on any device.
+    """
+
+    def __init__(self, model: Any, cache: NSALlamaCache, *, masked: bool, capture: bool = True) -> None:
+        self.model, self.cache, self.capture = model, cache, capture
+        self.tensors = [layer.tensors for layer in cache.fixed]
+        lengths = self.tensors[0].lengths
+        self.ids = torch.zeros(len(lengths), 1, dtype=torch.long, device=lengths.device)
+        self.counts = torch.ones_like(lengths) if masked else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+        self.steps = 0
+
+    def serves(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether this step is the captured one: as many rows, a mask or none, the memory where it was."""
+        same_memory = all(
+            layer.tensors is tensors for layer, tensors in zip(self.cache.fixed, self.tensors, strict=True)
+        )
+        same_mask = (attention_mask is None) == (self.counts is None)
+        return same_memory and same_mask and input_ids.shape == self.ids.shape
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [rows, 1, vocabulary] after one more token a row.
+
+        Raises:
+            ValueError: no room in the cache, which is then what it was.
+        """
+        self.cache.make_room(1, some_may_wait=self.counts is not None)
+        self.ids.copy_(input_ids)
+        if self.counts is not None and attention_mask is not None:
+            self.counts.copy_(attention_mask[:, -1] != 0)
+        self.steps += 1
+        if not self.capture:
+            return self.step()
+        if self.steps == 1:
+            return self._on_the_side()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step()
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits.clone()  # the next step writes into it
+
+    def step(self) -> Tensor:
+        """The step itself, all of it on the device."""
+        hidden = self.model.model.decode(self.ids, self.cache, self.counts)
+        return self.model.lm_head(hidden)
+
+    def _on_the_side(self) -> Tensor:
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            logits = self.step()
+        here.wait_stream(side)
+        logits.record_stream(here)
+        return logits
