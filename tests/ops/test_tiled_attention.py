@@ -1,6 +1,7 @@
 """What holds for each of the three attentions, in every tiling."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,9 +25,7 @@ def branch(request) -> Branch:
 def tile_elements(request, monkeypatch) -> None:
     """Tests are small; with tiles of 60 scores they still meet every seam between tiles."""
     if request.param is not None:
-        monkeypatch.setattr("nsa.ops.compressed_attention.TILE_ELEMENTS", request.param)
-        monkeypatch.setattr("nsa.ops.selected_attention.TILE_ELEMENTS", request.param)
-        monkeypatch.setattr("nsa.ops.window_attention.QUERIES_PER_TILE", 4)
+        monkeypatch.setattr("nsa.ops.tiled_attention.TILE_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("tile_elements")
@@ -34,6 +33,35 @@ def tile_elements(request, monkeypatch) -> None:
 def test_equals_the_brute_force_in_every_layout(branch, layout):
     case = branch.case(LAYOUTS[layout])
     torch.testing.assert_close(branch.run(case), branch.expected(case), **EXACT)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_equals_the_brute_force_on_any_number_of_threads(branch, threads):
+    """One row and one group, whose queries are then shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = branch.case(LAYOUTS["suffix"], g=1)
+        torch.testing.assert_close(branch.run(case), branch.expected(case), **EXACT)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("step", [-300.0, -70.0, -40.0, 40.0, 70.0, 300.0])
+def test_scores_may_rise_or_fall_by_any_amount_from_block_to_block(branch, step, dtype):
+    """exp() of such differences overflows, or is 0: the softmax does neither."""
+    case = branch.case(LAYOUTS["suffix"], d=4)
+    blocks = torch.arange(case.k.shape[1]) // (4 if branch.compressed else 8)
+    q, k = torch.zeros_like(case.q), case.k.clone()
+    q[..., 0] = 2.0  # so that the first number of a key is its score, scale 1/2
+    k[..., 0] = (step * blocks)[:, None]
+    case = replace(case, q=q, k=k)
+    case = case.to(dtype)
+    exact = case.to(torch.float64)
+    largest_score = abs(step) * int(blocks[-1]) + math.log(len(blocks))
+    for got, plain, truth in zip(branch.run(case), branch.plain(case), branch.expected(exact), strict=True):
+        assert_close_to_fp64(got, plain, truth, largest_score=largest_score)
 
 
 @pytest.mark.parametrize("family", INPUT_FAMILIES)

@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.tiled_attention import TILE_ELEMENTS, Tile, tiled_attention
+from nsa.ops.tiled_attention import Tile, tile_elements, tiled_attention
 from nsa.shapes import UNIFORM, Part, Sequences, bind
 
 # More queries in a tile than this would mostly add blocks that the first of them do not see.
-MAX_QUERIES_PER_TILE = 128
+MAX_QUERIES_PER_TILE = 256
 
 
 def compressed_attention(
@@ -74,7 +74,7 @@ def compressed_tiles(
             first = max(0, config.compress_block_size - 1 - part.first_position)
             while first < part.num_queries:
                 visible = config.num_visible_compressed_blocks(part.first_position + first)
-                room = max(1, TILE_ELEMENTS // (rows * h * (visible + 1)))
+                room = max(1, tile_elements() // (rows * h * (visible + 1)))
                 last = min(first + min(room, MAX_QUERIES_PER_TILE), part.num_queries)
                 positions = torch.arange(first, last, device=q.device) + part.first_position
                 blocks = torch.arange(visible, config.num_compressed_blocks(part.first_position + last))

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.tiled_attention import TILE_ELEMENTS, Tile, tiled_attention
+from nsa.ops.tiled_attention import Tile, tile_elements, tiled_attention
 from nsa.shapes import UNIFORM, Part, Sequences, bind
 
 Tiling = Literal["by_query", "by_block", "masked"]
@@ -122,7 +122,7 @@ def _tiles_by_block(part: Part, chosen: Tensor, config: NSAConfig, blocks: int, 
     """Each key block against all queries that selected it, in order, a bounded number at a time."""
     rows, groups, _, n = chosen.shape
     size = config.select_block_size
-    room = max(1, TILE_ELEMENTS // (heads * size))
+    room = max(1, tile_elements() // (heads * size))
     for row in range(rows):
         row_slice = slice(part.rows.start + row, part.rows.start + row + 1)
         for group in range(groups):
@@ -158,7 +158,7 @@ def _tiles_masked(part: Part, chosen: Tensor, size: int, blocks: int, h: int) ->
     rows, groups, t, _ = chosen.shape
     first = max(0, -part.first_position)
     while first < t:
-        room = max(1, TILE_ELEMENTS // (rows * h * (part.first_position + first + size)))
+        room = max(1, tile_elements() // (rows * h * (part.first_position + first + size)))
         last = min(first + min(room, MAX_QUERIES_TO_MASK), t)
         high = part.first_position + last
         selected = torch.zeros(rows, groups, last - first, blocks + 1, device=chosen.device)

@@ -13,6 +13,9 @@ from nsa.ops.compressed_attention import compressed_parts, compressed_tiles
 from nsa.ops.tiled_attention import Tile, tiled_attention
 from nsa.shapes import UNIFORM, Sequences, bind
 
+# Queries that share the operations of the choice.
+QUERIES_TO_CHOOSE_FOR = 256
+
 
 def compressed_attention_and_selection(
     q: Float[Tensor, "b t h d"],
@@ -49,12 +52,9 @@ def compressed_attention_and_selection(
         padding = max(0, -part.first_position)
         block_indices[part.rows, :, part.q_start + padding : part.q_start + part.num_queries, 0] = 0
 
-    def observe(tile: Tile, p: Tensor) -> None:
-        assert tile.positions is not None
-        scores = _sum_into_blocks(p, config)
-        block_indices[tile.rows, :, tile.queries] = _top_blocks(scores, tile.positions, config)
-
-    out, lse = tiled_attention(q, k_cmp, v_cmp, tiles, scale=scale, observe=observe)
+    chooser = _Chooser(block_indices, config)
+    out, lse = tiled_attention(q, k_cmp, v_cmp, tiles, scale=scale, observe=chooser.observe)
+    chooser.choose()
     return out, lse, block_indices.transpose(1, 2)
 
 
@@ -115,6 +115,51 @@ def block_scores(
 
     tiled_attention(q, k_cmp, k_cmp[..., :0], tiles, scale=scale, observe=observe)
     return scores.transpose(1, 2)
+
+
+class _Chooser:
+    """Collects the scores of neighbouring tiles until there are enough queries to choose for at once.
+
+    Tiles of a long context hold few queries, and choosing takes a dozen small operations.
+    """
+
+    def __init__(self, block_indices: Tensor, config: NSAConfig) -> None:
+        self.block_indices, self.config = block_indices, config  # [b, g, t, n], written here
+        self.tiles: list[Tile] = []
+        self.scores: list[Tensor] = []
+        self.queries = slice(0, 0)
+
+    def observe(self, tile: Tile, p: Tensor) -> None:
+        """What `tiled_attention` shows of a tile: probabilities [b, g, queries, c], summed over a group's heads."""
+        assert isinstance(tile.queries, slice)
+        if self.tiles and not self._is_next(tile):
+            self.choose()
+        first = self.queries.start if self.tiles else tile.queries.start
+        self.queries = slice(first, tile.queries.stop)
+        self.tiles.append(tile)
+        self.scores.append(_sum_into_blocks(p, self.config))
+        if self.queries.stop - first >= QUERIES_TO_CHOOSE_FOR:
+            self.choose()
+
+    def _is_next(self, tile: Tile) -> bool:
+        """Whether the tile continues the sequence of those before it."""
+        last = self.tiles[-1]
+        same = last.rows == tile.rows and _start(last.keys) == _start(tile.keys)
+        return same and self.queries.stop == _start(tile.queries)
+
+    def choose(self) -> None:
+        if not self.tiles:
+            return
+        blocks = self.scores[-1].shape[-1]  # later queries see more
+        scores = torch.cat([F.pad(x, (0, blocks - x.shape[-1])) for x in self.scores], dim=2)
+        positions = torch.cat([tile.positions for tile in self.tiles if tile.positions is not None])
+        rows, groups = self.tiles[0].rows, self.tiles[0].groups
+        self.block_indices[rows, groups, self.queries] = _top_blocks(scores, positions, self.config)
+        self.tiles, self.scores = [], []
+
+
+def _start(run: slice | Tensor) -> int | None:
+    return run.start if isinstance(run, slice) else None
 
 
 def _sum_into_blocks(p: Tensor, config: NSAConfig) -> Tensor:

@@ -1,11 +1,11 @@
 """Softmax attention over a list of tiles: the one place where scores, probabilities and gradients are computed.
 
 A branch of NSA differs from another only in which keys a query sees. It says so by tiles: some queries against some
-keys, with a mask where not all of them are visible. Where one tile holds all keys of its queries, it yields their output
-and log-sum-exp. Where they meet their keys in several (`Tile.partial`), each tile adds exp(score - reference) v to a sum,
-and its mass to another; the reference is what the first tile set, and the division comes last. Backward walks the same
-tiles again and recomputes the probabilities from the log-sum-exp. Nothing of size t x s is ever in memory: a tile holds
-about TILE_ELEMENTS scores.
+keys, with a mask where not all of them are visible. A tile that holds all keys of its queries yields their output and
+log-sum-exp. Where queries meet their keys in several tiles (`Tile.partial`), each adds exp(score - reference) v to one
+sum and its mass to another, the first of them having set the reference; the division comes last. Backward walks the
+same tiles again and recomputes the probabilities from the log-sum-exp. Nothing of size t x s is ever in memory: a tile
+holds about `tile_elements()` scores.
 """
 
 import math
@@ -20,8 +20,15 @@ from torch import Tensor
 LARGEST_EXPONENT = 80.0
 # Sums of exponentials relative to an earlier reference may grow to this; the outputs they weigh still have room.
 LARGEST_MASS = 1e25
-# Scores in one tile. 2 MB of fp32: small enough for the cache of a core, large enough that Python costs little.
+# Scores in one tile for each thread. 2 MB of fp32: small enough for the cache of a core, large enough that Python costs
+# little.
 TILE_ELEMENTS = 1 << 19
+MAX_THREADS = 8  # that make a tile larger
+
+
+def tile_elements() -> int:
+    """Scores in one tile, all threads together."""
+    return TILE_ELEMENTS * min(torch.get_num_threads(), MAX_THREADS)
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ def _from_group(x: Tensor) -> Tensor:
 
 
 def _lines(x: Tensor, tile: Tile) -> Tensor:
-    """x [b, g, t, ...] of the tile's one row and group as a matrix, a line a query; operations by index are then fast."""
+    """x [b, g, t, ...] of the tile's one row and group as a matrix, a line a query: indexing it is fast."""
     return x[tile.rows, tile.groups].flatten(0, 2).flatten(1)
 
 

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.ops.tiled_attention import Tile, tiled_attention
+from nsa.ops.tiled_attention import Tile, tile_elements, tiled_attention
 from nsa.shapes import UNIFORM, Sequences, bind
 
-# Queries that share a tile. With w = 512 eight of nine keys in it are visible to a query.
-QUERIES_PER_TILE = 64
+# Queries that share a tile, or a quarter of the window if that is more: four of five keys are then visible to a query.
+MAX_QUERIES_PER_TILE = 64
 
 
 def window_attention(
@@ -51,8 +51,10 @@ def window_attention(
         for part in sequences.parts(None, sizes["b"], sizes["t"], sizes["s"]):
             # Leading queries at negative positions are padding: no tile touches them.
             padding = max(0, -part.first_position)
-            for first in range(padding, part.num_queries, QUERIES_PER_TILE):
-                last = min(first + QUERIES_PER_TILE, part.num_queries)
+            room = max(1, tile_elements() // ((part.rows.stop - part.rows.start) * sizes["h"] * window_size))
+            size = min(room, max(MAX_QUERIES_PER_TILE, window_size // 4))
+            for first in range(padding, part.num_queries, size):
+                last = min(first + size, part.num_queries)
                 positions = torch.arange(first, last, device=q.device) + part.first_position
                 low = max(0, first + part.first_position - window_size + 1)
                 high = last + part.first_position
