@@ -14,6 +14,7 @@ from typing import Any
 COMMANDS = {
     "train": ("nsa.training.config:TrainConfig", "train a language model from scratch, NSA or one of its twins"),
     "generate": ("nsa.training.generation:GenerateConfig", "continue a prompt with a trained model"),
+    "info": ("nsa.training.info:InfoConfig", "memory, keys read and decoding time of a model, planned"),
     "eval": ("nsa.eval.command:EvalArguments", "judge models at long context: needle, recall, perplexity"),
     "compare": ("nsa.eval.compare_command:CompareArguments", "attention methods side by side, at one budget"),
     "fetch": ("nsa.eval.compare_command:FetchArguments", "fetch a real model to try things on"),

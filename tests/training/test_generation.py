@@ -63,11 +63,25 @@ def test_a_dash_reads_the_prompt_from_standard_input(config, monkeypatch):
     assert generate(replace(config, prompt="-")) == expected
 
 
+def test_a_prompt_in_chunks_gives_the_same_text_and_how_it_went_is_said_aside(config, capsys):
+    expected = generate(config)
+    assert generate(replace(config, prefill_chunk=3)) == expected
+    assert generate(replace(config, prefill_chunk=0)) == expected
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert all(
+        line.startswith("6 tokens read, 20 made in ") and line.endswith("; no CUDA graphs: the model is on cpu")
+        for line in said
+    )
+
+
 def test_an_empty_prompt_starts_from_the_beginning_of_text(config):
     assert len(generate(replace(config, prompt=""))) == 20
 
 
-@pytest.mark.parametrize("change", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 1.5}, {"num_beams": 0}])
+@pytest.mark.parametrize(
+    "change", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 1.5}, {"num_beams": 0}, {"prefill_chunk": -1}]
+)
 def test_values_out_of_range_are_one_line(config, change):
     with pytest.raises(ValueError, match=r"should be at least|top_p in") as caught:
         generate(replace(config, **change))

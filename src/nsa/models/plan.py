@@ -1,0 +1,130 @@
+"""What a model takes and reads when it decodes, counted from its configuration: nothing is run or loaded."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nsa.cache import StaticNSACache
+from nsa.models.configuration import NSALlamaConfig
+from nsa.models.modeling import NSALlamaForCausalLM
+
+# Memory bandwidth in 1e9 bytes a second and memory in GiB, from the makers' data sheets.
+GPUS = {
+    "A100-40GB": (1555, 40),
+    "A100-80GB": (2039, 80),
+    "H100-PCIe": (2039, 80),
+    "H100": (3350, 80),
+    "H200": (4800, 141),
+    "B200": (8000, 180),
+    "A10": (600, 24),
+    "L4": (300, 24),
+    "L40S": (864, 48),
+    "RTX 3090": (936, 24),
+    "RTX 4090": (1008, 24),
+    "RTX 5090": (1792, 32),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes and counts of one model at one context and batch; one of NSA, one of its dense twin."""
+
+    parameters: int
+    weight_bytes: int
+    cache_bytes: dict[str, int]  # by part, all layers and rows
+    cache_bytes_per_token: float  # what one more token of one row adds
+    keys_per_query: int
+    prefill_bytes: int  # the worst moment of a chunk, on top of weights and cache
+    step_bytes: int  # read by a decoding step of the whole batch
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + sum(self.cache_bytes.values()) + self.prefill_bytes
+
+    def step_seconds(self, bandwidth: float) -> float:
+        """A floor: the bytes of a step at `bandwidth` bytes a second."""
+        return self.step_bytes / bandwidth
+
+
+def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype: torch.dtype) -> dict[str, Plan]:
+    """The plans of "NSA" and of its "dense" twin.
+
+    Args:
+        config: of the model; its `attention` does not matter.
+        context: tokens of each row, those to be generated included.
+        batch: rows.
+        chunk: tokens of a row that are prefilled at once.
+        dtype: of weights and cache.
+
+    The cache of NSA is the static one, counted from the tensors that it would allocate; dense keeps a key and a value
+    of every token. A step reads all weights once (of an embedding table that is not tied, one row a token), and for
+    every row and KV head the keys and values that its query sees. The prefill's activations are those of one layer at
+    its worst moment, either in the attention or in the MLP, and the logits of the last token.
+
+    Raises:
+        ValueError: counts that are not positive.
+    """
+    if min(context, batch, chunk) < 1:
+        raise ValueError(f"plan: expected positive counts, got context={context}, batch={batch}, chunk={chunk}")
+    size, columns = dtype.itemsize, batch * min(chunk, context)
+    layers, g, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    pair = 2 * g * width * size * layers  # a key and a value in every layer
+    plans = {}
+    for name, attention in (("NSA", "nsa"), ("dense", "dense")):
+        parameters, streamed = _parameters(config, attention)
+        keys = config.nsa_config.keys_per_query(context) if attention == "nsa" else context
+        if attention == "nsa":
+            cache = _static_cache_bytes(config, context, batch, dtype)
+            per_token = pair * (1 + 1 / config.nsa_config.compress_stride)
+        else:
+            cache, per_token = {"keys and values": pair * context * batch}, float(pair)
+        plans[name] = Plan(
+            parameters=parameters,
+            weight_bytes=parameters * size,
+            cache_bytes=cache,
+            cache_bytes_per_token=per_token,
+            keys_per_query=keys,
+            prefill_bytes=_prefill_bytes(config, attention, columns, size) + batch * config.vocab_size * size,
+            step_bytes=streamed * size + pair * keys * batch,
+        )
+    return plans
+
+
+def _parameters(config: NSALlamaConfig, attention: str) -> tuple[int, int]:
+    """All, and those that a decoding step reads."""
+    values = {**config.to_dict(), "attention": attention}
+    with torch.device("meta"):
+        model = NSALlamaForCausalLM(NSALlamaConfig(**values))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    table = model.model.embed_tokens.weight
+    tied = model.lm_head.weight is table
+    return total, total if tied else total - table.numel()
+
+
+def _static_cache_bytes(config: NSALlamaConfig, context: int, batch: int, dtype: torch.dtype) -> dict[str, int]:
+    cache = StaticNSACache(config.nsa_config, context)
+    width = config.head_dim
+    cache.allocate(batch, config.num_key_value_heads, width, width, dtype, torch.device("meta"))
+    t = cache.tensors
+    parts = {
+        "selection: all keys and values": (t.k, t.v),
+        "compression: a pair for every block": (t.k_cmp, t.v_cmp),
+        "window": (t.k_win, t.v_win),
+        "compression: raw, not yet complete": (t.k_raw, t.v_raw),
+    }
+    return {
+        name: config.num_hidden_layers * sum(x.numel() * x.element_size() for x in pair if x is not None)
+        for name, pair in parts.items()
+    }
+
+
+def _prefill_bytes(config: NSALlamaConfig, attention: str, columns: int, size: int) -> int:
+    """Activations of `columns` tokens at the worst moment of a layer."""
+    h, g, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    branches = 1 if attention == "dense" or config.nsa_config.shared_kv else 3
+    queries, pairs = h * width, branches * 2 * g * width
+    # The residual and its norm; then queries and their rotation (or the branches' outputs and their sum) beside all
+    # keys and values, twice where they are rotated or gathered; or gate, up and their product.
+    attention_part = 5 * queries + 2 * pairs
+    mlp_part = 3 * config.intermediate_size
+    return columns * size * (2 * config.hidden_size + max(attention_part, mlp_part))
