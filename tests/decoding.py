@@ -144,16 +144,17 @@ class Scene:
                 stop = min(start + size, length)
                 memory[table[start // size], : stop - start] = x[row, start:stop]
         reach, step = config.compress_block_size // config.compress_stride - 1, config.compress_stride
+        block = torch.arange(config.num_compressed_blocks(length))
+        page, place = _divmod(block + reach, size // step)
         for memory, x in ((tensors.k_cmp, self.k_cmp), (tensors.v_cmp, self.v_cmp)):
-            for block in range(config.num_compressed_blocks(length)):
-                page, place = divmod(block + reach, size // step)
-                memory[table[page], place] = x[row, block]
+            if len(block):
+                memory[tensors.block_table[row].cpu()[page].long(), place] = x[row, : len(block)]
         rings = ((tensors.k_raw, self.k_raw), (tensors.v_raw, self.v_raw))
         if tensors.k_win is not None:
             rings += ((tensors.k_win, self.rotated(self.k_win)), (tensors.v_win, self.v_win))
         for ring, x in rings:
-            for position in range(max(0, length - ring.shape[1]), length):
-                ring[row, position % ring.shape[1]] = x[row, position]
+            position = torch.arange(max(0, length - ring.shape[1]), length)
+            ring[row, position % ring.shape[1]] = x[row, position.to(x.device)]
         tensors.lengths[row] = length
 
     def new_tokens(self, before: tuple[int, ...], t: int, counts: tuple[int, ...], rotate_inside: bool) -> dict:
@@ -186,13 +187,17 @@ class Scene:
         return given
 
     def to(self, dtype: torch.dtype) -> "Scene":
-        """The same numbers in another dtype, the compressed keys and values not computed again."""
+        """The same numbers in another dtype; compression and rotation are computed again."""
         scene = Scene.__new__(Scene)
         scene.case, scene.device, scene.longest = replace(self.case, dtype=dtype), self.device, self.longest
-        for name in ("q", "k", "v", "k_win", "v_win", "k_raw", "v_raw", "gates", "k_cmp", "v_cmp"):
+        for name in ("q", "k", "v", "k_win", "v_win", "k_raw", "v_raw", "gates"):
             setattr(scene, name, getattr(self, name).to(dtype))
         scene.phi_k, scene.phi_v = (tuple(w.to(dtype) for w in phi) for phi in (self.phi_k, self.phi_v))
         return scene
+
+
+def _divmod(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    return x // by, x % by
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def decode_attention(
     config: NSAConfig,
     *,
     scale: float | None = None,
+    counts: Int32[Tensor, " b"] | None = None,
     cos: Float[Tensor, "b t d"] | None = None,
     sin: Float[Tensor, "b t d"] | None = None,
     backend: Backend | None = None,
@@ -64,8 +65,8 @@ def decode_attention(
     if q.shape[1] <= MAX_QUERIES and _on_kernels(q, tensors, backend, scale):
         from nsa.kernels import decode as kernels  # only where triton is installed
 
-        return kernels.decode_attention(q, gates, tensors, config, scale=scale, cos=cos, sin=sin)
-    return ops.decode_attention(q, gates, tensors, config, scale=scale, cos=cos, sin=sin)
+        return kernels.decode_attention(q, gates, tensors, config, scale=scale, counts=counts, cos=cos, sin=sin)
+    return ops.decode_attention(q, gates, tensors, config, scale=scale, counts=counts, cos=cos, sin=sin)
 
 
 def _on_kernels(x: Tensor, tensors: CacheTensors, backend: Backend | None, scale: float | None = None) -> bool:

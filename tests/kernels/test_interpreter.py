@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` in a process of its own: Triton reads the interpreter's flag when a kernel is decorated.
+"""Runs each of two files in a process of its own: Triton reads the interpreter's flag when a kernel is decorated.
 
 Without the conftest: its shape checks wrap functions in a way that torch.compile cannot trace.
 """
@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_the_kernels_pass_their_checks_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "interpreted.py"]
+
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_decoding.py"])
+def test_the_kernels_pass_their_checks_in_the_interpreter(file: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file]
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

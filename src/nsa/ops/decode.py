@@ -112,6 +112,7 @@ def decode_attention(
     config: NSAConfig,
     *,
     scale: float | None = None,
+    counts: Int32[Tensor, " b"] | None = None,
     cos: Float[Tensor, "b t d"] | None = None,
     sin: Float[Tensor, "b t d"] | None = None,
 ) -> Float[Tensor, "b t h e"]:
@@ -123,11 +124,12 @@ def decode_attention(
         tensors: the cache, the queries' own tokens included.
         config: block sizes and counts.
         scale: factor of the scores, d ** -0.5 by default.
+        counts: how many of the t columns are queries, the last ones of each row; by default all.
         cos, sin: rotary factors of the queries [b, t, d], where q is not rotated yet.
 
     Returns:
-        [b, t, h, e] in q's dtype; 0 for queries at a negative position, so for all of a row of length 0. A branch in
-        which a query sees no key adds 0.
+        [b, t, h, e] in q's dtype; 0 for padding columns and for queries at a negative position, so for all of a row of
+        length 0. A branch in which a query sees no key adds 0.
 
     Source: paper eqs. 5 and 8 to 12. Tested against the fp64 brute force of nsa.testing.
     """
@@ -163,7 +165,11 @@ def decode_attention(
     out_win, _ = window_attention(
         q, k_win, v_win, config.window_size, sequences=Sequences(seqlens_k=lengths_win), scale=scale
     )
-    return combine(out_cmp, out_slc, out_win, gates)
+    out = combine(out_cmp, out_slc, out_win, gates)
+    if counts is None:
+        return out
+    padding = torch.arange(t, device=q.device) < t - counts[:, None]
+    return out.masked_fill(padding[:, :, None, None], 0.0)
 
 
 def _page_and_place(tensors: CacheTensors, row: Tensor, index: Tensor, per_page: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,345 @@
+"""Decoding over a cache on the kernels: `nsa.ops.decode`, in two launches each for attention and for appending.
+
+Grids and memory follow from shapes alone, and nothing reads a length on the host, so both may be captured in a CUDA
+graph. Lengths, block tables and counts are trusted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa.cache_tensors import CacheTensors
+from nsa.config import NSAConfig
+from nsa.kernels import launch
+from nsa.kernels.decode_append import decode_append_kernel, decode_compress_kernel
+from nsa.kernels.decode_finish import decode_finish_kernel
+from nsa.kernels.decode_split import decode_split_kernel
+from nsa.kernels.launch import Heads
+from nsa.shapes import bind
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of the programs: none depends on the batch or on the cache's length."""
+
+    rows: int = 64  # queries x heads of a tile of the first launch, at most
+    block_n: int = 64  # keys of a tile
+    splits: int = 32  # runs that a row's compressed keys are cut into, at most
+    least_tiles: int = 2  # tiles in such a run, at least
+    window_tiles: int = 4  # tiles in a run of the window
+    shares: int = 8  # programs that divide the selected blocks of a query between them
+    select_blocks: int = 1024  # blocks that one step of the top n looks at, at most
+    warps: int = 4
+    stages: int = 3
+    finish_warps: int = 8
+    finish_stages: int = 1
+    tile_bytes: int = 32768  # of keys and values in a tile, at most
+    pdl: bool = True  # on Hopper and later, a launch may begin while the one before ends
+
+
+PLAN = Plan()
+# Rows (row, block, head) and units of a layer that a program of the append takes together.
+ROWS, UNITS = 16, 16
+
+
+def plan_for(heads: Heads, bytes_each: int, shared: int) -> tuple[int, int]:
+    """Keys in a tile and pipelining stages: what fits the device's shared memory with these widths."""
+    block_n, stages = PLAN.block_n, PLAN.stages
+    while block_n > 16 and block_n * (heads.padded_d + heads.padded_e) * bytes_each > PLAN.tile_bytes:
+        block_n //= 2
+    while stages > 1 and stages * block_n * (heads.padded_d + heads.padded_e) * bytes_each > shared // 2:
+        stages -= 1
+    return block_n, stages
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the two launches leave for each other, and for their last programs."""
+
+    part_acc: Tensor
+    part_top: Tensor
+    part_total: Tensor
+    own: Tensor
+    spill: Tensor
+    tops: Tensor
+    lse: Tensor
+    others: Tensor
+    slc_acc: Tensor
+    slc_top: Tensor
+    slc_total: Tensor
+    picks: Tensor
+    bits: Tensor
+
+    @staticmethod
+    def of(device: torch.device, *sizes: int) -> "Workspace":
+        """One allocation, cut; everything begins at a multiple of 64 bytes."""
+        room = [-(-size // 16) * 16 for size in sizes]
+        parts = list(torch.empty(sum(room), dtype=torch.float32, device=device).split(room))
+        return Workspace(*parts[:-2], *(part.view(torch.int32) for part in parts[-2:]))
+
+
+@torch.library.custom_op("nsa::decode_attention", mutates_args=("arrivals",))
+def _decode_attention(
+    q: Tensor, gates: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor | None,
+    v_win: Tensor | None, block_table: Tensor, lengths: Tensor, arrivals: Tensor, counts: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, sizes: list[int], scale: float,
+) -> Tensor:  # fmt: skip
+    from nsa.kernels.library import _config, _serving  # a module that imports every kernel
+
+    tensors = CacheTensors(k, v, k_cmp, v_cmp, k_win, v_win, k, v, block_table, lengths, arrivals)
+    with _serving(q, k, v, k_cmp, v_cmp, scale=scale):
+        return attend(q, gates, tensors, _config(sizes), scale, counts, cos, sin)[0]
+
+
+@_decode_attention.register_fake
+def _(q, gates, k, v, *_):
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+def decode_attention(
+    q: Tensor,
+    gates: Tensor,
+    tensors: CacheTensors,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    counts: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    """See `nsa.ops.decode.decode_attention`.
+
+    Raises:
+        ValueError: shapes that do not fit, or tensors that the kernels do not take.
+    """
+    from nsa.kernels.library import sizes_of
+
+    sizes = bind(
+        "decode_attention", q=(q, "b t h d"), gates=(gates, "b t h 3"), k=(tensors.k, "pages n g d"),
+        v=(tensors.v, "pages n g e"), lengths=(tensors.lengths, "b"),
+    )  # fmt: skip
+    if sizes["t"] > tensors.arrivals.shape[2]:
+        raise ValueError(f"decode_attention: expected at most {tensors.arrivals.shape[2]} queries, got {sizes['t']}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _decode_attention(
+        q, gates, tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win,
+        tensors.block_table, tensors.lengths, tensors.arrivals, counts, cos, sin, sizes_of(config), scale,
+    )  # fmt: skip
+
+
+def attend(
+    q: Tensor, gates: Tensor, tensors: CacheTensors, config: NSAConfig, scale: float,
+    counts: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and picks int32 [b, t, g, NP >= n]: the blocks of queries that have more than n."""
+    heads = Heads.of(q, tensors.k, tensors.v)
+    b, t, h, _ = q.shape
+    out = torch.empty((b, t, h, heads.e), dtype=q.dtype, device=q.device)
+    padded_n = triton.next_power_of_2(config.num_selected_blocks)
+    if out.numel() == 0:
+        return out, torch.empty((b, t, heads.g, padded_n), dtype=torch.int32, device=q.device)
+    q, gates = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, gates.contiguous()))
+    cos, sin = (None if x is None else x.contiguous() for x in (cos, sin))
+    pdl = PLAN.pdl and launch.is_hopper(q.device)
+    launch_pdl = {"launch_pdl": True} if pdl else {}
+    block_n, stages = plan_for(heads, q.element_size(), launch.shared_memory(q.device))
+
+    stride, select, n = config.compress_stride, config.select_block_size, config.num_selected_blocks
+    per_block = select // stride
+    per_block_padded = triton.next_power_of_2(per_block)
+    split_n = max(block_n, per_block_padded)
+    tile_strides = split_n // per_block_padded * per_block
+    group = heads.padded_group
+    block_q = max(1, 16 // group, min(triton.next_power_of_2(t), PLAN.rows // group))
+    window_keys = PLAN.window_tiles * split_n
+    window_splits = triton.cdiv(config.window_size + block_q - 1, window_keys)
+    every = PLAN.splits + window_splits
+    pages, page_size = tensors.block_table.shape[1], tensors.k.shape[1]
+    num_blocks = triton.cdiv(pages * page_size, select)
+    num_tiles = triton.cdiv(triton.cdiv(pages * page_size, stride), tile_strides)
+
+    rows = b * t * h
+    work = Workspace.of(
+        q.device, rows * every * heads.e, rows * every, rows * every, rows * num_blocks,
+        rows * num_blocks, rows * num_tiles, rows, rows * heads.e,
+        rows * PLAN.shares * heads.e, rows * PLAN.shares, rows * PLAN.shares,
+        b * t * heads.g * padded_n, b * t * heads.g * padded_n,
+    )  # fmt: skip
+    shared = tensors.k_win is None
+    k_win, v_win = (tensors.k, tensors.v) if shared else (tensors.k_win, tensors.v_win)
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    common = {
+        "D": heads.d, "DP": heads.padded_d, "E": heads.e, "EP": heads.padded_e, "G": heads.per_group,
+        "STRIDE": stride, "SELECT": select, "N": n, "NP": padded_n,
+        "PAGE_TOKENS": 0 if pages == 1 else page_size, "ROTATE": cos is not None,
+        "SPLITS": PLAN.splits, "SPLITS_PADDED": triton.next_power_of_2(PLAN.splits), "LEAST_TILES": PLAN.least_tiles,
+        "WINDOW_SPLITS": window_splits, "BLOCK_Q": block_q, "PRECISION": precision, "PDL": pdl,
+    }  # fmt: skip
+    tiles = triton.cdiv(t, block_q)
+    decode_split_kernel[(every, heads.g, b * tiles)](
+        q, cos, sin, tensors.k_cmp, tensors.v_cmp, k_win, v_win, tensors.block_table, tensors.lengths,
+        tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.own, work.spill, work.tops, work.lse,
+        work.picks, work.bits, t, pages, config.window_size, num_blocks, num_tiles, scale * LOG2E, *q.stride()[:3],
+        *tensors.k_cmp.stride()[:3], *tensors.v_cmp.stride()[:3], *k_win.stride()[:3], *v_win.stride()[:3],
+        GP=group, REACH=config.compress_block_size // stride, PER_BLOCK=per_block, PER_BLOCK_PADDED=per_block_padded,
+        INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
+        PAGE_STRIDES=0 if pages == 1 else page_size // stride, RING=0 if shared else k_win.shape[1],
+        TILES=tiles, WINDOW_TILES=PLAN.window_tiles,
+        BLOCKS=max(min(max(triton.next_power_of_2(num_blocks), 128), PLAN.select_blocks), padded_n, split_n),
+        BLOCK_N=split_n, STAGES=stages, num_warps=PLAN.warps, **common, **launch_pdl,
+    )  # fmt: skip
+    wider = 1 if q.dtype == torch.float32 else 2  # no pipeline here, so the tile may be larger
+    finish_n = min(wider * block_n, max(16, triton.next_power_of_2(triton.cdiv(n, PLAN.shares) * select)))
+    decode_finish_kernel[(PLAN.shares, heads.g, b * t)](
+        q, cos, sin, tensors.k, tensors.v, gates, out, tensors.block_table, tensors.lengths, counts,
+        tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.others, work.slc_acc, work.slc_top,
+        work.slc_total, work.picks, t, pages, config.window_size, scale * LOG2E, *q.stride()[:3],
+        *tensors.k.stride()[:3], *tensors.v.stride()[:3],
+        ROWS=max(16, group), HAS_COUNTS=counts is not None, TILE_STRIDES=tile_strides,
+        WINDOW_SPLITS_PADDED=triton.next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
+        COLUMNS=max(1, heads.padded_e // PLAN.shares), BLOCK_N=finish_n, STAGES=PLAN.finish_stages,
+        num_warps=PLAN.finish_warps, **common, **launch_pdl,
+    )  # fmt: skip
+    return out, work.picks[: b * t * heads.g * padded_n].view(b, t, heads.g, padded_n)
+
+
+KINDS = {"mean": 0, "linear": 1, "mlp": 2}
+
+
+@torch.library.custom_op(
+    "nsa::append_tokens",
+    mutates_args=("to_k", "to_v", "to_k_cmp", "to_v_cmp", "to_k_win", "to_v_win", "to_k_raw", "to_v_raw", "lengths"),
+)
+def _append_tokens(
+    to_k: Tensor, to_v: Tensor, to_k_cmp: Tensor, to_v_cmp: Tensor, to_k_win: Tensor | None, to_v_win: Tensor | None,
+    to_k_raw: Tensor, to_v_raw: Tensor, block_table: Tensor, lengths: Tensor, k: Tensor, v: Tensor,
+    k_win: Tensor | None, v_win: Tensor | None, k_raw: Tensor, v_raw: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
+    cos_cmp: Tensor, sin_cmp: Tensor, counts: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    sizes: list[int], kind: str,
+) -> None:  # fmt: skip
+    from nsa.kernels.library import _config, _serving
+
+    memory = (to_k, to_v, to_k_cmp, to_v_cmp, to_k_win, to_v_win, to_k_raw, to_v_raw)
+    tensors = CacheTensors(*memory, block_table, lengths, lengths)
+    with _serving(k, v, to_k, to_v, k_raw, v_raw, scale=1.0):
+        append(
+            tensors, k, v, k_win, v_win, k_raw, v_raw, _config(sizes), kind, phi_k, phi_v, cos_cmp, sin_cmp, counts,
+            cos, sin,
+        )  # fmt: skip
+
+
+@_append_tokens.register_fake
+def _(*_):
+    return None
+
+
+def append_tokens(
+    tensors: CacheTensors,
+    k: Tensor,
+    v: Tensor,
+    k_win: Tensor | None,
+    v_win: Tensor | None,
+    k_raw: Tensor,
+    v_raw: Tensor,
+    config: NSAConfig,
+    phi_k: tuple[Tensor, ...],
+    phi_v: tuple[Tensor, ...],
+    cos_cmp: Tensor,
+    sin_cmp: Tensor,
+    *,
+    counts: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """See `nsa.ops.decode.append_tokens`. Tokens without room are not written.
+
+    Raises:
+        ValueError: shapes that do not fit, or tensors that the kernels do not take.
+    """
+    from nsa.kernels.library import sizes_of
+
+    given = {"k": (k, "b t g d"), "v": (v, "b t g e"), "k_raw": (k_raw, "b t g d"), "v_raw": (v_raw, "b t g e")}
+    if tensors.k_win is not None:
+        if k_win is None or v_win is None:
+            raise ValueError("append_tokens: the window has its own keys and values, and was given none")
+        given |= {"k_win": (k_win, "b t g d"), "v_win": (v_win, "b t g e")}
+    given |= {"tensors.k": (tensors.k, "pages n g d"), "lengths": (tensors.lengths, "b")}
+    given |= {"cos_cmp": (cos_cmp, "b new d"), "sin_cmp": (sin_cmp, "b new d")}
+    found = bind("append_tokens", **given)
+    most, ring = -(-found["t"] // config.compress_stride), tensors.k_raw.shape[1]
+    if found["new"] != most:
+        raise ValueError(f"append_tokens: cos_cmp should have shape [b, {most}, d], got {list(cos_cmp.shape)}")
+    if found["t"] + config.compress_block_size - 1 > ring:
+        raise ValueError(
+            f"append_tokens: expected at most {ring - config.compress_block_size + 1} tokens at a time, "
+            f"got {found['t']}"
+        )
+    _append_tokens(
+        tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw,
+        tensors.block_table, tensors.lengths, k, v, k_win, v_win, k_raw, v_raw, list(phi_k), list(phi_v),
+        cos_cmp, sin_cmp, counts, cos, sin, sizes_of(config), config.compression,
+    )  # fmt: skip
+
+
+def append(
+    tensors: CacheTensors, k: Tensor, v: Tensor, k_win: Tensor | None, v_win: Tensor | None, k_raw: Tensor,
+    v_raw: Tensor, config: NSAConfig, kind: str, phi_k: list[Tensor], phi_v: list[Tensor], cos_cmp: Tensor,
+    sin_cmp: Tensor, counts: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+) -> None:  # fmt: skip
+    b, t, g, d = k.shape
+    e = v.shape[3]
+    if b * t == 0:
+        return
+    has_window = tensors.k_win is not None
+    new = [k, v, k_win, v_win, k_raw, v_raw] if has_window else [k, v, k, v, k_raw, v_raw]
+    new = [x if x.stride(-1) == 1 else x.contiguous() for x in new]
+    memory = [tensors.k, tensors.v, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw]
+    if not has_window:
+        memory[2:4] = memory[:2]
+    cos, sin, cos_cmp, sin_cmp = (None if x is None else x.contiguous() for x in (cos, sin, cos_cmp, sin_cmp))
+    # Position encoding, first layer, its bias, last layer, its bias; None what this kind of phi has not.
+    layers = [[x.contiguous() for x in phi] for phi in (phi_k, phi_v)]
+    if kind == "mlp":
+        layers_k, layers_v = layers
+    elif kind == "linear":
+        layers_k, layers_v = ([None, weight, None, None, None] for (weight,) in layers)
+    else:
+        layers_k = layers_v = [None] * 5
+    units_k, units_v = (0 if x[1] is None else x[1].shape[0] for x in (layers_k, layers_v))
+    num_new = triton.cdiv(t, config.compress_stride)
+    flat = b * num_new * g
+    row_tiles = triton.cdiv(flat, ROWS)
+    tiles_k, tiles_v = triton.cdiv(units_k, UNITS), triton.cdiv(units_v, UNITS)
+    hidden_k, hidden_v, before = (
+        torch.empty(size, dtype=dtype, device=k.device)
+        for size, dtype in ((flat * units_k, torch.float32), (flat * units_v, torch.float32), (b, torch.int32))
+    )
+    pages, page_size = tensors.block_table.shape[1], tensors.k.shape[1]
+    pdl = PLAN.pdl and launch.is_hopper(k.device)
+    launch_pdl = {"launch_pdl": True} if pdl else {}
+    common = {
+        "D": d, "DP": max(16, triton.next_power_of_2(d)), "E": e, "EP": max(16, triton.next_power_of_2(e)),
+        "BLOCK": config.compress_block_size, "STRIDE": config.compress_stride, "PAGE_SIZE": page_size,
+        "RAW_RING": tensors.k_raw.shape[1], "HAS_COUNTS": counts is not None, "ROWS": ROWS,
+        "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32", "PDL": pdl,
+    }  # fmt: skip
+    stages = 3 if max(common["DP"], common["EP"]) * k.element_size() <= 256 else 1
+    decode_append_kernel[(b * t + row_tiles * (tiles_k + tiles_v),)](
+        *new, cos, sin, *memory, *layers_k[:3], *layers_v[:3], hidden_k, hidden_v, tensors.block_table,
+        tensors.lengths, counts, before, b, t, g, num_new, pages, units_k, units_v, tiles_k, tiles_v,
+        *(stride for x in new for stride in x.stride()[:3]), *(stride for x in memory for stride in x.stride()[:3]),
+        GROUPS=triton.next_power_of_2(g), PAGE_TOKENS=0 if pages == 1 else page_size,
+        RING=memory[2].shape[1], HAS_WINDOW=has_window, HAS_LAYER=kind != "mean", IS_MLP=kind == "mlp",
+        ROTATE=cos is not None, UNITS=UNITS, STAGES=stages, num_warps=4, **common, **launch_pdl,
+    )  # fmt: skip
+    decode_compress_kernel[(row_tiles, 2)](
+        tensors.k_raw, tensors.v_raw, hidden_k, hidden_v, *layers_k[3:], *layers_v[3:], cos_cmp, sin_cmp,
+        tensors.k_cmp, tensors.v_cmp, tensors.block_table, tensors.lengths, counts, before, b, t, g, num_new, pages,
+        units_k, units_v, *tensors.k_raw.stride()[:3], *tensors.v_raw.stride()[:3], *tensors.k_cmp.stride()[:3],
+        *tensors.v_cmp.stride()[:3], PAGE_STRIDES=0 if pages == 1 else page_size // config.compress_stride,
+        KIND=KINDS[kind], UNITS=UNITS, num_warps=4, **common, **launch_pdl,
+    )  # fmt: skip

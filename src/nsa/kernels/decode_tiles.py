@@ -1,0 +1,77 @@
+"""Pieces that the decoding kernels share: how a row's keys are split, queries rotated on loading, waiting for a launch.
+
+A row's keys are cut into splits by its own length alone, so that neither the batch nor the cache's size changes the
+order of any sum: up to SPLITS runs of tiles over the compressed keys, then the window in runs of one length.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nsa.kernels.tiles import wide
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """With programmatic launches the next kernel may start now; what the one before wrote is there from here on."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def last_position(length, t, first, BLOCK_Q: tl.constexpr):
+    """Position of the last query of a tile."""
+    return length - t + tl.minimum(first + BLOCK_Q, t) - 1
+
+
+@triton.jit
+def compressed_plan(
+    last, STRIDE: tl.constexpr, TILE_STRIDES: tl.constexpr, SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr
+):
+    """Strides that the query at `last` sees, tiles of them, tiles in a split, splits that have any."""
+    strides = tl.maximum(last + 1, 0) // STRIDE
+    tiles = tl.cdiv(strides, TILE_STRIDES)
+    per_split = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST_TILES)
+    return strides, tiles, per_split, tl.cdiv(tiles, per_split)
+
+
+@triton.jit
+def window_plan(length, t, first, last, window, WINDOW_KEYS: tl.constexpr):
+    """First position that a tile of queries sees in the window, and splits of it that have any."""
+    low = tl.maximum(length - t + first - window + 1, 0)
+    return low, tl.cdiv(tl.maximum(last + 1 - low, 0), WINDOW_KEYS)
+
+
+@triton.jit
+def load_queries(
+    q, cos, sin, row, column, head, mask, t, stride_qb, stride_qt, stride_qh,
+    D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Queries [rows, DP] of columns and heads [rows]; rotated in fp32 where factors [b, t, D] are given."""
+    d = tl.arange(0, DP)
+    rows = q + wide(row) * stride_qb + (wide(column) * stride_qt + wide(head) * stride_qh)[:, None]
+    inside = mask[:, None] & (d < D)[None, :]
+    x = tl.load(rows + d[None, :], mask=inside, other=0.0)
+    if ROTATE:
+        partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        y = tl.load(rows + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.where((d < D // 2)[None, :], -y, y)
+        at = ((wide(row) * t + column) * D)[:, None] + d[None, :]
+        c = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * c + y * s).to(q.dtype.element_ty)
+    return x
+
+
+@triton.jit
+def page_of(block_table, row, index, mask, pages_per_row, PER_PAGE: tl.constexpr):
+    """Page and place of token (or stride) `index` of a row; PER_PAGE 0: the row has one page."""
+    table = block_table + wide(row) * pages_per_row
+    if PER_PAGE == 0:
+        page = tl.load(table) + index * 0
+        place = index
+    else:
+        page = tl.load(table + index // PER_PAGE, mask=mask, other=0)
+        place = index % PER_PAGE
+    return page.to(tl.int64), place

@@ -1,0 +1,130 @@
+"""The decoding kernels on the CPU, in Triton's interpreter; `test_interpreter.py` runs this file in its own process.
+
+As in interpreted.py, sizes are tiny. Programs run one after another here, so the last one to arrive is always the same;
+what another order does is left to `tests/gpu`.
+"""
+
+# ruff: noqa: E402 (the path to the checks comes first)
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS / "gpu")]
+
+from decode_checks import check_append, check_attention
+from decoding import DecodeCase, Scene
+from poison import poisoned_memory
+
+from nsa.cache_tensors import CacheTensors
+from nsa.config import NSAConfig
+from nsa.decoding import append_tokens, decode_attention
+from nsa.kernels import decode
+
+SMALL = NSAConfig(
+    compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6,
+    compression="mean",
+)  # fmt: skip
+ODD = NSAConfig(
+    compress_block_size=6, compress_stride=2, select_block_size=6, num_selected_blocks=3, window_size=5,
+    compression="linear", shared_kv=True,
+)  # fmt: skip
+FLAT = NSAConfig(compress_block_size=8, compress_stride=8, select_block_size=8, num_selected_blocks=3, window_size=9)
+SIZES = {"h": 3, "g": 1, "d": 24, "e": 8}
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned_memory(monkeypatch)
+
+
+@pytest.mark.parametrize("case", [
+    DecodeCase(lengths=(1, 2, 5, 31, 32, 33, 0, 70), config=SMALL, page_size=16, **SIZES),
+    DecodeCase(lengths=(70, 12, 3), t=3, config=SMALL, dtype=torch.float16, **SIZES),
+    DecodeCase(lengths=(61, 48), t=2, config=ODD, page_size=48, h=4, g=2, d=8, e=16),
+    DecodeCase(lengths=(61, 7), config=FLAT, **SIZES),
+    DecodeCase(lengths=(66,), config=SMALL, h=2, g=1, d=8, e=8, family="tied"),
+    DecodeCase(lengths=(9, 2), t=16, config=SMALL, h=32, g=1, d=8, e=8),
+], ids=str)  # fmt: skip
+def test_attention_is_within_the_budget(case: DecodeCase) -> None:
+    check_attention(case, "cpu")
+
+
+def test_many_splits_and_steps_of_the_top_n(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With runs of one tile and steps of 64 blocks, 600 tokens are what 40,000 are otherwise.
+    monkeypatch.setattr(decode, "PLAN", replace(decode.PLAN, block_n=16, least_tiles=1, splits=4, select_blocks=16))
+    config = replace(SMALL, num_selected_blocks=5)
+    check_attention(DecodeCase(lengths=(600, 299), config=config, h=2, g=1, d=8, e=8), "cpu")
+
+
+def test_ties_go_to_the_lower_block() -> None:
+    case = DecodeCase(lengths=(66,), config=SMALL, h=2, g=1, d=8, e=8, family="tied")
+    scene = Scene(case)
+    # Equal keys: blocks inside the visible past tie, the last one scores less. Block 0 and two local ones are forced.
+    scene.__dict__["k_cmp"] = scene.k_raw[:, :32]
+    _, picks = decode.attend(scene.q, scene.gates, scene.cache((66,)), SMALL, scene.scale)
+    assert picks[0, 0, 0].tolist() == [0, 1, 7, 8]
+
+
+@pytest.mark.parametrize("rotate_inside", [False, True])
+@pytest.mark.parametrize(("case", "counts"), [
+    (DecodeCase(lengths=(1, 3, 4, 16, 17, 48), config=SMALL, page_size=16, **SIZES), (1, 0, 1, 1, 1, 1)),
+    (DecodeCase(lengths=(7, 20, 33), t=7, config=replace(SMALL, compression="mlp"), page_size=16, **SIZES), (7, 0, 5)),
+    (DecodeCase(lengths=(7, 20, 33), t=7, config=ODD, h=4, g=2, d=8, e=16), (7, 3, 5)),
+    (DecodeCase(lengths=(8, 16), config=FLAT, dtype=torch.float16, **SIZES), (1, 1)),
+], ids=str)  # fmt: skip
+def test_append_is_within_the_budget(case: DecodeCase, counts: tuple[int, ...], rotate_inside: bool) -> None:
+    check_append(case, counts, "cpu", rotate_inside)
+
+
+def test_tokens_without_room_are_not_written() -> None:
+    scene = Scene(DecodeCase(lengths=(16, 9), config=SMALL, page_size=16, **SIZES))
+    tensors, before = scene.cache((16, 9)), scene.cache((16, 9))
+    append_tokens(tensors, **scene.new_tokens((16, 9), 1, (1, 1), True), backend="triton")
+    k = tensors.k.clone()
+    page = int(tensors.block_table[1, 0])
+    assert not torch.equal(k[page, 9], before.k[page, 9])
+    k[page, 9] = before.k[page, 9]
+    assert torch.equal(k, before.k)
+
+
+def test_the_function_takes_the_kernels_and_says_why_it_cannot() -> None:
+    case = DecodeCase(lengths=(20, 3), t=2, config=SMALL, **SIZES)
+    scene = Scene(case)
+    tensors = scene.cache(case.lengths)
+    counts = torch.tensor([2, 1], dtype=torch.int32)
+    found, plain = (
+        decode_attention(scene.q, scene.gates, tensors, SMALL, counts=counts, backend=backend)
+        for backend in ("triton", "torch")
+    )
+    torch.testing.assert_close(found, plain)
+    assert torch.equal(found, decode_attention(scene.q, scene.gates, tensors, SMALL, counts=counts))
+    with pytest.raises(ValueError, match="expected at most 16 queries, got 17"):
+        decode.decode_attention(
+            scene.q[:, :1].expand(2, 17, 3, 24), scene.gates[:, :1].expand(2, 17, 3, 3), tensors, SMALL
+        )
+    many = scene.new_tokens((0, 0), 99, (20, 3), True)
+    with pytest.raises(ValueError, match=r"append_tokens: expected at most \d+ tokens at a time"):
+        decode.append_tokens(tensors, **many)
+
+
+def test_the_operators_are_registered_right() -> None:
+    case = DecodeCase(lengths=(9, 4), config=SMALL, **SIZES)
+    scene = Scene(case)
+    tensors = scene.cache((8, 3))
+    given = scene.new_tokens((8, 3), 1, (1, 1), True)
+
+    def step(tensors: CacheTensors) -> torch.Tensor:
+        append_tokens(tensors, **given, backend="triton")
+        return decode_attention(scene.q, scene.gates, tensors, SMALL, backend="triton")
+
+    other = scene.cache((8, 3))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(other), step(tensors))
+    torch.testing.assert_close(other.k, tensors.k)
