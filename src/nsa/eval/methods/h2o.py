@@ -90,7 +90,7 @@ class H2O(Method):
         columns = torch.arange(n, device=sequence.k.device)
         forced = (columns < self.sink) | (columns >= n - self.recent)
         keep = forced | top(state.gathered.nan_to_num(nan=0.0).masked_fill(forced, -torch.inf), self.heavy)
-        kept = keep.nonzero()[:, 1].reshape(len(keep), budget)  # the same number in every head, ascending
+        kept = torch.where(keep, columns, n).sort().values[:, :budget]  # the same number in every head, ascending
         sequence.k, sequence.v = (
             x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])) for x in (sequence.k, sequence.v)
         )
