@@ -78,8 +78,8 @@ def append_tokens(
     if cos is not None and sin is not None:
         k = _rotate(k, cos, sin)
         k_win = None if k_win is None else _rotate(k_win, cos, sin)
-    for memory, x in ((tensors.k, k), (tensors.v, v)):
-        memory[page, place] = x[row, at].to(memory.dtype)
+    tensors.k[page, place] = k[row, at].to(tensors.k.dtype)
+    tensors.v[page, place] = v[row, at].to(tensors.v.dtype)
     for ring, x in (
         (tensors.k_win, k_win),
         (tensors.v_win, v_win),
