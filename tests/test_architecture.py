@@ -38,7 +38,7 @@ THIRD_PARTY = {
     "training": CORE | HUGGING_FACE | COMMAND_LINE,
     "eval": CORE | HUGGING_FACE | COMMAND_LINE,
     "serving": CORE | HUGGING_FACE,
-    "bench": CORE | COMMAND_LINE,
+    "bench": CORE | HUGGING_FACE | COMMAND_LINE,
     "cli": COMMAND_LINE,
 }
 

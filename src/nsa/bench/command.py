@@ -140,6 +140,68 @@ class StepArguments:
 
 
 @dataclass(frozen=True)
+class GenerateArguments:
+    """A language model that decodes, beside its dense twin: random weights in bf16, by default in Llama 3.2 1B's sizes.
+
+    first token: the prompt read, one row, NSA in chunks. decoding step: of the whole batch over caches filled with
+    random numbers; NSA as generate() runs it (a CUDA graph) and without the graph; the dense twin as a CUDA graph over
+    exactly its keys, by FlashAttention-2 and by cuDNN, each key read once for its group of heads; and as transformers
+    runs it. generate(): both models' own, from prompt to last token, milliseconds per step after the first token.
+
+    Examples:
+        nsa bench generate
+        nsa bench generate --lengths 8192 65536 --batches 1 8 --output generate_h200
+        nsa bench generate --layers 20 --heads 32 --kv-heads 2 --intermediate-size 5632 --vocab-size 32768
+        nsa bench generate --lengths 65536 --batches 8 --generate-at 65536 --new-tokens 128
+    """
+
+    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072)
+    """Tokens before those that are made."""
+    batches: tuple[int, ...] = (1, 4, 8)
+    """Rows."""
+    generate_at: tuple[int, ...] = (65536,)
+    """Lengths at which generate() runs from the prompt on, with the largest batch."""
+    new_tokens: int = 64
+    """Tokens that generate() makes."""
+    prefill_chunk: int = 16384
+    """Tokens of a row that NSA reads at once."""
+    layers: int = 16
+    """Layers of the model."""
+    hidden_size: int = 2048
+    """Width of the hidden states."""
+    heads: int = 32
+    """Query heads, H."""
+    kv_heads: int = 8
+    """KV heads, HK."""
+    head_dim: int = 64
+    """Width of a head of q, k and v."""
+    intermediate_size: int = 8192
+    """Width inside the MLP."""
+    vocab_size: int = 128256
+    """Tokens that there are; input and output embeddings are one."""
+    repetitions: int = 5
+    """Rounds that count, after one that does not."""
+    output: Output = None
+    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+    def run(self) -> None:
+        _check((*self.lengths, *self.generate_at), self.repetitions)
+        if not self.batches or min(*self.batches, self.new_tokens, self.prefill_chunk) < 1:
+            raise ValueError(
+                "--batches, --new-tokens and --prefill-chunk: expected at least 1, got "
+                f"{list(self.batches)}, {self.new_tokens} and {self.prefill_chunk}"
+            )
+        _run("generate", self)
+
+    def measure(self) -> "Iterator[Entry]":
+        from nsa.bench.generate import measure
+
+        return measure(self)
+
+
+@dataclass(frozen=True)
 class ShowArguments:
     """A result again: the tables of a STEM.json, and STEM.md and STEM.svg from it.
 
@@ -178,6 +240,7 @@ class BenchArguments:
         nsa bench kernels --lengths 8192 65536
         nsa bench module
         nsa bench step --lengths 32768
+        nsa bench generate --lengths 65536 --batches 8
         nsa bench kernels --help
     """
 
@@ -185,6 +248,7 @@ class BenchArguments:
         Annotated[KernelArguments, _subcommand("kernels", KernelArguments)]
         | Annotated[ModuleArguments, _subcommand("module", ModuleArguments)]
         | Annotated[StepArguments, _subcommand("step", StepArguments)]
+        | Annotated[GenerateArguments, _subcommand("generate", GenerateArguments)]
         | Annotated[ShowArguments, _subcommand("show", ShowArguments)],
         tyro.conf.arg(name=""),
     ]
@@ -200,7 +264,7 @@ def _check(lengths: tuple[int, ...], repetitions: int) -> None:
         raise ValueError(f"--repetitions: expected at least 1, got {repetitions}")
 
 
-def _run(bench: str, arguments: KernelArguments | ModuleArguments | StepArguments) -> None:
+def _run(bench: str, arguments: KernelArguments | ModuleArguments | StepArguments | GenerateArguments) -> None:
     """Measure, write down after every entry, show."""
     from nsa.bench.timing import require_cuda
 

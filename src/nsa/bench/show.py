@@ -22,7 +22,12 @@ COLORS = {
     "FlexAttention, selected branch": "#868e96",
     "dense": "#c92a2a",
     "phi": "#f08c00",
+    "NSA, no graph": "#66c2d0",
+    "dense, FlashAttention-2": "#e8590c",
+    "dense, cuDNN": "#c92a2a",
+    "dense, transformers": "#868e96",
 }
+MARKERS = "osv^D"  # of the kinds of inputs
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ def _line(cells: Sequence[str]) -> str:
 def tables(result: Result) -> list[Table]:
     """The tables of a result of any bench."""
     found = [_times(result, part) for part in _parts(result) if part != "kernels"]
+    if any("rows" in entry.facts for entry in result.entries):
+        found.append(_rates(result))
     if any(entry.gib for entry in result.entries):
         found.append(_memory(result))
     for inputs in ("random", "correlated"):
@@ -91,13 +98,34 @@ def _times(result: Result, part: str) -> Table:
     return Table(f"{part}: milliseconds, and how many times NSA's", header + others, rows)
 
 
+def _rates(result: Result) -> Table:
+    """Tokens a second of whole batches; and of NSA's bytes a second what a plan of the same step counts."""
+    entries = [entry for entry in result.entries if "rows" in entry.facts]
+    names, rows = _names(entries), []
+    for entry in entries:
+        batch = entry.facts["rows"]
+        row = [f"{entry.length:,}", entry.inputs, entry.part]
+        row += [_number(batch / entry.ms[name] * 1e3) if name in entry.ms else "" for name in names]
+        for name in ("NSA", "dense"):
+            planned = entry.facts.get(f"{name}: bytes")
+            best = min((ms for label, ms in entry.ms.items() if label.split(",")[0] == name), default=None)
+            row.append("" if planned is None or best is None else f"{planned / best / 1e9:.2f}")
+        rows.append(row)
+    header = ["tokens", "inputs", "part", *names, "NSA, TB/s", "dense, TB/s"]
+    return Table("tokens a second; and the bytes that a step must read over its time", header, rows)
+
+
 def _memory(result: Result) -> Table:
     entries = [entry for entry in result.entries if entry.gib]
     names = list(dict.fromkeys(name for entry in entries for name in entry.gib))
     rows = [[f"{entry.length:,}", entry.inputs, *(_number(entry.gib.get(name)) for name in names)] for entry in entries]
     return Table(
-        "peak memory, forward + backward, on top of inputs and weights: GiB", ["tokens", "inputs", *names], rows
+        f"peak memory{_memory_of(result)}, on top of inputs and weights: GiB", ["tokens", "inputs", *names], rows
     )
+
+
+def _memory_of(result: Result) -> str:
+    return f", {result.entries[0].part}" if result.bench == "generate" else ", forward + backward"
 
 
 def _kernels(result: Result, inputs: str) -> Table:
@@ -186,13 +214,14 @@ def plot(result: Result, path: Path) -> None:
     FigureCanvasSVG(figure)
     for index, part in enumerate(parts):
         axes = figure.add_subplot(1, len(parts), index + 1)
-        for inputs in ("random", "correlated"):
+        for number, inputs in enumerate(dict.fromkeys(entry.inputs for entry in result.of(part))):
             entries = sorted(result.of(part, inputs), key=lambda x: x.length)
             for name in _names(entries):
                 label = name if inputs == "random" else f"{name}, {inputs}"
                 points = [(x.length, x.ms[name]) for x in entries if name in x.ms]
                 style = "-" if name == "NSA" else "--"
-                axes.plot(*zip(*points, strict=True), style, marker="o", ms=4, label=label, color=COLORS.get(label))
+                color, marker = COLORS.get(label, COLORS.get(name)), MARKERS[number % len(MARKERS)]
+                axes.plot(*zip(*points, strict=True), style, marker=marker, ms=4, label=label, color=color)
         lengths = sorted({x.length for x in result.of(part)})
         axes.set(xscale="log", yscale="log", title=part, xlabel="tokens", ylabel="milliseconds")
         axes.set_xticks(lengths, [f"{x // 1024}k" if x % 1024 == 0 else str(x) for x in lengths])

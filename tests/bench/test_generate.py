@@ -1,0 +1,91 @@
+"""`nsa bench generate`: its dense decoder is the dense model, its filled caches decode, its result has rates."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+from transformers.cache_utils import DynamicCache
+
+from nsa.bench.command import GenerateArguments
+from nsa.bench.dense_decoding import DenseDecoder
+from nsa.bench.generate import filled_cache, random_model
+from nsa.bench.result import Entry, Result
+from nsa.bench.show import markdown, tables, write
+from nsa.cli import main, parse
+from nsa.models.decoding import Decoder
+
+SMALL = GenerateArguments(
+    layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, intermediate_size=48, vocab_size=64
+)
+
+
+def test_the_dense_decoder_is_the_dense_model():
+    model = random_model(SMALL, "dense", "cpu").float()
+    decoder = DenseDecoder(model, 3, 40, SDPBackend.MATH, capture=False)
+    cache = DynamicCache(config=model.config)
+    for layer, (k, v) in enumerate(decoder.keys_and_values):
+        cache.update(k[:, :, :-1].clone(), v[:, :, :-1].clone(), layer)
+    ids = torch.randint(64, (3, 1))
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(decoder(ids), expected)
+    torch.testing.assert_close(decoder(ids), expected)  # again at the same length
+
+
+def test_a_filled_cache_is_full_of_finite_numbers_and_decodes():
+    model = random_model(SMALL, "nsa", "cpu")
+    with torch.no_grad():
+        cache = filled_cache(model, 3, 200, 8)
+        decoder = Decoder(model, cache, masked=False, capture=False)
+        for _ in range(8):
+            assert decoder(torch.randint(64, (3, 1))).isfinite().all()
+    assert [layer.lengths for layer in cache.caches] == [[208] * 3] * 2
+
+
+def canned() -> Result:
+    """At 8k and batch 2 NSA takes 4 ms a step, dense 12 and 16; 8e9 and 24e9 bytes."""
+    facts = {"rows": 2.0, "NSA: bytes": 8e9, "dense: bytes": 24e9}
+    entries = [
+        Entry(length=8192, inputs="batch 1", part="first token", ms={"NSA": 50.0, "dense": 100.0},
+              gib={"NSA": 1.5, "dense": 2.5}, facts={"NSA: planned GiB": 1.75}),
+        Entry(length=8192, inputs="batch 2", part="decoding step",
+              ms={"NSA": 4.0, "dense, cuDNN": 12.0, "dense, transformers": 16.0}, facts=facts),
+    ]  # fmt: skip
+    return Result(bench="generate", facts={"device": "a device"}, shape={}, matrix_rate=8e14, entries=entries)
+
+
+def test_tables_hold_tokens_a_second_and_bytes_over_time(tmp_path):
+    found = {table.title.split(":")[0].split(";")[0]: table for table in tables(canned())}
+    rates = found["tokens a second"]
+    assert rates.header == [
+        "tokens", "inputs", "part", "NSA", "dense, cuDNN", "dense, transformers", "NSA, TB/s", "dense, TB/s",
+    ]  # fmt: skip
+    assert rates.rows == [["8,192", "batch 2", "decoding step", "500.0", "166.7", "125.0", "2.00", "2.00"]]
+    assert found["decoding step"].rows == [["8,192", "batch 2", "4.00", "12.0 (3.00x)", "16.0 (4.00x)"]]
+    assert "| 8,192 | batch 1 | 50.0 | 100.0 (2.00x) |" in markdown(canned())
+    write(canned(), tmp_path / "generate")
+    assert (tmp_path / "generate.svg").exists()
+
+
+def test_the_memory_table_names_what_it_is_of_and_what_was_planned():
+    memory = next(table for table in tables(canned()) if table.title.startswith("peak memory"))
+    assert memory.title == "peak memory, first token, on top of inputs and weights: GiB"
+    assert memory.rows == [["8,192", "batch 1", "1.50", "2.50"]]
+
+
+def test_the_command_has_its_options_and_one_line_errors(capsys):
+    assert parse("bench", ["generate", "--batches", "2", "--lengths", "8"]).what == replace(
+        GenerateArguments(), batches=(2,), lengths=(8,)
+    )
+    for arguments in (["--batches", "0"], ["--new-tokens", "0"], ["--lengths", "0"]):
+        assert main(["bench", "generate", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert "expected" in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_without_cuda_it_is_one_line(capsys):
+    assert main(["bench", "generate"]) == 2
+    assert capsys.readouterr().err == "nsa bench: error: nsa bench measures a CUDA device, and PyTorch sees none here\n"
