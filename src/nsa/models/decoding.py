@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from nsa.models.cache import NSALlamaCache
+from nsa.modules.attention import PackedProjections
 
 
 class Decoder:
-    """Decoding steps of one token a row, over one static or paged cache.
+    """Decoding steps of one token a row, over one static or paged cache, with the weights of the moment it was made.
 
     The first step runs as it is, on a stream of its own: it compiles kernels and sets libraries up, which no capture
     may do. The second is captured and replayed, as are all after it.
@@ -33,6 +34,7 @@ class Decoder:
         lengths = self.tensors[0].lengths
         self.ids = torch.zeros(len(lengths), 1, dtype=torch.long, device=lengths.device)
         self.counts = torch.ones_like(lengths) if masked else None
+        self.packed = [PackedProjections.of(layer.self_attn) for layer in model.model.layers]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
         self.steps = 0
@@ -70,7 +72,7 @@ class Decoder:
 
     def step(self) -> Tensor:
         """The step itself, all of it on the device."""
-        hidden = self.model.model.decode(self.ids, self.cache, self.counts)
+        hidden = self.model.model.decode(self.ids, self.cache, self.counts, self.packed)
         return self.model.lm_head(hidden)
 
     def _on_the_side(self) -> Tensor:

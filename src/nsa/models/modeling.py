@@ -5,6 +5,8 @@ window to its causal mask. attention="dense" is Llama. Weights that Llama has ke
 checkpoint loads, with only the new ones reported missing.
 """
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from nsa.backend import resolve, why_not_triton
 from nsa.models.cache import Layout, NSALlamaCache
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.decoding import Decoder
-from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention, step_padding
+from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention, PackedProjections, step_padding
 from nsa.modules.compression import Compression
 
 
@@ -69,6 +71,7 @@ class NSALlamaAttention(NativeSparseAttention):
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         decode_step: DecodeStep | None = None,
+        packed: PackedProjections | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         cache = None
@@ -79,7 +82,7 @@ class NSALlamaAttention(NativeSparseAttention):
             layer = past_key_values.layers[self.layer_idx]
             cache = layer.nsa
             if decode_step is not None:
-                return self.decode(hidden_states, cache.tensors, decode_step), None
+                return self.decode(hidden_states, cache.tensors, decode_step, packed), None
         out = super().forward(hidden_states, cache=cache, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q)
         if cache is not None:
             layer.num_columns += hidden_states.shape[1]
@@ -181,18 +184,25 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             **kwargs,
         )
 
-    def decode(self, input_ids: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> Tensor:
+    def decode(
+        self,
+        input_ids: Tensor,
+        cache: NSALlamaCache,
+        counts: Tensor | None,
+        packed: Sequence[PackedProjections | None] = (),
+    ) -> Tensor:
         """Hidden states of a decoding step: all of it on the device, at fixed addresses; `make_room` was called.
 
         Args:
             input_ids: [rows, t].
             cache: static or paged; the tokens are appended.
             counts: int32 [rows], how many of the t columns are tokens, the last ones of each row; None where all are.
+            packed: the input projections of each layer as one.
         """
         hidden = self.embed_tokens(input_ids)
         step = self._step(hidden, cache, counts)
-        for layer in self.layers:
-            hidden = layer(hidden, past_key_values=cache, decode_step=step)
+        for layer, one in zip_longest(self.layers, packed):
+            hidden = layer(hidden, past_key_values=cache, decode_step=step, packed=one)
         return self.norm(hidden)
 
     def _step(self, embeds: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> DecodeStep:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
@@ -68,8 +69,32 @@ class DecodeStep:
         stride = config.compress_stride
         strides = lengths[:, None] // stride + torch.arange(-(-t // stride), device=lengths.device)
         blocks = (strides + 1) * stride - config.compress_block_size
-        cos, sin = rotary(like, torch.cat([positions, blocks], dim=1).clamp(min=0))
-        return cls(counts, cos[:, :t], sin[:, :t], cos[:, t:], sin[:, t:])
+        factors = rotary(like, torch.cat([positions, blocks], dim=1).clamp(min=0))
+        (cos, cos_cmp), (sin, sin_cmp) = ((x[:, :t].contiguous(), x[:, t:].contiguous()) for x in factors)
+        return cls(counts, cos, sin, cos_cmp, sin_cmp)
+
+
+@dataclass(frozen=True)
+class PackedProjections:
+    """The input projections of a layer as one, since in a decoding step eight small products take longer than one.
+
+    A copy of the weights of that moment: q, k, v, (k_win, v_win, k_raw, v_raw,) gates.
+    """
+
+    weight: Float[Tensor, "all hidden"]
+    bias: Float[Tensor, " all"]
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, layer: "NativeSparseAttention") -> "PackedProjections | None":
+        """None where a projection is more than a linear layer (adapters, quantized weights, hooks)."""
+        projections = [*layer.input_projections(), layer.gate_proj]
+        plain = all(type(p) in (nn.Linear, Gates) and not p._forward_hooks for p in projections)
+        weights: list[Tensor] = [p.weight for p in projections]
+        if not plain or len({(w.dtype, w.device) for w in weights}) > 1:
+            return None
+        biases = [w.new_zeros(len(w)) if p.bias is None else p.bias for p, w in zip(projections, weights, strict=True)]
+        return cls(torch.cat(weights).detach(), torch.cat(biases).detach(), [len(w) for w in weights])
 
 
 class NativeSparseAttention(nn.Module):
@@ -221,30 +246,41 @@ class NativeSparseAttention(nn.Module):
             y = torch.empty_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
         return y
 
+    def input_projections(self) -> list[nn.Linear]:
+        """q, k, v; and those of the window's and of compression's keys and values where they have their own."""
+        own = [self.q_proj, self.k_proj, self.v_proj]
+        if self.config.shared_kv:
+            return own
+        return [*own, self.k_proj_win, self.v_proj_win, self.k_proj_cmp, self.v_proj_cmp]
+
     def decode(
-        self, x: Float[Tensor, "b t hidden"], tensors: CacheTensors, step: DecodeStep
+        self,
+        x: Float[Tensor, "b t hidden"],
+        tensors: CacheTensors,
+        step: DecodeStep,
+        packed: PackedProjections | None = None,
     ) -> Float[Tensor, "b t hidden"]:
         """Attention output of a decoding step; the tokens are appended to `tensors`, whose lengths advance.
 
         All of it happens on the device, at fixed addresses: a CUDA graph can hold it. The cache that owns the tensors
         has been told by `make_room`. Columns before a row's tokens are padding and carry only the output's bias.
         """
-        q = self._heads(self.q_proj, x)
-        k, v = self._heads(self.k_proj, x), self._heads(self.v_proj, x)
-        k_win = v_win = None
-        k_raw, v_raw = k, v
-        if not self.config.shared_kv:
-            k_win, v_win = self._heads(self.k_proj_win, x), self._heads(self.v_proj_win, x)
-            k_raw, v_raw = self._heads(self.k_proj_cmp, x), self._heads(self.v_proj_cmp, x)
+        if packed is None:
+            parts = [projection(x) for projection in self.input_projections()]
+            gates = self.gate_proj(x)
+        else:
+            *found, gates = F.linear(x, packed.weight, packed.bias).split(packed.sizes, dim=-1)
+            parts, gates = found, gates.sigmoid().unflatten(-1, (-1, 3))
+        q = parts[0].unflatten(-1, (self.num_heads, self.head_dim))
+        k, v, *rest = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in parts[1:])
+        k_win, v_win, k_raw, v_raw = rest or (None, None, k, v)
         append_tokens(
             tensors, k, v, k_win, v_win, k_raw, v_raw, self.config, self.compress_k.weights(),
             self.compress_v.weights(), step.cos_cmp, step.sin_cmp, counts=step.counts, cos=step.cos, sin=step.sin,
         )  # fmt: skip
-        out = decode_attention(q, self.gate_proj(x), tensors, self.config, cos=step.cos, sin=step.sin)
-        if step.counts is not None:
-            t = x.shape[1]
-            padding = torch.arange(t, device=x.device) < t - step.counts[:, None]
-            out = out.masked_fill(padding[:, :, None, None], 0.0)
+        out = decode_attention(
+            q, gates, tensors, self.config, counts=step.counts, cos=step.cos, sin=step.sin
+        )  # fmt: skip
         return self.o_proj(out.flatten(2))
 
     def _decode_columns(self, x: Tensor, cache: FixedNSACache, attention_mask: Tensor | None) -> Tensor:
