@@ -9,7 +9,7 @@ from rigged import Rigged, Uniform, write_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nsa.eval.prompts import chat_frame
-from nsa.eval.scoring import exact_match
+from nsa.eval.scoring import exact_match, wilson
 from nsa.eval.tasks import Continuation, MultiValue, Needle, Perplexity, Recall
 from nsa.training.tokenizer import byte_tokenizer, train_bpe
 
@@ -69,6 +69,7 @@ def test_multivalue_counts_the_share_of_values(text):
         model.known = known
         (row,) = task.run(model, tokenizer)
         assert (row.value, row.n, row.unit) == (known / 4, 4, "share of values")
+        assert (row.low, row.high) == wilson(known, 4)  # four equal shares prove no more than that
     with pytest.raises(ValueError, match=r"a multivalue row of 20 tokens cannot hold 4 values: they take \d+"):
         MultiValue(length=20, text=text).run(Uniform(tokenizer), tokenizer)
 

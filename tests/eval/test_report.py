@@ -3,16 +3,19 @@
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from nsa.config import NSAConfig
 from nsa.eval.maps import color_of, heat_map, marked_text
 from nsa.eval.pictures import BlockPicture, Curve, Head, KeysRead
+from nsa.eval.point_chart import NAME_HEIGHT, Point, as_file, point_chart
 from nsa.eval.report import Report
 from nsa.eval.result import Result, paired_difference
-from nsa.eval.svg import Series, format_number, line_chart
+from nsa.eval.svg import HEIGHT, Series, format_number, line_chart
 from nsa.eval.table import blocks_of, own_and_shared
 from nsa.eval.tasks import Row
 
@@ -215,3 +218,32 @@ def test_numbers_are_short():
     assert [format_number(x) for x in (0.0, 64, 1536, 8192, 65536, 0.123456, math.nan)] == [
         "0", "64", "1,536", "8k", "64k", "0.123", "–",
     ]  # fmt: skip
+
+
+def test_names_of_points_never_overlap_and_stand_in_the_order_of_their_dots():
+    points = [
+        Point(name=f"m{i}", color="red", x=100.0 + i, y=0.5 + 0.001 * (i % 3), low=0.4, high=0.6) for i in range(9)
+    ]
+    chart = point_chart(points, title="t", x_label="x", y_label="y", y_range=(0.0, 1.0))
+    names = re.findall(r'<text class="tick" x="[\d.]+" y="([\d.]+)" style="fill:red">m(\d)</text>', chart)
+    heights = [float(y) for y, _ in names]
+    assert len(names) == 9
+    assert all(b - a >= NAME_HEIGHT - 0.1 for a, b in pairwise(heights))
+    assert heights[0] > 0
+    assert heights[-1] < HEIGHT
+    assert [int(i) % 3 for _, i in names] == [2, 2, 2, 1, 1, 1, 0, 0, 0]
+    empty = point_chart([Point(name="a", color="red", x=1.0, y=math.nan)], title="t", x_label="x", y_label="y")
+    assert "no data" in empty
+    without = point_chart([Point(name="a", color="red", x=1.0, y=1.0)], title="t", x_label="x", y_label="y")
+    assert "nan" not in without
+
+
+def test_charts_as_a_file_are_one_picture_that_needs_no_page():
+    points = [Point(name="a", color="var(--dense)", x=1.0, y=1.0)]
+    chart = point_chart(points, title="t", x_label="x", y_label="y")
+    root = ElementTree.fromstring(as_file([("one", chart), ("two & three", chart), ("four", chart)]))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    inner = root.findall("{http://www.w3.org/2000/svg}svg")
+    assert len({(svg.get("x"), svg.get("y")) for svg in inner}) == 3
+    style = root.find("{http://www.w3.org/2000/svg}style").text
+    assert all(word in style for word in ("--dense:", ".grid", ".tick", "prefers-color-scheme: dark"))

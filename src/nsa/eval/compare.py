@@ -14,11 +14,14 @@ from nsa.eval.compare_rows import append, read_finished
 from nsa.eval.compare_run import Prepared, load_model, remember, run_apart, run_here
 from nsa.eval.compare_table import comparison_tables
 from nsa.eval.costs import Cost, Costs
+from nsa.eval.method_sections import quality_charts
 from nsa.eval.methods import METHODS
 from nsa.eval.models import Candidate, check_folder
+from nsa.eval.point_chart import as_file
 from nsa.eval.report import Report
 from nsa.eval.result import Result
 from nsa.eval.runner import circumstances
+from nsa.eval.sections import colors_of
 from nsa.eval.tasks import TASKS, Row
 from nsa.eval.tasks.lm_eval import PREFIX
 
@@ -58,6 +61,8 @@ def compare(arguments: CompareArguments) -> Result:
     title = f"Attention methods on {candidate.name}"
     lead = "The same weights, the same prompts, one budget of keys read per query."
     Report(result=result, title=title, lead=lead, costs=costs).save(arguments.output / "report.html")
+    charts = quality_charts(result, costs, colors_of(result))
+    (arguments.output / "quality.svg").write_text(as_file(charts), encoding="utf-8")
     if arguments.json:
         print(json.dumps({**json.loads(result.to_json()), "costs": [asdict(cost) for cost in costs.rows]}, indent=1))
         return result

@@ -1,36 +1,85 @@
 """A comparison of methods for the terminal: one line a method, what it finds and what it costs."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 
 from nsa.eval.costs import HEADS, Costs
-from nsa.eval.result import Result
+from nsa.eval.result import Result, paired_difference
+from nsa.eval.scoring import wilson
 from nsa.eval.tasks import Continuation, Perplexity
 from nsa.eval.tasks.task import Row
 
+LOSSES = (Perplexity.name, Continuation.name)
 
-def quality_of(result: Result, task: str) -> dict[tuple[str, int], float]:
-    """(method, length) -> the mean of the task's rows; of perplexity only that of all positions."""
+
+@dataclass(frozen=True)
+class Quality:
+    """A method's mean over a task's rows at one length, with its 95% interval (NaN bounds where nothing is known).
+
+    Of losses the interval is that of the difference from the reference, sample by sample, laid around `value`: the
+    texts differ much more from one another than methods do on one text.
+    """
+
+    value: float
+    low: float
+    high: float
+    difference: float | None = None
+    is_loss: bool = False
+
+    def text(self) -> str:
+        """For a table: "63.3% (51-74)", or "1.779 (+0.016 ± 0.004)"."""
+        half = (self.high - self.low) / 2
+        if not self.is_loss:
+            share = f"{self.value:.1%}"
+            return share if math.isnan(half) else f"{share} ({100 * self.low:.0f}-{100 * self.high:.0f})"
+        if self.difference is None:
+            return f"{self.value:.3f}"
+        within = "" if math.isnan(half) else f" ± {half:.3f}"
+        return f"{self.value:.3f} ({self.difference:+.3f}{within})"
+
+
+def quality_of(result: Result, task: str) -> dict[tuple[str, int], Quality]:
+    """(method, length) -> quality; of perplexity only that of all positions."""
 
     def counts(row: Row) -> bool:
         whole = row.where.get("positions", "all") == "all" or task == Continuation.name
         return row.n > 0 and whole and "length" in row.where
 
-    values: dict[tuple[str, int], list[float]] = {}
+    rows: dict[tuple[str, int], list[Row]] = {}
     for name in result.names:
         for row in filter(counts, result.of_task(name, task)):
-            values.setdefault((name, row.where["length"]), []).append(row.value)
-    return {place: sum(own) / len(own) for place, own in values.items()}
+            rows.setdefault((name, row.where["length"]), []).append(row)
+    return {
+        (name, length): _quality(own, rows.get((result.reference or name, length), own))
+        for (name, length), own in rows.items()
+    }
+
+
+def _quality(rows: Sequence[Row], reference: Sequence[Row]) -> Quality:
+    value = sum(row.value for row in rows) / len(rows)
+    if rows[0].task in LOSSES:
+        if rows is reference:
+            return Quality(value, math.nan, math.nan, is_loss=True)
+        difference, error = paired_difference(rows[0], reference[0])
+        return Quality(value, value - 1.96 * error, value + 1.96 * error, difference, is_loss=True)
+    if any(row.correct is None for row in rows):
+        return Quality(value, rows[0].low, rows[0].high)
+    return Quality(value, *wilson(sum(row.correct or 0 for row in rows), sum(row.n for row in rows)))
 
 
 def comparison_tables(result: Result, costs: Costs) -> Group:
     """Two tables a length; rows of lm-eval, which have no length, in one more."""
     tables = []
     for length in costs.lengths():
-        quality = _table(f"{length:,} tokens: mean over each task's rows (losses in nats per token)")
+        quality = _table(
+            f"{length:,} tokens: right answers and their 95% interval; nats per token and the difference from "
+            f"{result.reference}"
+        )
         columns = [task for task in result.tasks if any(at == length for _, at in quality_of(result, task))]
         for column in columns:
             quality.add_column(column, justify="right")
@@ -57,10 +106,8 @@ def comparison_tables(result: Result, costs: Costs) -> Group:
 
 
 def _value(result: Result, task: str, name: str, length: int) -> str:
-    value = quality_of(result, task).get((name, length), math.nan)
-    if math.isnan(value):
-        return "no result"
-    return f"{value:.3f}" if task in (Perplexity.name, Continuation.name) else f"{value:.1%}"
+    quality = quality_of(result, task).get((name, length))
+    return "no result" if quality is None else quality.text()
 
 
 def _table(title: str) -> Table:

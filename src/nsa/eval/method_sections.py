@@ -1,13 +1,12 @@
 """The report's section of a comparison of methods: what each finds against what it reads, and what it costs."""
 
-from collections.abc import Mapping
 from html import escape
 
-from nsa.eval.compare_table import quality_of
+from nsa.eval.compare_table import LOSSES, quality_of
 from nsa.eval.costs import HEADS, Costs
+from nsa.eval.point_chart import Point, point_chart
 from nsa.eval.result import Result
-from nsa.eval.sections import Colors, legend, section
-from nsa.eval.svg import Series, line_chart
+from nsa.eval.sections import Colors, section
 from nsa.eval.tasks import Perplexity
 
 
@@ -15,20 +14,14 @@ def quality_and_costs(result: Result, costs: Costs | None, colors: Colors) -> st
     """The section; empty without costs."""
     if costs is None:
         return ""
-    cards = []
-    for task in result.tasks:
-        quality = quality_of(result, task)
-        if quality:
-            phase = "prefill" if task == Perplexity.name else "decode"
-            unit = next(row.unit for name in result.names for row in result.of_task(name, task))
-            title = f"{task}: quality against keys read"
-            chart = quality_chart(costs, quality, colors, title=title, y_label=unit, phase=phase)
-            cards.append(f'<div class="card"><h3>{escape(title)}</h3>{chart}</div>')
-    text = "One dot a method and length, named when pointed at: the task's mean over its rows against the keys that a "
-    text += "query reads, those read only to choose included (the table has them apart, prefill + decode). Keys are "
-    text += "counted while running, on average over queries, layers and query heads. Times are those of this library's "
-    text += "torch operations, not of a method's own kernels."
-    body = legend(colors) + f'<div class="grid-of">{"".join(cards)}</div>' + costs_html(costs, colors)
+    charts = quality_charts(result, costs, colors)
+    cards = [f'<div class="card"><h3>{escape(title)}</h3>{chart}</div>' for title, chart in charts]
+    text = "One dot a method: the task's mean over its rows, with its 95% interval, against the keys that a query "
+    text += "reads, those read only to choose included (the table has them apart, prefill + decode). A loss's whiskers "
+    text += "are those of its paired difference from the reference. Keys are counted while running, on average over "
+    text += "queries, layers and query heads. Times are those of this library's torch operations, not of a method's "
+    text += "own kernels."
+    body = f'<div class="grid-of">{"".join(cards)}</div>' + costs_html(costs, colors)
     return section("costs", "Quality and cost", text, body)
 
 
@@ -58,14 +51,24 @@ def costs_html(costs: Costs, colors: Colors) -> str:
     )
 
 
-def quality_chart(
-    costs: Costs, quality: Mapping[tuple[str, int], float], colors: Colors, *, title: str, y_label: str, phase: str
-) -> str:
-    """One dot a method and length: what it found against the keys that a query of `phase` read."""
-    series = []
-    for name in dict.fromkeys(cost.method for cost in costs.rows):
-        own = [c for c in costs.rows if c.method == name and (name, c.length) in quality and c.keys(phase)]
-        x, y = [c.keys(phase) or 0.0 for c in own], [quality[name, c.length] for c in own]
-        series.append(Series(name=name, color=colors[name], x=x, y=y, dots=True, line=False))
-    label = f"keys read by one query in {phase}, those read to choose included"
-    return line_chart(series, title=title, x_label=label, y_label=y_label, log_x=True)
+def quality_charts(result: Result, costs: Costs, colors: Colors) -> list[tuple[str, str]]:
+    """(heading, chart) of every task and length: what each method finds against the keys that a query reads."""
+    charts = []
+    for task in result.tasks:
+        quality = quality_of(result, task)
+        phase = "prefill" if task == Perplexity.name else "decode"
+        for length in sorted({length for _, length in quality}):
+            points = []
+            for cost in costs.rows:
+                found, keys = quality.get((cost.method, length)), cost.keys(phase)
+                if cost.length == length and found is not None and keys:
+                    points.append(
+                        Point(name=cost.method, color=colors[cost.method], x=keys, y=found.value, low=found.low,
+                              high=found.high)
+                    )  # fmt: skip
+            unit = next(row.unit for name in result.names for row in result.of_task(name, task))
+            title = f"{task} at {length:,} tokens"
+            label = f"keys read by one query in {phase}, to choose included"
+            shares = None if task in LOSSES else (0.0, 1.0)
+            charts.append((title, point_chart(points, title=title, x_label=label, y_label=unit, y_range=shares)))
+    return charts

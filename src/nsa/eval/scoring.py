@@ -78,7 +78,7 @@ def token_losses(
     return torch.cat(parts)
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson(correct: float, n: int) -> tuple[float, float]:
     """The 95% Wilson score interval of a proportion: honest also at 0 of n and at n of n.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.

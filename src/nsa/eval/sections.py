@@ -8,7 +8,7 @@ from typing import Any
 from nsa.eval.blocks import keys_per_query
 from nsa.eval.maps import block_strip, heat_map, marked_text
 from nsa.eval.pictures import BlockPicture, Curve, KeysRead
-from nsa.eval.result import Result
+from nsa.eval.result import Result, paired_difference
 from nsa.eval.svg import Series, format_number, interval_chart, line_chart
 from nsa.eval.table import blocks_of, own_and_shared
 
@@ -42,6 +42,7 @@ def table(result: Result, colors: Colors) -> str:
         for line in block.lines:
             cells = "".join(f"<td>{escape(v)}<small>{_typeset(detail)}</small></td>" for v, detail in line.cells)
             rows.append(f"<tr><td>{escape(line.where)}</td>{cells}</tr>")
+    dense = ' class="dense"' if len(result.names) > 5 else ""
     text = "Exact match of greedy answers: right answers of all, and the 95% Wilson interval. "
     text += "Losses in nats per token with their standard error over sequences"
     text += f"; beside {result.reference}, the paired difference and its standard error." if result.reference else "."
@@ -49,7 +50,7 @@ def table(result: Result, colors: Colors) -> str:
         "results",
         "Results",
         text,
-        f'<div class="card scroll"><table><thead><tr><th></th>{heads}</tr></thead>'
+        f'<div class="card scroll"><table{dense}><thead><tr><th></th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>",
     )
 
@@ -93,22 +94,39 @@ def long_context(result: Result, colors: Colors) -> str:
         title = f"Recall: {shared}" if shared else "Recall"
         cards.append(_card(title, interval_chart(names, series, title=title, y_label="exact match")))
     if "perplexity" in result.tasks:
-        series = []
-        for name in result.names:
-            own = [row for row in result.of_task(name, "perplexity") if row.where["positions"] != "all"]
-            middles = [(r.where["positions"][0] * r.where["positions"][1]) ** 0.5 for r in own]
-            series.append(
-                Series(name=name, color=colors[name], x=middles, y=[r.value for r in own],
-                       low=[r.value - r.error for r in own], high=[r.value + r.error for r in own], dots=True)
-            )  # fmt: skip
-        title = "Held-out loss by position"
-        chart = line_chart(series, title=title, x_label="tokens seen", y_label="nats per token", log_x=True)
-        cards.append(_card(title, chart))
+        cards += [_card(title, chart) for title, chart in losses_by_position(result, colors)]
     if not cards:
         return ""
     text = "Does the model find a value defined far above, and does text become easier the more of it has been seen? "
     text += "Whiskers are 95% Wilson intervals; the band is one standard error over sequences."
     return section("context", "What it gets from its context", text, legend(colors) + _grid(cards))
+
+
+def losses_by_position(result: Result, colors: Colors) -> list[tuple[str, str]]:
+    """(title, chart) of each length. More than three models would hide one another behind what the texts differ by:
+    of them it is the paired difference from the reference."""
+    buckets = {
+        name: [r for r in result.of_task(name, "perplexity") if r.where["positions"] != "all" and r.n]
+        for name in result.names
+    }
+    lengths = sorted({row.where["length"] for rows in buckets.values() for row in rows})
+    reference = result.reference if len(result.names) > 3 else None
+    truth = {str(row.where): row for row in buckets[reference]} if reference else {}
+    charts = []
+    for length in lengths:
+        series = []
+        for name, rows in buckets.items():
+            own = [r for r in rows if r.where["length"] == length and (not reference or str(r.where) in truth)]
+            pairs = [paired_difference(r, truth[str(r.where)]) if reference else (r.value, r.error) for r in own]
+            middles = [(r.where["positions"][0] * r.where["positions"][1]) ** 0.5 for r in own]
+            series.append(
+                Series(name=name, color=colors[name], x=middles, y=[y for y, _ in pairs], dots=True,
+                       low=[y - error for y, error in pairs], high=[y + error for y, error in pairs])
+            )  # fmt: skip
+        title = "Held-out loss by position" + (f", {length:,} tokens" if len(lengths) > 1 else "")
+        unit = f"nats per token above {reference}" if reference else "nats per token"
+        charts.append((title, line_chart(series, title=title, x_label="tokens seen", y_label=unit, log_x=True)))
+    return charts
 
 
 def needles(result: Result) -> str:

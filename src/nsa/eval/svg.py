@@ -60,10 +60,10 @@ def line_chart(
     ys = [y for s in series for y in (*s.y, *s.low, *s.high) if math.isfinite(y)]
     if not xs or not ys:
         return empty_chart(title)
-    x_axis = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
+    x_axis = scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
     low, high = y_range or _padded(min(ys), max(ys), log_y)
-    y_axis = _axis(low, high, HEIGHT - BOTTOM, TOP, log_y)
-    parts = [_frame(x_axis, y_axis, x_label, y_label)]
+    y_axis = scale(low, high, HEIGHT - BOTTOM, TOP, log_y)
+    parts = [frame(x_axis, y_axis, x_label, y_label)]
     for s in series:
         points = [(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)]
         if s.low and s.line:
@@ -82,7 +82,7 @@ def line_chart(
                 f"<title>{escape(s.name)}: {format_number(y)} at {format_number(x)}</title></circle>"
                 for x, y in points
             ]
-    return _svg(parts, title)
+    return svg(parts, title)
 
 
 def interval_chart(groups: Sequence[str], series: Sequence[Series], *, title: str, y_label: str) -> str:
@@ -111,11 +111,11 @@ def interval_chart(groups: Sequence[str], series: Sequence[Series], *, title: st
                 f'<circle cx="{x:.1f}" cy="{y_axis(y):.1f}" r="5.5" fill="{s.color}">'
                 f"<title>{escape(s.name)}: {y:.1%}, 95% interval {low:.1%} to {high:.1%}</title></circle>"
             )
-    return _svg(parts, title)
+    return svg(parts, title)
 
 
 def empty_chart(title: str) -> str:
-    return _svg([_text(WIDTH / 2, HEIGHT / 2, "no data", "middle")], title)
+    return svg([_text(WIDTH / 2, HEIGHT / 2, "no data", "middle")], title)
 
 
 def format_number(value: float) -> str:
@@ -129,22 +129,23 @@ def format_number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
-    parts = [_y_grid(y_axis, y_label)]
+def frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, right: float = WIDTH - RIGHT) -> str:
+    """Grid, ticks and labels of a plot that ends at `right`."""
+    parts = [_y_grid(y_axis, y_label, right=right)]
     for tick in x_axis.ticks:
         x = x_axis(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(_text(x, HEIGHT - BOTTOM + 17, format_number(tick), "middle"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle", "label"))
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 8, x_label, "middle", "label"))
     return "".join(parts)
 
 
-def _y_grid(y_axis: Axis, y_label: str, percent: bool = False) -> str:
+def _y_grid(y_axis: Axis, y_label: str, percent: bool = False, right: float = WIDTH - RIGHT) -> str:
     parts = []
     for tick in y_axis.ticks:
         y = y_axis(tick)
         name = f"{tick:.0%}" if percent else format_number(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 8, y + 4, name, "end"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
@@ -154,7 +155,8 @@ def _y_grid(y_axis: Axis, y_label: str, percent: bool = False) -> str:
     return "".join(parts)
 
 
-def _axis(low: float, high: float, start: float, end: float, log: bool) -> Axis:
+def scale(low: float, high: float, start: float, end: float, log: bool = False) -> Axis:
+    """An axis with about six round ticks."""
     if log:
         low, high = max(low, 1e-12), max(high, 1e-12)
         first, last = math.log2(low), math.log2(high)
@@ -194,7 +196,8 @@ def _wrap(text: str, width: int) -> list[str]:
     return lines[:2]
 
 
-def _svg(parts: Sequence[str], title: str, width: float = WIDTH, height: float = HEIGHT) -> str:
+def svg(parts: Sequence[str], title: str, width: float = WIDTH, height: float = HEIGHT) -> str:
+    """The whole picture, named for screen readers."""
     return (
         f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"

@@ -102,7 +102,7 @@ def _cell(row: Row, reference: Row | None) -> tuple[str, str]:
     if reference is None or not reference.n or not row.values:
         return value, "" if math.isnan(row.error) else f"± {row.error:.3f}"
     difference, error = paired_difference(row, reference)
-    return value, f"{difference:+.3f} ± {error:.3f}"
+    return value, f"{difference:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
 def _summed(rows: Sequence[Row]) -> list[Row]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nsa.eval.prompts import VALUE_LENGTH, Prompt, chat_frame
-from nsa.eval.scoring import mean_and_error, token_matches
+from nsa.eval.scoring import token_matches, wilson
 from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
 from nsa.training.retrieval import VALUE_LETTERS, filler_lines, random_name
@@ -58,8 +58,8 @@ class MultiValue:
             sum(all(match[a:b]) for a, b in spans) / len(spans)
             for (_, spans), match in zip(asked, matches, strict=True)
         ]
-        mean, error = mean_and_error(shares)
-        low, high = max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
+        mean = sum(shares) / len(shares)
+        low, high = wilson(sum(shares), len(shares))  # wide enough: a share varies no more than a coin of that mean
         where = {"length": self.length, "values": self.num_values}
         chance = len(VALUE_LETTERS) ** -VALUE_LENGTH
         return [Row(task=self.name, unit="share of values", where=where, value=mean, low=low, high=high,
