@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nsa.cli import main
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
+from nsa.models.decoding import Decoder
 from nsa.models.plan import plan
 from nsa.training.info import InfoConfig, info
 
@@ -31,6 +32,8 @@ def test_parameters_and_cache_are_those_of_the_model_and_of_what_it_allocates(at
             cache = NSALlamaCache(CONFIG, layout="static", max_length=200)
             model(ids, past_key_values=cache)
             assert sum(found.cache_bytes.values()) == cache.num_bytes()
+            packed = Decoder(model, cache, masked=False, capture=False).packed
+            assert found.packed_bytes == 4 * sum(one.weight.numel() + one.bias.numel() for one in packed)
         else:
             cache = model(ids).past_key_values
             assert sum(found.cache_bytes.values()) == sum(

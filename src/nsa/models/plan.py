@@ -35,11 +35,13 @@ class Plan:
     cache_bytes_per_token: float  # what one more token of one row adds
     keys_per_query: int
     prefill_bytes: int  # the worst moment of a chunk, on top of weights and cache
+    packed_bytes: int  # a captured step's copy of the input projections (nsa.models.decoding)
     step_bytes: int  # read by a decoding step of the whole batch
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + sum(self.cache_bytes.values()) + self.prefill_bytes
+        """At the worst moment: the prefill and the captured step do not meet."""
+        return self.weight_bytes + sum(self.cache_bytes.values()) + max(self.prefill_bytes, self.packed_bytes)
 
     def step_seconds(self, bandwidth: float) -> float:
         """A floor: the bytes of a step at `bandwidth` bytes a second."""
@@ -85,6 +87,7 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
             cache_bytes_per_token=per_token,
             keys_per_query=keys,
             prefill_bytes=_prefill_bytes(config, attention, columns, size) + batch * config.vocab_size * size,
+            packed_bytes=_packed_parameters(config) * size if attention == "nsa" else 0,
             step_bytes=streamed * size + pair * keys * batch,
         )
     return plans
@@ -116,6 +119,13 @@ def _static_cache_bytes(config: NSALlamaConfig, context: int, batch: int, dtype:
         name: config.num_hidden_layers * sum(x.numel() * x.element_size() for x in pair if x is not None)
         for name, pair in parts.items()
     }
+
+
+def _packed_parameters(config: NSALlamaConfig) -> int:
+    branches = 1 if config.nsa_config.shared_kv else 3
+    heads = config.num_attention_heads + branches * 2 * config.num_key_value_heads
+    columns = heads * config.head_dim + 3 * config.num_attention_heads
+    return config.num_hidden_layers * columns * (config.hidden_size + 1)
 
 
 def _prefill_bytes(config: NSALlamaConfig, attention: str, columns: int, size: int) -> int:

@@ -93,8 +93,11 @@ class PackedProjections:
         weights: list[Tensor] = [p.weight for p in projections]
         if not plain or len({(w.dtype, w.device) for w in weights}) > 1:
             return None
-        biases = [w.new_zeros(len(w)) if p.bias is None else p.bias for p, w in zip(projections, weights, strict=True)]
-        return cls(torch.cat(weights).detach(), torch.cat(biases).detach(), [len(w) for w in weights])
+        sizes = [p.out_features for p in projections]
+        biases: list[Tensor] = [
+            weights[0].new_zeros(size) if p.bias is None else p.bias for p, size in zip(projections, sizes, strict=True)
+        ]
+        return cls(torch.cat(weights).detach(), torch.cat(biases).detach(), sizes)
 
 
 class NativeSparseAttention(nn.Module):

@@ -160,6 +160,7 @@ def _show(config: InfoConfig, found: dict[str, Any]) -> None:
     for part, size in nsa["cache_bytes"].items():
         table.add_row(f"  {part}", _bytes(size), "", "")
     row(f"prefill, chunks of {found['prefill_chunk']:,}", "prefill_bytes", _bytes)
+    table.add_row("a captured step's own", _bytes(nsa["packed_bytes"]), "", "")
     row("memory in all", "total_bytes", _bytes)
     table.add_section()
     row("bytes read per step", "step_bytes", _bytes)
