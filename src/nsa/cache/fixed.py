@@ -140,7 +140,7 @@ class FixedNSACache(LayerCache):
         if self._tensors is None:
             self.allocate(b, g, d, v.shape[-1], k.dtype, k.device)
         else:
-            self._check_rows(b)
+            self.check_rows(b)
         counts = [t] * b if counts is None else counts
         starts = self.lengths
         ends = [start + count for start, count in zip(starts, counts, strict=True)]

@@ -50,7 +50,7 @@ class NSACache(LayerCache):
         counts: list[int] | None = None,
     ) -> CacheViews:
         b, t = k.shape[:2]
-        self._check_rows(b)
+        self.check_rows(b)
         counts = [t] * b if counts is None else counts
         self.window.append(k_win, v_win, counts)
         self.uncompressed.append(k_raw, v_raw, counts)

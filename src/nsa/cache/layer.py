@@ -124,7 +124,8 @@ class LayerCache(ABC):
             ValueError: no room; the cache is then what it was.
         """
 
-    def _check_rows(self, b: int) -> None:
+    def check_rows(self, b: int) -> None:
+        """ValueError where the next tokens are of another number of rows than before."""
         if self.lengths and len(self.lengths) != b:
             raise ValueError(f"{type(self).__name__}: expected {len(self.lengths)} rows as before, got {b}")
 

@@ -289,7 +289,7 @@ class NativeSparseAttention(nn.Module):
     def _decode_columns(self, x: Tensor, cache: FixedNSACache, attention_mask: Tensor | None) -> Tensor:
         """A decoding step of this layer by itself."""
         b, t, _ = x.shape
-        cache._check_rows(b)
+        cache.check_rows(b)
         counts, order = step_padding(attention_mask, b, t)
         if order is not None:
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
