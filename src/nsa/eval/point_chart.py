@@ -44,9 +44,9 @@ def point_chart(
     parts = [frame(x_axis, y_axis, x_label, y_label, right=right)]
     for p in points:
         if math.isfinite(p.low) and math.isfinite(p.high):
-            x = f"{x_axis(p.x):.1f}"
+            middle, bottom, top = x_axis(p.x), y_axis(p.low), y_axis(p.high)
             parts.append(
-                f'<line x1="{x}" x2="{x}" y1="{y_axis(p.low):.1f}" y2="{y_axis(p.high):.1f}" stroke="{p.color}" '
+                f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{bottom:.1f}" y2="{top:.1f}" stroke="{p.color}" '
                 f'stroke-width="1.6" opacity=".4"/>'
             )
     points = sorted(points, key=lambda p: (-p.y, -p.x))  # of equal height the nearest first: lines do not cross
