@@ -72,13 +72,18 @@ def phi_mlp(
     bias_out: Float[Tensor, " d"],
 ) -> Float[Tensor, "*blocks d"]:
     """mean(block) + MLP(flatten(block + position encoding)), one hidden layer with GELU."""
-    hidden = F.gelu(F.linear((blocks + position_encoding).flatten(-2), weight_in, bias_in))
+    # W (x + p) = W x + W p: the encoding is added once, not to every block.
+    bias = bias_in + weight_in @ position_encoding.flatten()
+    hidden = F.gelu(F.linear(blocks.flatten(-2), weight_in, bias))
     return blocks.mean(-2) + F.linear(hidden, weight_out, bias_out)
 
 
 def _blocks(x: Tensor, config: NSAConfig) -> Tensor:
-    """[b, s, g, d] -> [b, c, g, l, d]: a view, though neighbouring blocks overlap."""
-    length, stride = config.compress_block_size, config.compress_stride
-    if x.shape[1] < length:
-        return x.new_empty(x.shape[0], 0, x.shape[2], length, x.shape[3])
-    return x.unfold(1, length, stride).transpose(-1, -2)
+    """[b, s, g, d] -> [b, c, g, l, d]; put together from strides, for the backward of `unfold` is many times slower."""
+    count, stride = config.num_compressed_blocks(x.shape[1]), config.compress_stride
+    per_block = config.compress_block_size // stride
+    if count == 0:
+        return x.new_empty(x.shape[0], 0, x.shape[2], config.compress_block_size, x.shape[3])
+    strides = count + per_block - 1
+    x = x[:, : strides * stride].unflatten(1, (strides, stride)).transpose(2, 3)
+    return torch.cat([x[:, first : first + count] for first in range(per_block)], dim=3)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.tiled_attention import Tile, tile_elements, tiled_attention
+from nsa.ops.tiled_attention import Mask, Tile, tile_elements, tiled_attention
 from nsa.shapes import UNIFORM, Part, Sequences, bind
 
 # More queries in a tile than this would mostly add blocks that the first of them do not see.
@@ -84,7 +84,7 @@ def compressed_tiles(
                     slice(None),
                     slice(part.q_start + first, part.q_start + last),
                     slice(part.c_start, part.c_start + visible + len(ends)),
-                    masks=((visible, (ends <= positions[:, None]).float()),),
+                    masks=(Mask.alike(visible, ends <= positions[:, None]),),
                     positions=positions,
                 )
                 first = last

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.tiled_attention import Tile, tile_elements, tiled_attention
+from nsa.ops.tiled_attention import Mask, Tile, tile_elements, tiled_attention
 from nsa.shapes import UNIFORM, Part, Sequences, bind
 
 Tiling = Literal["by_query", "by_block", "masked"]
@@ -139,10 +139,10 @@ def _tiles_by_block(part: Part, chosen: Tensor, config: NSAConfig, blocks: int, 
                 for run in (*queries[:local].split(room), *queries[local:].split(room)):
                     if len(run) == 0:
                         continue
-                    masks: tuple[tuple[int, Tensor], ...] = ()
+                    masks: tuple[Mask, ...] = ()
                     if int(run[0]) + part.first_position < high - 1:
                         seen = torch.arange(low, high, device=run.device) <= run[:, None] + part.first_position
-                        masks = ((0, seen.float()),)
+                        masks = (Mask.alike(0, seen),)
                     keys = slice(part.k_start + low, part.k_start + high)
                     yield Tile(row_slice, slice(group, group + 1), _columns(part, run), keys, masks, partial=True)
 
@@ -164,14 +164,18 @@ def _tiles_masked(part: Part, chosen: Tensor, size: int, blocks: int, h: int) ->
         selected = torch.zeros(rows, groups, last - first, blocks + 1, device=chosen.device)
         selected.scatter_(-1, chosen[:, :, first:last].where(chosen[:, :, first:last] >= 0, blocks), 1.0)
         positions = torch.arange(first, last, device=chosen.device) + part.first_position
-        mask = selected.unsqueeze(-1).expand(*selected.shape, size).flatten(-2)[..., :high]
-        mask *= torch.arange(high, device=chosen.device) <= positions[:, None]
+        whole, rest = divmod(high, size)
+        masks = [Mask(0, selected[..., :whole], size)] if whole else []
+        masks += [Mask(whole * size, selected[..., whole : whole + 1], rest)] if rest else []
+        # What lies after a query: only keys from the first query's position on can.
+        low = part.first_position + first
+        masks += [Mask.alike(low, torch.arange(low, high, device=chosen.device) <= positions[:, None])]
         yield Tile(
             part.rows,
             slice(None),
             slice(part.q_start + first, part.q_start + last),
             slice(part.k_start, part.k_start + high),
-            masks=((0, mask),),
+            masks=tuple(masks),
             typical_key=positions,  # the own one
         )
         first = last

@@ -32,6 +32,29 @@ def tile_elements() -> int:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Which keys are visible to which queries, in one stretch of a tile's keys."""
+
+    first: int  # key of the tile
+    visible: Tensor  # [b, g, queries, n], fp32, 1 or 0; dimensions of size 1 where all are alike
+    width: int = 1  # how many neighbouring keys each of the n stands for
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its stretch of x [b, g, queries, heads, keys], as [..., n, width]."""
+        n = self.visible.shape[-1]
+        return x[..., self.first : self.first + n * self.width].unflatten(-1, (n, self.width))
+
+    @property
+    def factor(self) -> Tensor:
+        return self.visible[..., None, :, None]
+
+    @staticmethod
+    def alike(first: int, visible: Tensor) -> "Mask":
+        """Of bools [queries, n], the same for all rows and groups."""
+        return Mask(first, visible.float()[None, None])
+
+
+@dataclass(frozen=True)
 class Tile:
     """Queries against keys. Keys that no mask covers are visible to all of the tile's queries."""
 
@@ -39,9 +62,7 @@ class Tile:
     groups: slice  # KV heads
     queries: slice | Tensor  # columns of q; one by one only in a tile of one row and group
     keys: slice | Tensor  # columns of k and v
-    # From this key of the tile on, 1 for a visible one and 0 for a hidden one: [b, g, queries, keys covered], fp32,
-    # dimensions of size 1 where all are alike.
-    masks: tuple[tuple[int, Tensor], ...] = ()
+    masks: tuple[Mask, ...] = ()
     # For each query (or for all) a key of the tile whose score is probably not far below the row's largest.
     typical_key: int | Tensor = 0
     partial: bool = False  # whether its queries meet more keys in other tiles
@@ -241,11 +262,11 @@ def _exponentials(tile: Tile, scores: Tensor, reference: Tensor) -> Tensor:
     Hiding by a product after exp() is many times faster on a CPU than -inf before it. It needs finite exponentials.
     """
     scores.sub_(reference.unsqueeze(-1))
-    for first, mask in tile.masks:
-        scores[..., first : first + mask.shape[-1]].clamp_(max=LARGEST_EXPONENT)
+    for mask in tile.masks:
+        mask.of(scores).clamp_(max=LARGEST_EXPONENT)
     p = scores.exp_()
-    for first, mask in tile.masks:
-        p[..., first : first + mask.shape[-1]].mul_(mask.unsqueeze(-2))
+    for mask in tile.masks:
+        mask.of(p).mul_(mask.factor)
     return p
 
 
@@ -282,13 +303,15 @@ def _typical_scores(tile: Tile, scores: Tensor) -> Tensor:
 def _largest(tile: Tile, scores: Tensor) -> Tensor:
     """The largest visible score of each row, -inf where there is none."""
     visible = scores.clone()
-    for first, mask in tile.masks:
-        visible[..., first : first + mask.shape[-1]].masked_fill_((mask == 0).unsqueeze(-2), -torch.inf)
+    for mask in tile.masks:
+        mask.of(visible).masked_fill_(mask.factor == 0, -torch.inf)
     return visible.amax(-1)
 
 
 def _sum_over_heads(p: Tensor, share: Tensor) -> Tensor:
     """Probabilities share * p [b, g, queries, heads, keys], summed over the heads of each group."""
+    if p.shape[3] == 1:
+        return (p * share.unsqueeze(-1)).squeeze(3)
     return (share.flatten(0, 2).unsqueeze(1) @ p.flatten(0, 2)).view(*p.shape[:3], -1)
 
 

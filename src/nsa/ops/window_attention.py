@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.ops.tiled_attention import Tile, tile_elements, tiled_attention
+from nsa.ops.tiled_attention import Mask, Tile, tile_elements, tiled_attention
 from nsa.shapes import UNIFORM, Sequences, bind
 
 # Queries that share a tile, or a quarter of the window if that is more: four of five keys are then visible to a query.
@@ -63,8 +63,8 @@ def window_attention(
                 edge = last - first
                 first_keys = age if high - low < 2 * edge else age[:, :edge]
                 masks = (
-                    (0, (first_keys < window_size).float()),
-                    (high - low - edge, (age[:, -edge:] >= 0).float()),
+                    Mask.alike(0, first_keys < window_size),
+                    Mask.alike(high - low - edge, age[:, -edge:] >= 0),
                 )
                 yield Tile(
                     part.rows,
