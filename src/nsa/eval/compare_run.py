@@ -60,9 +60,7 @@ def run_apart(
         ValueError: if a process dies, as one does that the system kills for its memory.
     """
     threads = max(1, torch.get_num_threads() // arguments.processes)
-    pool = ProcessPoolExecutor(
-        arguments.processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(arguments, threads)
-    )
+    pool = ProcessPoolExecutor(arguments.processes, _context(), initializer=_begin, initargs=(arguments, threads))
     waiting: dict[str, list[Cell]] = {}
     running: dict[Future[dict[str, Any]], Cell] = {}
 
@@ -152,6 +150,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _context() -> Any:
+    """How processes begin: with nothing of this one, whose CUDA they could not use, but with what all must import."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nsa.eval.compare_run", "nsa.models"])
+    return context
 
 
 _of_this_process: dict[str, Candidate] = {}
