@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from nsa import NSAConfig, native_sparse_attention
 from nsa.ops.compress import compress, phi_mean
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Arguments:
     )
     repeats: int = 3  # the median counts; lengths from 32k are measured once
     threads: int = 2
-    output: Path | None = None  # write the rows as JSON
+    output: Path | None = None  # write the rows as JSON, after every measurement
 
 
 def inputs(arguments: Arguments, t: int, s: int) -> tuple[Tensor, ...]:
@@ -70,7 +73,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
 
 
-def forward_row(arguments: Arguments, length: int, backward: bool) -> dict[str, float | int | str]:
+def forward_row(arguments: Arguments, length: int, backward: bool) -> Row:
     q, k, v, gates = inputs(arguments, length, length)
     tensors = [x.requires_grad_(backward) for x in (q, k, v, gates)]
 
@@ -91,7 +94,7 @@ def forward_row(arguments: Arguments, length: int, backward: bool) -> dict[str, 
 
 
 @torch.no_grad()
-def decode_row(arguments: Arguments, length: int) -> dict[str, float | int | str]:
+def decode_row(arguments: Arguments, length: int) -> Row:
     config = NSAConfig()
     q, k, v, gates = inputs(arguments, 1, length)
     k_cmp, v_cmp = compress(k, phi_mean, config), compress(v, phi_mean, config)
@@ -111,7 +114,7 @@ def decode_row(arguments: Arguments, length: int) -> dict[str, float | int | str
     }  # fmt: skip
 
 
-def peak_memory(arguments: Arguments, length: int) -> dict[str, float | int | str]:
+def memory_row(arguments: Arguments, length: int) -> Row:
     """Of a process of its own: torch, the inputs, forward and backward, H=8, HK=1, D=64."""
     script = f"""
 import resource, torch
@@ -138,12 +141,23 @@ def main(arguments: Arguments) -> None:
         (forward_row, (arguments, length, True)) for length in arguments.lengths if length <= arguments.backward_up_to
     ]
     work += [(decode_row, (arguments, length)) for length in arguments.decode_lengths]
+    if arguments.memory_length:
+        work.append((memory_row, (arguments, arguments.memory_length)))
     with console.status("measuring") as status:
         for function, given in work:
-            status.update(f"measuring {function.__name__.removesuffix('_row')} at {given[1]} tokens")
+            what = function.__name__.removesuffix("_row")
+            status.update(f"measuring {what} at {given[1]} tokens")
             rows.append(function(*given))
+            console.print(
+                ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
+            )
+            if arguments.output:
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps(rows, indent=2))
+    console.print(table([row for row in rows if "nsa_s" in row]))
 
-    memory = peak_memory(arguments, arguments.memory_length) if arguments.memory_length else None
+
+def table(rows: list[Row]) -> Table:
     table = Table("", "tokens", "NSA", "SDPA", "speed-up", "NSA us/token", "SDPA folded", "speed-up")
     for row in rows:
         decode = row["what"] == "decode"
@@ -154,13 +168,7 @@ def main(arguments: Arguments) -> None:
             str(row["what"]), f"{row['tokens']}", f"{row['nsa_s'] * scale:.2f} {unit}",
             f"{row['sdpa_s'] * scale:.2f} {unit}", f"{row['speedup']:.2f}x", per_token, *more,
         )  # fmt: skip
-    console.print(table)
-    if memory:
-        console.print(f"{memory['what']}, {memory['tokens']} tokens: {memory['gib']:.1f} GiB")
-        rows.append(memory)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(rows, indent=2))
+    return table
 
 
 if __name__ == "__main__":
