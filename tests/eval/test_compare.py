@@ -59,6 +59,11 @@ def test_every_method_is_a_line_of_every_task(folder, tmp_path, capsys):
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(f'<section id="{name}">' in html for name in ("costs", "results", "context", "needle", "run"))
     assert "://" not in html
+    tables = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert {line.split(" | ")[0] for line in tables.splitlines() if line.count("|") == 7} >= {
+        f"| {m}" for m in LAID_OVER
+    }
+    assert (tmp_path / "quality.svg").read_text(encoding="utf-8").count('role="img"') == len(TASKS)
     for record in records(tmp_path):
         reads, positions = record["reads"]["decode"], record["reads"]["decode"]["queries"]
         if record["method"] == "full" and positions:

@@ -12,7 +12,7 @@ from rich.console import Console
 from nsa.eval.compare_cells import Cell, cells_of
 from nsa.eval.compare_rows import append, read_finished
 from nsa.eval.compare_run import Prepared, load_model, remember, run_apart, run_here
-from nsa.eval.compare_table import comparison_tables
+from nsa.eval.compare_table import comparison_markdown, comparison_tables
 from nsa.eval.costs import Cost, Costs
 from nsa.eval.method_sections import quality_charts
 from nsa.eval.methods import METHODS
@@ -62,6 +62,7 @@ def compare(arguments: CompareArguments) -> Result:
     lead = "The same weights, the same prompts, one budget of keys read per query."
     Report(result=result, title=title, lead=lead, costs=costs).save(arguments.output / "report.html")
     charts = quality_charts(result, costs, colors_of(result))
+    (arguments.output / "tables.md").write_text(comparison_markdown(result, costs), encoding="utf-8")
     (arguments.output / "quality.svg").write_text(as_file(charts), encoding="utf-8")
     if arguments.json:
         print(json.dumps({**json.loads(result.to_json()), "costs": [asdict(cost) for cost in costs.rows]}, indent=1))

@@ -23,7 +23,8 @@ class CompareArguments:
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a decoder of the Llama family (Llama, Qwen, Mistral, SmolLM), or of an NSA model."""
     methods: tuple[str, ...] = ()
-    """Which methods: nsa, full, exact_top, streaming_llm, h2o, infllm, quest, minference, clusterkv, magicpig.
+    """Which methods: nsa, full, exact_top, streaming_llm, h2o, infllm, quest, minference, clusterkv, magicpig, and what
+    is added to nsa.eval.methods.
     Default: all that the model can run (an NSA model runs nsa alone)."""
     tasks: tuple[str, ...] = ("needle", "recall", "multivalue", "perplexity", "continuation")
     """Which tasks: needle, recall, multivalue, perplexity, continuation, or lm_eval:NAME for a task of lm-eval."""
@@ -52,7 +53,7 @@ class CompareArguments:
     lm_eval_path: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """A folder of lm-eval's task files (YAML) of your own."""
     output: Path = Path("nsa-compare")
-    """Folder for rows.jsonl, compare.json and report.html."""
+    """Folder for rows.jsonl, compare.json, report.html, and tables.md and quality.svg for a document."""
     json: bool = False
     """Print the result as JSON instead of tables."""
     device: str = "cpu"

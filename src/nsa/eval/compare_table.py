@@ -72,45 +72,56 @@ def _quality(rows: Sequence[Row], reference: Sequence[Row]) -> Quality:
     return Quality(value, *wilson(sum(row.correct or 0 for row in rows), sum(row.n for row in rows)))
 
 
-def comparison_tables(result: Result, costs: Costs) -> Group:
-    """Two tables a length; rows of lm-eval, which have no length, in one more."""
-    tables = []
+@dataclass(frozen=True)
+class Sheet:
+    """A table without its form."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+
+
+def sheets_of(result: Result, costs: Costs) -> list[Sheet]:
+    """Two a length, quality and costs; rows of lm-eval, which have no length, in one more."""
+    sheets = []
     for length in costs.lengths():
-        quality = _table(
-            f"{length:,} tokens: right answers and their 95% interval; nats per token and the difference from "
-            f"{result.reference}"
-        )
-        columns = [task for task in result.tasks if any(at == length for _, at in quality_of(result, task))]
-        for column in columns:
-            quality.add_column(column, justify="right")
-        cost = _table(
-            "per query: keys attended to, keys read to choose (prefill + decode), time; cache of one sequence"
-        )
-        for head in HEADS:
-            cost.add_column(head, justify="right")
+        title = f"{length:,} tokens: right answers and their 95% interval; nats per token"
+        title += f" and the difference from {result.reference}" if result.reference else ""
+        qualities = {task: quality_of(result, task) for task in result.tasks}
+        columns = [task for task, found in qualities.items() if any(at == length for _, at in found)]
+        rows = []
         for name in result.names:
-            quality.add_row(name, *(_value(result, task, name, length) for task in columns))
-            for own in costs.rows:
-                if (own.method, own.length) == (name, length):
-                    cost.add_row(name, *own.cells())
-        tables += [quality, cost]
+            found = [qualities[task].get((name, length)) for task in columns]
+            rows.append([name, *("no result" if quality is None else quality.text() for quality in found)])
+        sheets.append(Sheet(title, columns, rows))
+        title = "per query: keys attended to, keys read to choose (prefill + decode), time; cache of one sequence"
+        here = {cost.method: cost for cost in costs.rows if cost.length == length}
+        sheets.append(Sheet(title, list(HEADS), [[name, *here[name].cells()] for name in result.names if name in here]))
     harness = [(name, row) for name in result.names for row in result.rows[name] if "length" not in row.where]
     if harness:
-        table = _table("lm-eval")
-        for head in ("task", "metric", "value", "n"):
+        rows = [[name, row.where["task"], row.unit, f"{row.value:.4f}", str(row.n)] for name, row in harness]
+        sheets.append(Sheet("lm-eval", ["task", "metric", "value", "n"], rows))
+    return sheets
+
+
+def comparison_tables(result: Result, costs: Costs) -> Group:
+    """For the terminal."""
+    tables = []
+    for sheet in sheets_of(result, costs):
+        table = Table(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", min_width=13, no_wrap=True)
+        for head in sheet.heads:
             table.add_column(head, justify="right")
-        for name, row in harness:
-            table.add_row(name, row.where["task"], row.unit, f"{row.value:.4f}", str(row.n))
+        for row in sheet.rows:
+            table.add_row(*row)
         tables.append(table)
     return Group(*tables)
 
 
-def _value(result: Result, task: str, name: str, length: int) -> str:
-    quality = quality_of(result, task).get((name, length))
-    return "no result" if quality is None else quality.text()
-
-
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", min_width=13, no_wrap=True)
-    return table
+def comparison_markdown(result: Result, costs: Costs) -> str:
+    """For a document."""
+    parts = []
+    for sheet in sheets_of(result, costs):
+        lines = [["", *sheet.heads], ["---", *("--:" for _ in sheet.heads)], *sheet.rows]
+        parts.append(f"{sheet.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    return "\n".join(parts)
