@@ -249,7 +249,8 @@ def test_assisted_generation_by_graphs() -> None:
         for parameter in assistant.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
     assisted = built.generate(ids, assistant_model=assistant, max_new_tokens=40, do_sample=False)
-    assert built.decode_path == assistant.decode_path == "CUDA graphs"
+    assert built.decode_path == "CUDA graphs"
+    assert "assistant" in assistant.decode_path
     assert torch.equal(assisted, built.generate(ids, max_new_tokens=40, do_sample=False, cuda_graphs=False))
 
 
@@ -284,5 +285,4 @@ def test_a_long_prompt_stays_within_the_plan(rows, context, chunk) -> None:
         del out
         peaks.append(torch.cuda.max_memory_allocated() - before)
     planned = plan(config, context=context + 17, batch=rows, chunk=chunk, dtype=torch.bfloat16)["NSA"]
-    print(f"peak {peaks[-1] / 2**20:.1f} MiB, planned {planned}")
     assert peaks[-1] <= sum(planned.cache_bytes.values()) + planned.prefill_bytes

@@ -170,9 +170,9 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
                 assert position_ids is not None
                 kwargs["cu_seq_lens_q"] = packed_boundaries(position_ids)
         if isinstance(past_key_values, NSALlamaCache) and not torch.is_grad_enabled():
-            fixed = past_key_values.fixed
-            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            if fixed and fixed[0].can_step(embeds.shape[1]):
+            fixed, given = past_key_values.fixed, input_ids if inputs_embeds is None else inputs_embeds
+            if fixed and given is not None and fixed[0].can_step(given.shape[1]):
+                embeds = self.embed_tokens(given) if inputs_embeds is None else given
                 return self._forward_step(embeds, attention_mask, past_key_values, use_cache=use_cache, **kwargs)
         return super().forward(
             input_ids,
@@ -283,8 +283,8 @@ class NSALlamaForCausalLM(NSALlamaPreTrainedModel, LlamaForCausalLM):
           an error, in one line, where they cannot be. By default they are left out in these cases, and
           `model.decode_path` says afterwards which it was:
           not on a CUDA device; a growing cache (asked for, or because a static one would not fit into the free
-          memory); attentions or hidden states are to be returned; a rotary embedding that changes with the length;
-          a model spread over devices; sizes that the kernels do not take.
+          memory); attentions or hidden states are to be returned; the model is an assistant; a rotary embedding that
+          changes with the length; a model spread over devices; sizes that the kernels do not take.
         * `cache_implementation` is "static" or "dynamic" (growing); or give an `NSALlamaCache` as past_key_values.
         * `prefill_chunk_size` bounds the memory of a long prompt.
         * Right-padded prompts become left-padded ones first, so that each row continues after its own last token.
@@ -371,6 +371,8 @@ class NSALlamaForCausalLM(NSALlamaPreTrainedModel, LlamaForCausalLM):
             return "the model is spread over devices"
         if generation_config.output_attentions or generation_config.output_hidden_states:
             return "attentions or hidden states are to be returned"
+        if generation_config.is_assistant:
+            return "an assistant's cache is used again, for longer texts"
         rope = self.model.rotary_emb.rope_type
         if rope in ("dynamic", "longrope"):
             return f"rotary embeddings of type {rope!r} change with the length"

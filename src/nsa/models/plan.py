@@ -23,6 +23,8 @@ GPUS = {
     "RTX 4090": (1008, 24),
     "RTX 5090": (1792, 32),
 }
+# Token ids, masks and positions of the prompt, as generate() holds and reorders them: eight int64 a token.
+PROMPT_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,8 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
             cache_bytes=cache,
             cache_bytes_per_token=per_token,
             keys_per_query=keys,
-            prefill_bytes=_prefill_bytes(config, attention, columns, size) + batch * config.vocab_size * size,
+            prefill_bytes=_prefill_bytes(config, attention, columns, size)
+            + batch * (config.vocab_size * size + context * PROMPT_BYTES),
             packed_bytes=_packed_parameters(config) * size if attention == "nsa" else 0,
             step_bytes=streamed * size + pair * keys * batch,
         )
@@ -133,8 +136,8 @@ def _prefill_bytes(config: NSALlamaConfig, attention: str, columns: int, size: i
     h, g, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     branches = 1 if attention == "dense" or config.nsa_config.shared_kv else 3
     queries, pairs = h * width, branches * 2 * g * width
-    # The residual and its norm; then queries and their rotation (or the branches' outputs and their sum) beside all
-    # keys and values, twice where they are rotated or gathered; or gate, up and their product.
+    # Embeddings, residual and its norm, rotary factors; then queries and their rotation (or the branches' outputs and
+    # their sum) beside all keys and values, twice where they are rotated or gathered; or gate, up and their product.
     attention_part = 5 * queries + 2 * pairs
-    mlp_part = 3 * config.intermediate_size
-    return columns * size * (2 * config.hidden_size + max(attention_part, mlp_part))
+    mlp_part = 4 * config.intermediate_size
+    return columns * size * (3 * config.hidden_size + 4 * width + max(attention_part, mlp_part))
