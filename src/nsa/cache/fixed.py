@@ -18,6 +18,10 @@ from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache, 
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 
+# A chunk of so many tokens has its keys copied side by side, one layer's at a time: the kernels for Hopper read them
+# by TMA, which does not take the heads' distance in a cache, and such a chunk is worth a copy.
+COPY_FROM = 1024
+
 
 class FixedNSACache(LayerCache):
     """See `StaticNSACache` and `PagedNSACache`. Inference only: tensors that need gradients are an error."""
@@ -168,6 +172,8 @@ class FixedNSACache(LayerCache):
         uniform = len(set(ends)) <= 1 and min(counts, default=t) == t
         seqlens = None if uniform else torch.tensor(ends, device=k.device)
         k_slc, v_slc = self._read_tokens(tensors, longest)
+        if k.is_cuda and t >= COPY_FROM:
+            k_slc, v_slc = k_slc.contiguous(), v_slc.contiguous()
         k_cmp, v_cmp = self._read_compressed(tensors, longest)
         if tensors.k_win is None:
             return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_slc, v_slc, seqlens, seqlens)

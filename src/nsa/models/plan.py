@@ -89,6 +89,7 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
             cache_bytes_per_token=per_token,
             keys_per_query=keys,
             prefill_bytes=_prefill_bytes(config, attention, columns, size)
+            + (pair // layers * context * batch if attention == "nsa" else 0)  # a layer's keys, side by side
             + batch * (config.vocab_size * size + context * PROMPT_BYTES),
             packed_bytes=_packed_parameters(config) * size if attention == "nsa" else 0,
             step_bytes=streamed * size + pair * keys * batch,
