@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decode_checks import check_append, check_attention
+from decode_checks import MEMORY, check_append, check_attention
 from decoding import DecodeCase, Scene
 from poison import poisoned_memory
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.decoding import append_tokens, decode_attention
-from nsa.ops import decode as ops
 
 pytestmark = pytest.mark.gpu
 
@@ -131,7 +130,7 @@ def test_replays_of_a_graph_are_the_steps_one_by_one(page_size: int | None) -> N
         cos, sin = arguments["cos"], arguments["sin"]
         return decode_attention(scene.q, scene.gates, tensors, DEFAULT, cos=cos, sin=sin, backend="triton")
 
-    graphed, eager, plain = (scene.cache(start) for _ in range(3))
+    graphed, eager = (scene.cache(start) for _ in range(2))
     held = given(0)
     step_of(scene.cache(start), held)  # compiles
     torch.cuda.synchronize()
@@ -145,11 +144,9 @@ def test_replays_of_a_graph_are_the_steps_one_by_one(page_size: int | None) -> N
                 x.copy_(new[name])
         graph.replay()
         assert torch.equal(out, step_of(eager, new)), step
-        ops.append_tokens(plain, **new)
     assert graphed.lengths.tolist() == list(after)
-    for name in ("k", "v", "k_win", "v_win", "k_raw", "v_raw"):
-        torch.testing.assert_close(getattr(graphed, name), getattr(plain, name), atol=0, rtol=2**-7)
-    check_attention(replace(case, lengths=after), "cuda")
+    for name in MEMORY:
+        assert torch.equal(getattr(graphed, name), getattr(eager, name)), name
 
 
 def test_padding_columns_of_counts_give_zero() -> None:
@@ -173,4 +170,4 @@ def test_torch_compile_takes_a_step_whole() -> None:
 
     one, other = scene.cache(before), scene.cache(before)
     arguments = scene.new_tokens(before, 1, (1, 1), True)
-    assert torch.equal(torch.compile(step, fullgraph=True)(one, arguments), step(other, arguments))
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(one, arguments), step(other, arguments))

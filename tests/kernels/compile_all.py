@@ -46,7 +46,9 @@ CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 def compile_instead(architecture: int) -> None:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {
+            name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if name in kwargs
+        }
         values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.params):

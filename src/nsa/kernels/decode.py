@@ -26,34 +26,37 @@ LOG2E = 1.4426950408889634
 class Plan:
     """Sizes of the programs: none depends on the batch or on the cache's length."""
 
-    rows: int = 64  # queries x heads of a tile of the first launch, at most
     block_n: int = 64  # keys of a tile
-    splits: int = 32  # runs that a row's compressed keys are cut into, at most
-    least_tiles: int = 2  # tiles in such a run, at least
-    window_tiles: int = 4  # tiles in a run of the window
-    shares: int = 8  # programs that divide the selected blocks of a query between them
-    select_blocks: int = 1024  # blocks that one step of the top n looks at, at most
     warps: int = 4
     stages: int = 3
-    finish_warps: int = 8
-    finish_stages: int = 1
-    tile_bytes: int = 32768  # of keys and values in a tile, at most
+    splits: int = 16  # runs that a row's compressed keys are cut into, at most
+    least_tiles: int = 1  # tiles in such a run, at least
+    window_tiles: int = 4  # tiles in a run of the window
+    select_blocks: int = 1024  # blocks that one step of the top n looks at, at most
+    shares: int = 4  # programs that divide the selected blocks of a query between them
+    merges: int = 2  # programs that divide the columns of v between them to merge the first launch's splits
+    finish_n: int = 64
+    finish_warps: int = 4
+    finish_stages: int = 3
+    registers: int = 0  # of a thread, at most; 0: as the compiler likes
+    finish_registers: int = 0
     pdl: bool = True  # on Hopper and later, a launch may begin while the one before ends
 
 
 PLAN = Plan()
+# Queries x heads of a program: the fewest that the matrix units take.
+TILE_ROWS = 16
 # Rows (row, block, head) and units of a layer that a program of the append takes together.
 ROWS, UNITS = 16, 16
+# Bytes of keys and values in a tile, at most.
+TILE_BYTES = 32768
 
 
-def plan_for(heads: Heads, bytes_each: int, shared: int) -> tuple[int, int]:
-    """Keys in a tile and pipelining stages: what fits the device's shared memory with these widths."""
-    block_n, stages = PLAN.block_n, PLAN.stages
-    while block_n > 16 and block_n * (heads.padded_d + heads.padded_e) * bytes_each > PLAN.tile_bytes:
-        block_n //= 2
-    while stages > 1 and stages * block_n * (heads.padded_d + heads.padded_e) * bytes_each > shared // 2:
-        stages -= 1
-    return block_n, stages
+def tile_keys(heads: Heads, q: Tensor, keys: int) -> int:
+    """Keys in a tile for these widths."""
+    while keys > 16 and keys * (heads.padded_d + heads.padded_e) * q.element_size() > TILE_BYTES:
+        keys //= 2
+    return keys
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,14 @@ class Workspace:
     slc_total: Tensor
     picks: Tensor
     bits: Tensor
+    pick_pages: Tensor
 
     @staticmethod
     def of(device: torch.device, *sizes: int) -> "Workspace":
         """One allocation, cut; everything begins at a multiple of 64 bytes."""
         room = [-(-size // 16) * 16 for size in sizes]
         parts = list(torch.empty(sum(room), dtype=torch.float32, device=device).split(room))
-        return Workspace(*parts[:-2], *(part.view(torch.int32) for part in parts[-2:]))
+        return Workspace(*parts[:-3], *(part.view(torch.int32) for part in parts[-3:]))
 
 
 @torch.library.custom_op("nsa::decode_attention", mutates_args=("arrivals",))
@@ -146,63 +150,66 @@ def attend(
     cos, sin = (None if x is None else x.contiguous() for x in (cos, sin))
     pdl = PLAN.pdl and launch.is_hopper(q.device)
     launch_pdl = {"launch_pdl": True} if pdl else {}
-    block_n, stages = plan_for(heads, q.element_size(), launch.shared_memory(q.device))
-
     stride, select, n = config.compress_stride, config.select_block_size, config.num_selected_blocks
     per_block = select // stride
     per_block_padded = triton.next_power_of_2(per_block)
-    split_n = max(block_n, per_block_padded)
-    tile_strides = split_n // per_block_padded * per_block
+    keys = max(tile_keys(heads, q, PLAN.block_n), per_block_padded)
+    tile_blocks = keys // per_block_padded
+    tile_strides = tile_blocks * per_block
     group = heads.padded_group
-    block_q = max(1, 16 // group, min(triton.next_power_of_2(t), PLAN.rows // group))
-    window_keys = PLAN.window_tiles * split_n
+    head_tiles, block_q = max(1, group // TILE_ROWS), max(1, TILE_ROWS // group)
+    window_keys = PLAN.window_tiles * keys
     window_splits = triton.cdiv(config.window_size + block_q - 1, window_keys)
     every = PLAN.splits + window_splits
     pages, page_size = tensors.block_table.shape[1], tensors.k.shape[1]
-    num_blocks = triton.cdiv(pages * page_size, select)
-    num_tiles = triton.cdiv(triton.cdiv(pages * page_size, stride), tile_strides)
+    # Rounded up, so that rows begin where wide loads may begin.
+    num_tops = 16 * triton.cdiv(pages * page_size // stride, 16 * tile_strides)
+    num_blocks = num_tops * tile_blocks
 
     rows = b * t * h
     work = Workspace.of(
         q.device, rows * every * heads.e, rows * every, rows * every, rows * num_blocks,
-        rows * num_blocks, rows * num_tiles, rows, rows * heads.e,
+        rows * num_blocks, rows * num_tops, rows, rows * heads.e,
         rows * PLAN.shares * heads.e, rows * PLAN.shares, rows * PLAN.shares,
-        b * t * heads.g * padded_n, b * t * heads.g * padded_n,
+        *[b * t * heads.g * padded_n] * 3,
     )  # fmt: skip
     shared = tensors.k_win is None
     k_win, v_win = (tensors.k, tensors.v) if shared else (tensors.k_win, tensors.v_win)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
     common = {
         "D": heads.d, "DP": heads.padded_d, "E": heads.e, "EP": heads.padded_e, "G": heads.per_group,
         "STRIDE": stride, "SELECT": select, "N": n, "NP": padded_n,
         "PAGE_TOKENS": 0 if pages == 1 else page_size, "ROTATE": cos is not None,
         "SPLITS": PLAN.splits, "SPLITS_PADDED": triton.next_power_of_2(PLAN.splits), "LEAST_TILES": PLAN.least_tiles,
-        "WINDOW_SPLITS": window_splits, "BLOCK_Q": block_q, "PRECISION": precision, "PDL": pdl,
+        "WINDOW_SPLITS": window_splits, "BLOCK_Q": block_q, "HEAD_TILES": head_tiles,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "PDL": pdl,
     }  # fmt: skip
-    tiles = triton.cdiv(t, block_q)
+    tiles = triton.cdiv(t, block_q) * head_tiles
+    blocks = min(triton.next_power_of_2(max(num_blocks, 128)), PLAN.select_blocks)
     decode_split_kernel[(every, heads.g, b * tiles)](
         q, cos, sin, tensors.k_cmp, tensors.v_cmp, k_win, v_win, tensors.block_table, tensors.lengths,
         tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.own, work.spill, work.tops, work.lse,
-        work.picks, work.bits, t, pages, config.window_size, num_blocks, num_tiles, scale * LOG2E, *q.stride()[:3],
-        *tensors.k_cmp.stride()[:3], *tensors.v_cmp.stride()[:3], *k_win.stride()[:3], *v_win.stride()[:3],
-        GP=group, REACH=config.compress_block_size // stride, PER_BLOCK=per_block, PER_BLOCK_PADDED=per_block_padded,
-        INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
+        work.picks, work.bits, work.pick_pages, t, pages, config.window_size, num_blocks, num_tops, scale * LOG2E,
+        *q.stride()[:3], *tensors.k_cmp.stride()[:3], *tensors.v_cmp.stride()[:3], *k_win.stride()[:3],
+        *v_win.stride()[:3], GP=group, REACH=config.compress_block_size // stride, PER_BLOCK=per_block,
+        PER_BLOCK_PADDED=per_block_padded, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
         PAGE_STRIDES=0 if pages == 1 else page_size // stride, RING=0 if shared else k_win.shape[1],
         TILES=tiles, WINDOW_TILES=PLAN.window_tiles,
-        BLOCKS=max(min(max(triton.next_power_of_2(num_blocks), 128), PLAN.select_blocks), padded_n, split_n),
-        BLOCK_N=split_n, STAGES=stages, num_warps=PLAN.warps, **common, **launch_pdl,
+        BLOCKS=max(blocks, padded_n, tile_blocks),
+        BLOCK_N=keys, STAGES=PLAN.stages, num_warps=PLAN.warps, **common, **launch_pdl,
+        **({"maxnreg": PLAN.registers} if PLAN.registers else {}),
     )  # fmt: skip
-    wider = 1 if q.dtype == torch.float32 else 2  # no pipeline here, so the tile may be larger
-    finish_n = min(wider * block_n, max(16, triton.next_power_of_2(triton.cdiv(n, PLAN.shares) * select)))
-    decode_finish_kernel[(PLAN.shares, heads.g, b * t)](
+    merges = min(PLAN.merges, heads.padded_e)
+    finish_n = min(tile_keys(heads, q, PLAN.finish_n), max(16, triton.next_power_of_2(select)))
+    decode_finish_kernel[(PLAN.shares + merges, heads.g, b * t * head_tiles)](
         q, cos, sin, tensors.k, tensors.v, gates, out, tensors.block_table, tensors.lengths, counts,
         tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.others, work.slc_acc, work.slc_top,
-        work.slc_total, work.picks, t, pages, config.window_size, scale * LOG2E, *q.stride()[:3],
+        work.slc_total, work.picks, work.pick_pages, t, pages, config.window_size, scale * LOG2E, *q.stride()[:3],
         *tensors.k.stride()[:3], *tensors.v.stride()[:3],
-        ROWS=max(16, group), HAS_COUNTS=counts is not None, TILE_STRIDES=tile_strides,
+        ROWS=TILE_ROWS, HAS_COUNTS=counts is not None, TILE_STRIDES=tile_strides,
         WINDOW_SPLITS_PADDED=triton.next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
-        COLUMNS=max(1, heads.padded_e // PLAN.shares), BLOCK_N=finish_n, STAGES=PLAN.finish_stages,
+        MERGES=merges, BLOCK_N=finish_n, STAGES=PLAN.finish_stages,
         num_warps=PLAN.finish_warps, **common, **launch_pdl,
+        **({"maxnreg": PLAN.finish_registers} if PLAN.finish_registers else {}),
     )  # fmt: skip
     return out, work.picks[: b * t * heads.g * padded_n].view(b, t, heads.g, padded_n)
 
@@ -327,14 +334,17 @@ def append(
         "RAW_RING": tensors.k_raw.shape[1], "HAS_COUNTS": counts is not None, "ROWS": ROWS,
         "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32", "PDL": pdl,
     }  # fmt: skip
-    stages = 3 if max(common["DP"], common["EP"]) * k.element_size() <= 256 else 1
+    # Columns of a token that a step multiplies; short sums in fp32.
+    chunks = [min(32, x) if k.dtype == torch.float32 else x for x in (common["DP"], common["EP"])]
+    stages = 3 if max(chunks) * k.element_size() <= 256 else 1
     decode_append_kernel[(b * t + row_tiles * (tiles_k + tiles_v),)](
         *new, cos, sin, *memory, *layers_k[:3], *layers_v[:3], hidden_k, hidden_v, tensors.block_table,
         tensors.lengths, counts, before, b, t, g, num_new, pages, units_k, units_v, tiles_k, tiles_v,
         *(stride for x in new for stride in x.stride()[:3]), *(stride for x in memory for stride in x.stride()[:3]),
         GROUPS=triton.next_power_of_2(g), PAGE_TOKENS=0 if pages == 1 else page_size,
         RING=memory[2].shape[1], HAS_WINDOW=has_window, HAS_LAYER=kind != "mean", IS_MLP=kind == "mlp",
-        ROTATE=cos is not None, UNITS=UNITS, STAGES=stages, num_warps=4, **common, **launch_pdl,
+        ROTATE=cos is not None, UNITS=UNITS, CHUNK_D=chunks[0], CHUNK_E=chunks[1],
+        STAGES=stages, num_warps=4, **common, **launch_pdl,
     )  # fmt: skip
     decode_compress_kernel[(row_tiles, 2)](
         tensors.k_raw, tensors.v_raw, hidden_k, hidden_v, *layers_k[3:], *layers_v[3:], cos_cmp, sin_cmp,

@@ -59,17 +59,19 @@ def _first_layer(
     x, ring, position_encoding, weight, bias, out, flat, row, head, length, new, last, complete, first_unit, t,
     stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, units,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
-    IS_MLP: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    IS_MLP: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`units` outputs of the blocks' first layer, fp32, to out [flat, units]; activated for the MLP."""
-    d = tl.arange(0, DP)
     unit = first_unit + tl.arange(0, UNITS)
     x_rows = x + wide(row) * stride_xb + wide(head) * stride_xg
     ring_rows = ring + wide(row) * stride_r + wide(head) * stride_g
     first = (last + 1) * STRIDE - BLOCK
     acc = tl.zeros([ROWS, UNITS], tl.float32)
-    for token in tl.range(0, BLOCK, num_stages=STAGES):
+    lost = tl.zeros([ROWS, UNITS], tl.float32)
+    for step in tl.range(0, BLOCK * (DP // CHUNK), num_stages=STAGES):
+        token = step // (DP // CHUNK)
+        d = step % (DP // CHUNK) * CHUNK + tl.arange(0, CHUNK)
         position = first + token
         is_new = position >= length
         column = position - length + t - new
@@ -84,7 +86,15 @@ def _first_layer(
         w = load_rows(
             weight + (wide(unit) * (BLOCK * D) + token * D)[:, None] + d[None, :], unit < units, d < D, True, D != DP
         )
-        acc = tl.dot(tokens, tl.trans(w.to(tokens.dtype)), acc, input_precision=PRECISION)
+        part = tl.dot(tokens, tl.trans(w.to(tokens.dtype)), input_precision=PRECISION)
+        if PRECISION == "ieee":
+            # Thousands of terms: what a sum loses goes into the next, or fp32 would round more than PyTorch's sums do.
+            part -= lost
+            new_acc = acc + part
+            lost = (new_acc - acc) - part
+            acc = new_acc
+        else:
+            acc += part
     if IS_MLP:
         acc += tl.load(bias + unit, mask=unit < units, other=0.0).to(tl.float32)[None, :]
         acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
@@ -106,7 +116,7 @@ def decode_append_kernel(
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE_TOKENS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     RING: tl.constexpr, RAW_RING: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_LAYER: tl.constexpr,
     IS_MLP: tl.constexpr, ROTATE: tl.constexpr, HAS_COUNTS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    CHUNK_D: tl.constexpr, CHUNK_E: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     pid = tl.program_id(0)
@@ -120,7 +130,8 @@ def decode_append_kernel(
             tl.store(before + row, length)
         position = length + column - (t - new)
         there = (column >= t - new) & (position < pages_per_row * PAGE_SIZE)
-        page, place = page_of(block_table, row, position, there, pages_per_row, PAGE_TOKENS)
+        only_page = tl.load(block_table + wide(row) * pages_per_row)
+        page, place = page_of(block_table, only_page, row, position, there, pages_per_row, PAGE_TOKENS)
         there &= page >= 0
         _write_token(
             k, cos, sin, to_k, page, place, there, row, column, t, groups, stride_kb, stride_kt, stride_kg,
@@ -160,14 +171,14 @@ def decode_append_kernel(
                     k_raw, to_k_raw, position_encoding_k, weight_k, bias_k, hidden_k, flat, of_row, of_head,
                     of_length, of_new, last, complete, unit_tile * UNITS, t, stride_krb, stride_krt, stride_krg,
                     stride_tkrp, stride_tkrs, stride_tkrg, units_k,
-                    D, DP, BLOCK, STRIDE, RAW_RING, IS_MLP, UNITS, ROWS, STAGES, PRECISION,
+                    D, DP, BLOCK, STRIDE, RAW_RING, IS_MLP, UNITS, ROWS, CHUNK_D, STAGES, PRECISION,
                 )  # fmt: skip
             else:
                 _first_layer(
                     v_raw, to_v_raw, position_encoding_v, weight_v, bias_v, hidden_v, flat, of_row, of_head,
                     of_length, of_new, last, complete, (unit_tile - tiles_k) * UNITS, t,
                     stride_vrb, stride_vrt, stride_vrg, stride_tvrp, stride_tvrs, stride_tvrg, units_v,
-                    E, EP, BLOCK, STRIDE, RAW_RING, IS_MLP, UNITS, ROWS, STAGES, PRECISION,
+                    E, EP, BLOCK, STRIDE, RAW_RING, IS_MLP, UNITS, ROWS, CHUNK_E, STAGES, PRECISION,
                 )  # fmt: skip
 
 
@@ -201,7 +212,7 @@ def _phi_columns(
                 mask=(column < D)[:, None] & (unit < units)[None, :],
                 other=0.0,
             ).to(ring.dtype.element_ty)
-            result = tl.dot(h.to(w.dtype), tl.trans(w), result, input_precision=PRECISION)
+            result += tl.dot(h.to(w.dtype), tl.trans(w), input_precision=PRECISION)
         result += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     return result
 
@@ -226,7 +237,8 @@ def decode_compress_kernel(
     tl.store(lengths + row, length + new, mask=(flat < total) & (number == 0) & (head == 0) & is_k)
     if tl.sum(complete.to(tl.int32), 0) > 0:
         complete &= last < pages_per_row * (PAGE_SIZE // STRIDE)
-        page, place = page_of(block_table, row, last, complete, pages_per_row, PAGE_STRIDES)
+        only_page = tl.load(block_table + wide(row) * pages_per_row, mask=complete, other=0)
+        page, place = page_of(block_table, only_page, row, last, complete, pages_per_row, PAGE_STRIDES)
         complete &= page >= 0
         if is_k:
             d = tl.arange(0, DP)
@@ -239,19 +251,19 @@ def decode_compress_kernel(
                 k_raw, hidden_k, weight_k, bias_k, flat, row, head, last, complete, partner, units_k,
                 stride_krp, stride_krs, stride_krg, D, DP, BLOCK, STRIDE, RAW_RING, KIND, ROWS, UNITS, PRECISION,
             )  # fmt: skip
-            mask = complete[:, None] & (d < D)[None, :]
+            mask_d = complete[:, None] & (d < D)[None, :]
             at = ((wide(row) * num_new + number) * D)[:, None] + d[None, :]
-            c = tl.load(cos + at, mask=mask, other=0.0).to(tl.float32)
-            s = tl.load(sin + at, mask=mask, other=0.0).to(tl.float32)
+            c = tl.load(cos + at, mask=mask_d, other=0.0).to(tl.float32)
+            s = tl.load(sin + at, mask=mask_d, other=0.0).to(tl.float32)
             x = x * c + tl.where((d < D // 2)[None, :], -y, y) * s
             to = k_cmp + page * stride_kcp + wide(place) * stride_kcs + wide(head) * stride_kcg
-            tl.store(to[:, None] + d[None, :], x.to(k_cmp.dtype.element_ty), mask=mask)
+            tl.store(to[:, None] + d[None, :], x.to(k_cmp.dtype.element_ty), mask=mask_d)
         else:
             e = tl.arange(0, EP)
-            x = _phi_columns(
+            values = _phi_columns(
                 v_raw, hidden_v, weight_v, bias_v, flat, row, head, last, complete, e, units_v,
                 stride_vrp, stride_vrs, stride_vrg, E, EP, BLOCK, STRIDE, RAW_RING, KIND, ROWS, UNITS, PRECISION,
             )  # fmt: skip
-            to = v_cmp + page * stride_vcp + wide(place) * stride_vcs + wide(head) * stride_vcg
-            mask = complete[:, None] & (e < E)[None, :]
-            tl.store(to[:, None] + e[None, :], x.to(v_cmp.dtype.element_ty), mask=mask)
+            v_to = v_cmp + page * stride_vcp + wide(place) * stride_vcs + wide(head) * stride_vcg
+            mask_e = complete[:, None] & (e < E)[None, :]
+            tl.store(v_to[:, None] + e[None, :], values.to(v_cmp.dtype.element_ty), mask=mask_e)

@@ -1,15 +1,15 @@
 """Second launch of decoding: the selected blocks, the merge of all parts, gates and their sum.
 
-Grid (shares, KV heads, rows x queries). Each program attends to its share of the selected blocks, and merges the
-splits of the first launch for its share of the columns of v. The last of them to finish adds the parts in their
-order and writes the output: which program that is changes no sum.
+Grid (shares + merges, KV heads, rows x queries). A share attends to some of the selected blocks; a merge puts the
+splits of the first launch together for some columns of v. The last of a query's programs to finish adds the parts in
+their order and writes the output: which program that is changes no sum.
 """
 
 import triton
 import triton.language as tl
 
-from nsa.kernels.decode_tiles import begin, compressed_plan, last_position, load_queries, page_of, window_plan
-from nsa.kernels.tiles import load_rows, softmax_step, wide
+from nsa.kernels.decode_tiles import attend_tile, begin, compressed_plan, last_position, load_queries, window_plan
+from nsa.kernels.tiles import load_rows, wide
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _merge(
 @triton.jit(do_not_specialize=["window"])
 def decode_finish_kernel(
     q, cos, sin, k, v, gates, out, block_table, lengths, counts, arrivals,
-    part_acc, part_top, part_total, others, slc_acc, slc_top, slc_total, picks,
+    part_acc, part_top, part_total, others, slc_acc, slc_top, slc_total, picks, pick_pages,
     t, pages_per_row, window, scale_log2, stride_qb, stride_qt, stride_qh,
     stride_kp, stride_ks, stride_kg, stride_vp, stride_vs, stride_vg,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
@@ -48,23 +48,27 @@ def decode_finish_kernel(
     PAGE_TOKENS: tl.constexpr, ROTATE: tl.constexpr, HAS_COUNTS: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, LEAST_TILES: tl.constexpr, TILE_STRIDES: tl.constexpr,
     WINDOW_SPLITS: tl.constexpr, WINDOW_SPLITS_PADDED: tl.constexpr, WINDOW_KEYS: tl.constexpr,
-    SHARES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SHARES: tl.constexpr, MERGES: tl.constexpr, HEAD_TILES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     share, group = tl.program_id(0), tl.program_id(1)
-    row, query = tl.program_id(2) // t, tl.program_id(2) % t
+    head_tile, pair = tl.program_id(2) % HEAD_TILES, tl.program_id(2) // HEAD_TILES
+    row, query = pair // t, pair % t
     heads = tl.num_programs(1) * G
     ALL: tl.constexpr = SPLITS + WINDOW_SPLITS
+    # Loaded together, before anything waits for the length.
     length = tl.load(lengths + row)
-    position = length - t + query
-    head = tl.arange(0, ROWS)
+    only_page = tl.load(block_table + wide(row) * pages_per_row)
+    head = head_tile * ROWS + tl.arange(0, ROWS)
     mask = head < G
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
     query_row = wide(row) * t + query
     head_row = query_row * heads + group * G + head
     out_at = (head_row * E)[:, None] + e[None, :]
     out_mask = mask[:, None] & (e < E)[None, :]
+    position = length - t + query
     is_padding = position < 0
     if HAS_COUNTS:
         is_padding |= query < t - tl.load(counts + row)
@@ -73,83 +77,98 @@ def decode_finish_kernel(
             tl.store(out + out_at, tl.zeros([ROWS, EP], out.dtype.element_ty), mask=out_mask)
         return
 
-    # The splits' outputs, for COLUMNS columns of v.
-    first = query // BLOCK_Q * BLOCK_Q
-    last = last_position(length, t, first, BLOCK_Q)
-    _, _, _, active = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
-    _, window_active = window_plan(length, t, first, last, window, WINDOW_KEYS)
-    if share * COLUMNS < E:
-        columns = share * COLUMNS + tl.arange(0, COLUMNS)
+    if share < SHARES:
+        PER_SHARE: tl.constexpr = (N + SHARES - 1) // SHARES
+        own_block = position // SELECT
+        queries = load_queries(
+            q, cos, sin, row, query + head * 0, group * G + head, mask, t, stride_qb, stride_qt, stride_qh,
+            D, DP, ROTATE,
+        )  # fmt: skip
+        acc = tl.zeros([ROWS, EP], tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        offsets, d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
+        k_head = k + wide(group) * stride_kg
+        v_head = v + wide(group) * stride_vg
+        pick_row = (query_row * tl.num_programs(1) + group) * NP
+        table = block_table + wide(row) * pages_per_row
+        first_pick = share * PER_SHARE
+        num_picks = tl.minimum(tl.minimum(PER_SHARE, N - first_pick), own_block + 1 - first_pick)
+        # Up to n blocks, all are read, and the first launch has chosen none.
+        chosen = own_block >= N
+        STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
+        for step in tl.range(0, num_picks * STEPS, num_stages=STAGES):
+            pick = first_pick + step // STEPS
+            block = tl.where(chosen, tl.load(picks + pick_row + pick, mask=chosen, other=0), pick)
+            in_block = step % STEPS * BLOCK_N + offsets
+            key = block * SELECT + in_block
+            there = in_block < SELECT
+            # A block lies in one page.
+            if PAGE_TOKENS == 0:
+                page = only_page
+                place = key
+            else:
+                known = tl.load(pick_pages + pick_row + pick, mask=chosen, other=0)
+                page = tl.where(chosen, known, tl.load(table + pick * SELECT // PAGE_TOKENS, mask=chosen == 0, other=0))
+                place = key % PAGE_TOKENS
+            there &= key <= position
+            k_rows = k_head + page.to(tl.int64) * stride_kp + place * wide(stride_ks)
+            keys = load_rows(k_rows[:, None] + d[None, :], there, d < D, True, D != DP)
+            v_rows = v_head + page.to(tl.int64) * stride_vp + place * wide(stride_vs)
+            values = load_rows(v_rows[:, None] + e[None, :], there, e < E, True, E != EP)
+            acc, total, top, _, _ = attend_tile(
+                acc, total, top, queries, keys, values, there[None, :], scale_log2, PRECISION
+            )
+        part = head_row * SHARES + share
+        tl.store(slc_top + part, top, mask=mask)
+        tl.store(slc_total + part, total, mask=mask)
+        tl.store(slc_acc + (part * E)[:, None] + e[None, :], acc, mask=out_mask)
+    else:
+        COLUMNS: tl.constexpr = EP // MERGES
+        first = query // BLOCK_Q * BLOCK_Q
+        last = last_position(length, t, first, BLOCK_Q)
+        _, _, _, active = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
+        _, window_active = window_plan(length, t, first, last, window, WINDOW_KEYS)
+        columns = (share - SHARES) * COLUMNS + tl.arange(0, COLUMNS)
         gate_cmp = tl.load(gates + head_row * 3, mask=mask, other=0.0).to(tl.float32)
         gate_win = tl.load(gates + head_row * 3 + 2, mask=mask, other=0.0).to(tl.float32)
-        merged = gate_cmp[:, None] * _merge(
+        both = gate_cmp[:, None] * _merge(
             part_acc, part_top, part_total, head_row, 0, active, mask, columns, E, ALL, SPLITS_PADDED
         )
-        merged += gate_win[:, None] * _merge(
+        both += gate_win[:, None] * _merge(
             part_acc, part_top, part_total, head_row, SPLITS, window_active, mask, columns, E, ALL,
             WINDOW_SPLITS_PADDED,
         )  # fmt: skip
-        at = (head_row * E)[:, None] + columns[None, :]
-        tl.store(others + at, merged, mask=mask[:, None] & (columns < E)[None, :])
+        to = others + (head_row * E)[:, None] + columns[None, :]
+        tl.store(to, both, mask=mask[:, None] & (columns < E)[None, :])
 
-    # The share's selected blocks, side by side.
-    PER_SHARE: tl.constexpr = (N + SHARES - 1) // SHARES
-    own_block = position // SELECT
-    queries = load_queries(
-        q, cos, sin, row, query + head * 0, group * G + head, mask, t, stride_qb, stride_qt, stride_qh, D, DP, ROTATE
-    )
-    acc = tl.zeros([ROWS, EP], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    offsets = tl.arange(0, BLOCK_N)
-    k_head = k + wide(group) * stride_kg
-    v_head = v + wide(group) * stride_vg
-    row_picks = picks + (query_row * tl.num_programs(1) + group) * NP
-    first_pick = share * PER_SHARE
-    num_picks = tl.minimum(tl.minimum(PER_SHARE, N - first_pick), own_block + 1 - first_pick)
-    for start in tl.range(0, num_picks * SELECT, BLOCK_N, num_stages=STAGES):
-        at = start + offsets
-        pick = first_pick + at // SELECT
-        there = at < num_picks * SELECT
-        # Up to n blocks: all of them, and the first launch has chosen none.
-        block = tl.load(row_picks + pick, mask=there & (own_block >= N), other=0)
-        block = tl.where(own_block >= N, block, pick)
-        key = block * SELECT + at % SELECT
-        there &= key <= position
-        page, place = page_of(block_table, row, key, there, pages_per_row, PAGE_TOKENS)
-        k_rows = k_head + page * stride_kp + place * wide(stride_ks)
-        keys = load_rows(k_rows[:, None] + d[None, :], there, d < D, True, D != DP)
-        v_rows = v_head + page * stride_vp + place * wide(stride_vs)
-        values = load_rows(v_rows[:, None] + e[None, :], there, e < E, True, E != EP)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        acc, total, top = softmax_step(acc, total, top, scores, scale_log2, values, True, PRECISION)
-
-    part = head_row * SHARES + share
-    tl.store(slc_top + part, top, mask=mask)
-    tl.store(slc_total + part, total, mask=mask)
-    tl.store(slc_acc + (part * E)[:, None] + e[None, :], acc, mask=out_mask)
-    # Slots 0 .. 15 of a counter belong to the first launch's tiles and to this one's queries in turn.
     arrival = arrivals + (row * tl.num_programs(1) + group) * 16 + query
     tl.debug_barrier()
-    if tl.atomic_add(arrival, 1, sem="acq_rel") == SHARES - 1:
+    if tl.atomic_add(arrival, 1, sem="acq_rel") == (SHARES + MERGES) * HEAD_TILES - 1:
         tl.store(arrival, 0)
-        gate_slc = tl.load(gates + head_row * 3 + 1, mask=mask, other=0.0).to(tl.float32)
-        share_of = tl.arange(0, SHARES)[None, :]
-        at = head_row[:, None] * SHARES + share_of
-        tops = tl.load(slc_top + at, mask=mask[:, None], other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(slc_total + at, mask=mask[:, None], other=0.0, cache_modifier=".cg")
-        highest = tl.max(tops, 1)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        divisor = tl.sum(totals * tl.exp2(tops - highest[:, None]), 1)
-        result = tl.zeros([ROWS, EP], tl.float32)
-        for number in tl.static_range(SHARES):
-            part = head_row * SHARES + number
-            part_acc_ = tl.load(
-                slc_acc + (part * E)[:, None] + e[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
-            )
-            share_top = tl.load(slc_top + part, mask=mask, other=float("-inf"), cache_modifier=".cg")
-            result += part_acc_ * tl.exp2(share_top - highest)[:, None]
-        result *= (gate_slc / tl.where(divisor == 0.0, 1.0, divisor))[:, None]
-        result += tl.load(others + out_at, mask=out_mask, other=0.0, cache_modifier=".cg")
-        tl.store(out + out_at, result.to(out.dtype.element_ty), mask=out_mask)
+        number = tl.arange(0, SHARES)[None, :]
+        for tile in tl.static_range(HEAD_TILES):
+            head = tile * ROWS + tl.arange(0, ROWS)
+            mask = head < G
+            head_row = query_row * heads + group * G + head
+            out_at = (head_row * E)[:, None] + e[None, :]
+            out_mask = mask[:, None] & (e < E)[None, :]
+            gate_slc = tl.load(gates + head_row * 3 + 1, mask=mask, other=0.0).to(tl.float32)
+            parts = head_row[:, None] * SHARES + number
+            there = mask[:, None] & (number >= 0)
+            tops = tl.load(slc_top + parts, mask=there, other=float("-inf"), cache_modifier=".cg")
+            totals = tl.load(slc_total + parts, mask=there, other=0.0, cache_modifier=".cg")
+            highest = tl.max(tops, 1)
+            highest = tl.where(highest == float("-inf"), 0.0, highest)
+            divisor = tl.sum(totals * tl.exp2(tops - highest[:, None]), 1)
+            result = tl.zeros([ROWS, EP], tl.float32)
+            for i in tl.static_range(SHARES):
+                one = head_row * SHARES + i
+                values_of = tl.load(
+                    slc_acc + (one * E)[:, None] + e[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
+                )
+                one_top = tl.load(slc_top + one, mask=mask, other=float("-inf"), cache_modifier=".cg")
+                result += values_of * tl.exp2(one_top - highest)[:, None]
+            result *= (gate_slc / tl.where(divisor == 0.0, 1.0, divisor))[:, None]
+            result += tl.load(others + out_at, mask=out_mask, other=0.0, cache_modifier=".cg")
+            tl.store(out + out_at, result.to(out.dtype.element_ty), mask=out_mask)

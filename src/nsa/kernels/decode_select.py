@@ -16,46 +16,52 @@ import triton.language as tl
 
 @triton.jit
 def _sum_heads(
-    own, spill, tops, lse, head_row, tiles, num_blocks, num_tiles,
+    own, spill, tops, lse, first_head, tiles, num_blocks, num_tiles,
     TILE_BLOCKS: tl.constexpr, HAS_SPILL: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of the group's heads, added in order; left where those of the first head were."""
+    """Probabilities of the group's heads, added in order; left where those of the first head were.
+
+    A head at a time: its few factors are then loaded as the sums need them, and no layout is converted.
+    """
     TILES: tl.constexpr = BLOCKS // TILE_BLOCKS
     for first in tl.range(0, tiles, TILES):
         tile = first + tl.arange(0, TILES)
         there = tile < tiles
         block = (tile * TILE_BLOCKS)[:, None] + tl.arange(0, TILE_BLOCKS)[None, :]
-        inside = there[:, None] & (block < num_blocks)
         own_sum = tl.zeros([TILES, TILE_BLOCKS], tl.float32)
         spill_sum = tl.zeros([TILES, TILE_BLOCKS], tl.float32)
         for head in tl.range(0, G, loop_unroll_factor=4):
-            row = head_row + head
+            row = first_head + head
             row_lse = tl.load(lse + row, cache_modifier=".cg")
             top = tl.load(tops + row * num_tiles + tile, mask=there, other=float("-inf"), cache_modifier=".cg")
             factor = tl.exp2(top - row_lse)[:, None]
             at = row * num_blocks + block
-            own_sum += factor * tl.load(own + at, mask=inside, other=0.0, cache_modifier=".cg")
+            own_sum += factor * tl.load(own + at, mask=there[:, None], other=0.0, cache_modifier=".cg")
             if HAS_SPILL:
-                spill_sum += factor * tl.load(spill + at, mask=inside, other=0.0, cache_modifier=".cg")
+                spill_sum += factor * tl.load(spill + at, mask=there[:, None], other=0.0, cache_modifier=".cg")
         tl.debug_barrier()
-        at = head_row * num_blocks + block
-        tl.store(own + at, own_sum, mask=inside)
+        at = first_head * num_blocks + block
+        tl.store(own + at, own_sum, mask=there[:, None])
         if HAS_SPILL:
-            tl.store(spill + at, spill_sum, mask=inside)
+            tl.store(spill + at, spill_sum, mask=there[:, None])
     tl.debug_barrier()
 
 
 @triton.jit
 def _take(
     new, old, block, kept, kept_bits, slot, picks, bits, own_block,
-    HAS_OLD: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_OLD: tl.constexpr, FORCED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The n best of the blocks `block` with bits `new`, and of those kept before, into picks and bits."""
     least = tl.min(tl.max(tl.reshape(new, [BLOCKS // NP, NP]), 0), 0)
-    ceiling = tl.max(new, 0) + 1
+    # With fewer forced blocks than n, the n-th is no forced one: the search need not go up to infinity.
+    INFINITE: tl.constexpr = 0x7F800000
+    free = tl.where(new == INFINITE, 0, new) if FORCED < N else new
+    ceiling = tl.max(free, 0) + 1
     if HAS_OLD:
         least = tl.maximum(least, tl.min(tl.where(slot < N, old, 0x7FFFFFFF), 0))
-        ceiling = tl.maximum(ceiling, tl.max(old, 0) + 1)
+        free_old = tl.where(old == INFINITE, 0, old) if FORCED < N else old
+        ceiling = tl.maximum(ceiling, tl.max(free_old, 0) + 1)
     # The largest value that at least n scores reach, or any that n scores reach: both take the same blocks.
     threshold = tl.maximum(least, 0)
     while ceiling - threshold > 1:
@@ -89,13 +95,14 @@ def _take(
 
 @triton.jit
 def select_blocks(
-    own, spill, tops, lse, picks, bits, head_row, pick_row, position, strides, num_blocks, num_tiles,
+    own, spill, tops, lse, picks, bits, pick_pages, table, head_row, pick_row, position, strides, num_blocks, num_tiles,
     SELECT: tl.constexpr, PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, HAS_SPILL: tl.constexpr,
     G: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, PAGE_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The n blocks of the query at `position`, which has more than n: picks [NP of it], ascending."""
+    """The n blocks of the query at `position`, which has more than n: picks [NP of it], ascending, and their pages."""
     own_block = position // SELECT
+    FORCED: tl.constexpr = INITIAL + LOCAL
     _sum_heads(
         own, spill, tops, lse, head_row, tl.cdiv(strides, PER_BLOCK * TILE_BLOCKS), num_blocks, num_tiles,
         TILE_BLOCKS, HAS_SPILL, G, BLOCKS,
@@ -116,24 +123,30 @@ def select_blocks(
         score = tl.where(forced, float("inf"), score)
         new = tl.where(block <= own_block, score.to(tl.int32, bitcast=True), -1)
         if first == 0:
-            _take(new, new, block, block, new, slot, picks, bits, own_block, False, N, NP, BLOCKS)
+            _take(new, new, block, block, new, slot, picks, bits, own_block, False, FORCED, N, NP, BLOCKS)
         else:
             tl.debug_barrier()
             kept = tl.load(picks + slot, mask=slot < N, other=-1, cache_modifier=".cg")
             old = tl.load(bits + slot, mask=slot < N, other=-1, cache_modifier=".cg")
             tl.debug_barrier()
-            _take(new, old, block, kept, old, slot, picks, bits, own_block, True, N, NP, BLOCKS)
+            _take(new, old, block, kept, old, slot, picks, bits, own_block, True, FORCED, N, NP, BLOCKS)
+    # So that the second launch need not look for pages before it loads keys.
+    tl.debug_barrier()
+    if PAGE_TOKENS > 0:
+        kept = tl.load(picks + slot, mask=slot < N, other=0, cache_modifier=".cg")
+        tl.store(pick_pages + pick_row * NP + slot, tl.load(table + kept * SELECT // PAGE_TOKENS), mask=slot < N)
 
 
 @triton.jit
 def merge_lse(
-    part_top, part_total, lse, part_row, head_row, active, head_mask, ALL: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    part_top, part_total, lse, first_head, active, ALL: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp (base 2) of each head over its splits, stored; +inf where there is no key."""
+    """Log-sum-exp (base 2) of each head of a query over its splits, stored; +inf where there is no key."""
+    head = tl.arange(0, GP)
     split = tl.arange(0, SPLITS_PADDED)[None, :]
-    at = part_row[:, None] * ALL + split
-    mask = head_mask[:, None] & (split < active)
+    at = (first_head + head)[:, None] * ALL + split
+    mask = (head < G)[:, None] & (split < active)
     top = tl.load(part_top + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
     total = tl.load(part_total + at, mask=mask, other=0.0, cache_modifier=".cg")
     highest = tl.max(top, 1)
@@ -141,4 +154,5 @@ def merge_lse(
     total = tl.sum(total * tl.exp2(top - reference[:, None]), 1)
     empty = total == 0.0
     found = tl.where(empty, float("inf"), reference + tl.log2(tl.where(empty, 1.0, total)))
-    tl.store(lse + head_row, found, mask=head_mask)
+    tl.store(lse + first_head + head, found, mask=head < G)
+    tl.debug_barrier()

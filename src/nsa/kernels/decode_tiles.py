@@ -65,13 +65,27 @@ def load_queries(
 
 
 @triton.jit
-def page_of(block_table, row, index, mask, pages_per_row, PER_PAGE: tl.constexpr):
+def page_of(block_table, only_page, row, index, mask, pages_per_row, PER_PAGE: tl.constexpr):
     """Page and place of token (or stride) `index` of a row; PER_PAGE 0: the row has one page."""
-    table = block_table + wide(row) * pages_per_row
     if PER_PAGE == 0:
-        page = tl.load(table) + index * 0
+        page = only_page + index * 0
         place = index
     else:
-        page = tl.load(table + index // PER_PAGE, mask=mask, other=0)
+        page = tl.load(block_table + wide(row) * pages_per_row + index // PER_PAGE, mask=mask, other=0)
         place = index % PER_PAGE
     return page.to(tl.int64), place
+
+
+@triton.jit
+def attend_tile(acc, total, top, queries, k, v, visible, scale_log2, PRECISION: tl.constexpr):
+    """One tile of keys into the running softmax; also the exponentials, and what they are relative to."""
+    scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
+    scores = tl.where(visible, scores * scale_log2, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen nothing: not -inf - -inf.
+    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(scores - reference[:, None])
+    rescale = tl.exp2(top - reference)
+    total = total * rescale + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, total, new_top, p, reference
