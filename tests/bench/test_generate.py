@@ -1,5 +1,6 @@
 """`nsa bench generate`: its dense decoder is the dense model, its filled caches decode, its result has rates."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicCache
 
+from nsa.bench import dense_decoding
 from nsa.bench.command import GenerateArguments
 from nsa.bench.dense_decoding import DenseDecoder
 from nsa.bench.generate import filled_cache, random_model
@@ -20,9 +22,13 @@ SMALL = GenerateArguments(
 )
 
 
-def test_the_dense_decoder_is_the_dense_model():
+@pytest.mark.parametrize("shares_by_flag", [False, True])
+def test_the_dense_decoder_is_the_dense_model(shares_by_flag, monkeypatch):
     model = random_model(SMALL, "dense", "cpu").float()
     decoder = DenseDecoder(model, 3, 40, SDPBackend.MATH, capture=False)
+    if shares_by_flag:  # as for cuDNN, which there is none of on a CPU
+        decoder.backend = SDPBackend.CUDNN_ATTENTION
+        monkeypatch.setattr(dense_decoding, "sdpa_kernel", lambda backend: nullcontext())
     cache = DynamicCache(config=model.config)
     for layer, (k, v) in enumerate(decoder.keys_and_values):
         cache.update(k[:, :, :-1].clone(), v[:, :, :-1].clone(), layer)

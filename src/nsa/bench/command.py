@@ -202,6 +202,58 @@ class GenerateArguments:
 
 
 @dataclass(frozen=True)
+class DecodeArguments:
+    """One layer's attention for one new token a row, as steps of a CUDA graph, beside dense attention.
+
+    NSA: its two launches over a cache of one page a row, and over shuffled pages of 256 tokens; and with the append
+    (two more launches, every 16th with a compression). Dense: the same query over the same raw keys, by cuDNN and
+    FlashAttention-2, KV heads shared. The steps of a graph go round several caches, so that keys come from memory;
+    where one step's keys fit in the L2, also one cache again and again. The floor is the bytes of the keys over the
+    bandwidth of a copy, measured in the same run.
+
+    Examples:
+        nsa bench decode
+        nsa bench decode --lengths 8192 65536 --batches 1 32 --output decode_h200
+        nsa bench decode --lengths 65536 --batches 1 --rivals cuDNN --json
+    """
+
+    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
+    """Tokens in the cache."""
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    """Rows."""
+    heads: int = 64
+    """Query heads, H."""
+    kv_heads: int = 4
+    """KV heads, HK."""
+    head_dim: int = 128
+    """Width of a head of q, k and v."""
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Number format of the cache."""
+    rivals: tuple[str, ...] = RIVALS[:2]
+    """Whom to compare with: cuDNN, FlashAttention-2; or nobody."""
+    repetitions: int = 5
+    """Rounds that count, after one that does not."""
+    output: Output = None
+    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+    def run(self) -> None:
+        unknown = sorted(set(self.rivals) - set(RIVALS[:2]))
+        if unknown:
+            raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS[:2]))}, got {unknown[0]!r}")
+        _check(self.lengths, self.repetitions)
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError(f"--batches: expected positive numbers of rows, got {list(self.batches)}")
+        _run("decode", self)
+
+    def measure(self) -> "Iterator[Entry]":
+        from nsa.bench.decode import measure
+
+        return measure(self)
+
+
+@dataclass(frozen=True)
 class ShowArguments:
     """A result again: the tables of a STEM.json, and STEM.md and STEM.svg from it.
 
@@ -240,6 +292,7 @@ class BenchArguments:
         nsa bench kernels --lengths 8192 65536
         nsa bench module
         nsa bench step --lengths 32768
+        nsa bench decode --lengths 65536 --batches 1 32
         nsa bench generate --lengths 65536 --batches 8
         nsa bench kernels --help
     """
@@ -248,6 +301,7 @@ class BenchArguments:
         Annotated[KernelArguments, _subcommand("kernels", KernelArguments)]
         | Annotated[ModuleArguments, _subcommand("module", ModuleArguments)]
         | Annotated[StepArguments, _subcommand("step", StepArguments)]
+        | Annotated[DecodeArguments, _subcommand("decode", DecodeArguments)]
         | Annotated[GenerateArguments, _subcommand("generate", GenerateArguments)]
         | Annotated[ShowArguments, _subcommand("show", ShowArguments)],
         tyro.conf.arg(name=""),
@@ -264,7 +318,10 @@ def _check(lengths: tuple[int, ...], repetitions: int) -> None:
         raise ValueError(f"--repetitions: expected at least 1, got {repetitions}")
 
 
-def _run(bench: str, arguments: KernelArguments | ModuleArguments | StepArguments | GenerateArguments) -> None:
+def _run(
+    bench: str,
+    arguments: KernelArguments | ModuleArguments | StepArguments | DecodeArguments | GenerateArguments,
+) -> None:
     """Measure, write down after every entry, show."""
     from nsa.bench.timing import require_cuda
 

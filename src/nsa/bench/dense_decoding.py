@@ -15,8 +15,8 @@ class DenseDecoder:
     """Steps of one token a row at position length - 1, over random keys and values before it.
 
     A captured graph knows one length; the step is repeated at that length. Dense attention over a longer buffer under a
-    mask, as a graph for every length would need it, takes longer. The query heads of a group are the queries of their
-    KV head, so that every key is read once.
+    mask, as a graph for every length would need it, takes longer. Each backend gets the heads in the form in which it
+    is faster, every key read once: cuDNN by enable_gqa, FlashAttention-2 with a group as the queries of its KV head.
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class DenseDecoder:
             q, k_new, v_new = (p(x).view(rows, 1, -1, attention.head_dim).transpose(1, 2) for p in projections)
             q, k_new = apply_rotary_pos_emb(q, k_new, cos, sin)
             k[:, :, -1:], v[:, :, -1:] = k_new, v_new
+            if self.backend != SDPBackend.CUDNN_ATTENTION:
+                q = q.reshape(rows, k.shape[1], -1, attention.head_dim)
             with sdpa_kernel(self.backend):
-                out = F.scaled_dot_product_attention(q.reshape(rows, k.shape[1], -1, attention.head_dim), k, v)
+                out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
             hidden = hidden + attention.o_proj(out.reshape(rows, 1, -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.model.lm_head(decoder.norm(hidden))

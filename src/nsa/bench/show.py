@@ -57,6 +57,8 @@ def _line(cells: Sequence[str]) -> str:
 
 def tables(result: Result) -> list[Table]:
     """The tables of a result of any bench."""
+    if result.bench == "decode":
+        return [_microseconds(result, part) for part in _parts(result)]
     found = [_times(result, part) for part in _parts(result) if part != "kernels"]
     if any("rows" in entry.facts for entry in result.entries):
         found.append(_rates(result))
@@ -96,6 +98,26 @@ def _times(result: Result, part: str) -> Table:
             row.append("" if ms is None else f"{_number(ms)} ({ms / own:.2f}x)")
         rows.append(row)
     return Table(f"{part}: milliseconds, and how many times NSA's", header + others, rows)
+
+
+def _microseconds(result: Result, part: str) -> Table:
+    """Of a step; a rival's also as a multiple of NSA's; the floor that the keys' bytes set; cells without room."""
+    entries = result.of(part)
+    names = _names(entries)
+    rows = []
+    for entry in entries:
+        own = entry.ms.get("NSA")
+        row = [f"{entry.length:,}", f"{entry.facts['batch']:.0f}"]
+        row += [f"{entry.facts['floor']:.1f}", f"{entry.facts['dense floor']:.1f}"]
+        for name in names:
+            ms = entry.ms.get(name)
+            ratio = "" if name.startswith("NSA") or not own or not ms else f" ({ms / own:.2f}x)"
+            row.append("" if ms is None else f"{ms * 1e3:.1f}{ratio}")
+        if "needs GiB" in entry.facts:
+            row[4:5] = [f"no room for {entry.facts['needs GiB']:,.0f} GiB"]
+        rows.append(row)
+    header = ["tokens", "batch", "floor", "dense floor", *names]
+    return Table(f"{part}: microseconds a step, and how many times NSA's", header, rows)
 
 
 def _rates(result: Result) -> Table:
@@ -214,7 +236,7 @@ def plot(result: Result, path: Path) -> None:
     FigureCanvasSVG(figure)
     for index, part in enumerate(parts):
         axes = figure.add_subplot(1, len(parts), index + 1)
-        for number, inputs in enumerate(dict.fromkeys(entry.inputs for entry in result.of(part))):
+        for number, inputs in enumerate(dict.fromkeys(entry.inputs for entry in result.of(part) if entry.ms)):
             entries = sorted(result.of(part, inputs), key=lambda x: x.length)
             for name in _names(entries):
                 label = name if inputs == "random" else f"{name}, {inputs}"
