@@ -23,8 +23,9 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction
 
+from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
-from nsa.kernels import launch, rows
+from nsa.kernels import decode, launch, rows
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.layout import Layout
@@ -122,9 +123,38 @@ def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096
     rows.rowsum_delta(d_out, d_out, lse)
 
 
+def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
+    """A step over pages, each of whose kernels is in its fullest form there."""
+    config, b, t, pages, page_size = NSAConfig(), 4, 1, 64, 256
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def pair(first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tensor(first, g, tokens, d).transpose(1, 2), tensor(first, g, tokens, e).transpose(1, 2)
+
+    def phi(width: int) -> list[torch.Tensor]:
+        block = config.compress_block_size
+        sizes = ((block, width), (2 * width, block * width), (2 * width,), (width, 2 * width), (width,))
+        return [tensor(*size) for size in sizes]
+
+    tensors = CacheTensors(
+        *pair(b * pages, page_size), *pair(b * pages, page_size // config.compress_stride),
+        *pair(b, 640), *pair(b, 128), tensor(b, pages, dtype=torch.int32), tensor(b, dtype=torch.int32),
+        tensor(b, g, 16, dtype=torch.int32),
+    )  # fmt: skip
+    counts, factors = tensor(b, dtype=torch.int32), tensor(b, t, d)
+    new = [tensor(b, t, g, width) for width in (d, e, d, e, d, e)]
+    decode.attend(tensor(b, t, h, d), tensor(b, t, h, 3), tensors, config, 0.1, counts, factors, factors)
+    decode.append(
+        tensors, *new, config, "mlp", phi(d), phi(e), factors, factors, counts, factors, factors
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     architecture, dtype, *sizes = sys.argv[1:]
     launch.shared_memory = lambda device: SHARED[int(architecture)]
     launch.is_hopper = lambda device: architecture == "90"
     compile_instead(int(architecture))
     launch_all(getattr(torch, dtype), *map(int, sizes))
+    launch_decoding(getattr(torch, dtype), *map(int, sizes))

@@ -25,6 +25,8 @@ KERNELS = {
     "gates_backward_kernel",
     "delta_kernel",
 }
+# Decoding has 16 rows, so its products are mma everywhere.
+DECODING = {"decode_split_kernel", "decode_finish_kernel", "decode_append_kernel", "decode_compress_kernel"}
 # On Hopper, for the paper's heads, these take the place of those.
 HOPPER = {"selected_forward_hopper_kernel", "compressed_forward_hopper_kernel", "scoring_hopper_kernel"}
 NOT_ON_HOPPER = {"selected_forward_kernel", "scoring_kernel"}
@@ -46,6 +48,11 @@ def compiled(architecture: str, dtype: str, h: int, g: int, d: int, e: int) -> d
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 def test_the_papers_heads_fit_without_spilling(architecture: str) -> None:
     found = compiled(architecture, "bfloat16", 64, 4, 128, 128)
+    decoding = {name: found.pop(name) for name in DECODING}
+    for name, kernel in decoding.items():
+        assert kernel["shared"] <= SHARED[architecture] // 2, (name, kernel)
+        assert kernel["stack"] <= 64, (name, kernel)
+        assert kernel["mma"] > 0, (name, kernel)
     assert found.keys() == (KERNELS - NOT_ON_HOPPER | HOPPER if architecture == "90" else KERNELS)
     for name, kernel in found.items():
         assert kernel["shared"] <= SHARED[architecture], (name, kernel)

@@ -34,7 +34,7 @@ class Plan:
     window_tiles: int = 4  # tiles in a run of the window
     select_blocks: int = 1024  # blocks that one step of the top n looks at, at most
     shares: int = 4  # programs that divide the selected blocks of a query between them
-    merges: int = 2  # programs that divide the columns of v between them to merge the first launch's splits
+    merges: int = 4  # programs that divide the columns of v between them to merge the first launch's splits
     finish_n: int = 64
     finish_warps: int = 4
     finish_stages: int = 3
@@ -76,14 +76,13 @@ class Workspace:
     slc_total: Tensor
     picks: Tensor
     bits: Tensor
-    pick_pages: Tensor
 
     @staticmethod
     def of(device: torch.device, *sizes: int) -> "Workspace":
         """One allocation, cut; everything begins at a multiple of 64 bytes."""
         room = [-(-size // 16) * 16 for size in sizes]
         parts = list(torch.empty(sum(room), dtype=torch.float32, device=device).split(room))
-        return Workspace(*parts[:-3], *(part.view(torch.int32) for part in parts[-3:]))
+        return Workspace(*parts[:-2], *(part.view(torch.int32) for part in parts[-2:]))
 
 
 @torch.library.custom_op("nsa::decode_attention", mutates_args=("arrivals",))
@@ -171,7 +170,7 @@ def attend(
         q.device, rows * every * heads.e, rows * every, rows * every, rows * num_blocks,
         rows * num_blocks, rows * num_tops, rows, rows * heads.e,
         rows * PLAN.shares * heads.e, rows * PLAN.shares, rows * PLAN.shares,
-        *[b * t * heads.g * padded_n] * 3,
+        *[b * t * heads.g * padded_n] * 2,
     )  # fmt: skip
     shared = tensors.k_win is None
     k_win, v_win = (tensors.k, tensors.v) if shared else (tensors.k_win, tensors.v_win)
@@ -188,7 +187,7 @@ def attend(
     decode_split_kernel[(every, heads.g, b * tiles)](
         q, cos, sin, tensors.k_cmp, tensors.v_cmp, k_win, v_win, tensors.block_table, tensors.lengths,
         tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.own, work.spill, work.tops, work.lse,
-        work.picks, work.bits, work.pick_pages, t, pages, config.window_size, num_blocks, num_tops, scale * LOG2E,
+        work.picks, work.bits, t, pages, config.window_size, num_blocks, num_tops, scale * LOG2E,
         *q.stride()[:3], *tensors.k_cmp.stride()[:3], *tensors.v_cmp.stride()[:3], *k_win.stride()[:3],
         *v_win.stride()[:3], GP=group, REACH=config.compress_block_size // stride, PER_BLOCK=per_block,
         PER_BLOCK_PADDED=per_block_padded, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
@@ -198,15 +197,16 @@ def attend(
         BLOCK_N=keys, STAGES=PLAN.stages, num_warps=PLAN.warps, **common, **launch_pdl,
         **({"maxnreg": PLAN.registers} if PLAN.registers else {}),
     )  # fmt: skip
-    merges = min(PLAN.merges, heads.padded_e)
+    per_share, merges = triton.cdiv(n, PLAN.shares), min(PLAN.merges, heads.padded_e)
     finish_n = min(tile_keys(heads, q, PLAN.finish_n), max(16, triton.next_power_of_2(select)))
     decode_finish_kernel[(PLAN.shares + merges, heads.g, b * t * head_tiles)](
         q, cos, sin, tensors.k, tensors.v, gates, out, tensors.block_table, tensors.lengths, counts,
         tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.others, work.slc_acc, work.slc_top,
-        work.slc_total, work.picks, work.pick_pages, t, pages, config.window_size, scale * LOG2E, *q.stride()[:3],
+        work.slc_total, work.picks, t, pages, config.window_size, scale * LOG2E, *q.stride()[:3],
         *tensors.k.stride()[:3], *tensors.v.stride()[:3],
         ROWS=TILE_ROWS, HAS_COUNTS=counts is not None, TILE_STRIDES=tile_strides,
         WINDOW_SPLITS_PADDED=triton.next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
+        PER_SHARE=per_share, PICKS=triton.next_power_of_2(per_share),
         MERGES=merges, BLOCK_N=finish_n, STAGES=PLAN.finish_stages,
         num_warps=PLAN.finish_warps, **common, **launch_pdl,
         **({"maxnreg": PLAN.finish_registers} if PLAN.finish_registers else {}),

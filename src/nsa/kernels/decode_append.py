@@ -55,6 +55,19 @@ def _blocks(
 
 
 @triton.jit
+def _add(acc, lost, part, PRECISION: tl.constexpr):
+    """acc + part. In fp32 what a sum of many terms loses goes into the next, or it would round more than PyTorch's."""
+    if PRECISION == "ieee":
+        part -= lost
+        new_acc = acc + part
+        lost = (new_acc - acc) - part
+        acc = new_acc
+    else:
+        acc += part
+    return acc, lost
+
+
+@triton.jit
 def _first_layer(
     x, ring, position_encoding, weight, bias, out, flat, row, head, length, new, last, complete, first_unit, t,
     stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, units,
@@ -87,14 +100,7 @@ def _first_layer(
             weight + (wide(unit) * (BLOCK * D) + token * D)[:, None] + d[None, :], unit < units, d < D, True, D != DP
         )
         part = tl.dot(tokens, tl.trans(w.to(tokens.dtype)), input_precision=PRECISION)
-        if PRECISION == "ieee":
-            # Thousands of terms: what a sum loses goes into the next, or fp32 would round more than PyTorch's sums do.
-            part -= lost
-            new_acc = acc + part
-            lost = (new_acc - acc) - part
-            acc = new_acc
-        else:
-            acc += part
+        acc, lost = _add(acc, lost, part, PRECISION)
     if IS_MLP:
         acc += tl.load(bias + unit, mask=unit < units, other=0.0).to(tl.float32)[None, :]
         acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
@@ -200,6 +206,8 @@ def _phi_columns(
         result += tl.load(at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
     result = result / BLOCK
     if KIND == 2:
+        acc = tl.zeros([ROWS, DP], tl.float32)
+        lost = tl.zeros([ROWS, DP], tl.float32)
         for start in tl.range(0, units, UNITS):
             unit = start + tl.arange(0, UNITS)
             h = tl.load(
@@ -212,8 +220,8 @@ def _phi_columns(
                 mask=(column < D)[:, None] & (unit < units)[None, :],
                 other=0.0,
             ).to(ring.dtype.element_ty)
-            result += tl.dot(h.to(w.dtype), tl.trans(w), input_precision=PRECISION)
-        result += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+            acc, lost = _add(acc, lost, tl.dot(h.to(w.dtype), tl.trans(w), input_precision=PRECISION), PRECISION)
+        result += acc + tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     return result
 
 

@@ -40,7 +40,7 @@ def _merge(
 @triton.jit(do_not_specialize=["window"])
 def decode_finish_kernel(
     q, cos, sin, k, v, gates, out, block_table, lengths, counts, arrivals,
-    part_acc, part_top, part_total, others, slc_acc, slc_top, slc_total, picks, pick_pages,
+    part_acc, part_top, part_total, others, slc_acc, slc_top, slc_total, picks,
     t, pages_per_row, window, scale_log2, stride_qb, stride_qt, stride_qh,
     stride_kp, stride_ks, stride_kg, stride_vp, stride_vs, stride_vg,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
@@ -48,7 +48,7 @@ def decode_finish_kernel(
     PAGE_TOKENS: tl.constexpr, ROTATE: tl.constexpr, HAS_COUNTS: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, LEAST_TILES: tl.constexpr, TILE_STRIDES: tl.constexpr,
     WINDOW_SPLITS: tl.constexpr, WINDOW_SPLITS_PADDED: tl.constexpr, WINDOW_KEYS: tl.constexpr,
-    SHARES: tl.constexpr, MERGES: tl.constexpr, HEAD_TILES: tl.constexpr,
+    SHARES: tl.constexpr, PER_SHARE: tl.constexpr, PICKS: tl.constexpr, MERGES: tl.constexpr, HEAD_TILES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,6 @@ def decode_finish_kernel(
         return
 
     if share < SHARES:
-        PER_SHARE: tl.constexpr = (N + SHARES - 1) // SHARES
         own_block = position // SELECT
         queries = load_queries(
             q, cos, sin, row, query + head * 0, group * G + head, mask, t, stride_qb, stride_qt, stride_qh,
@@ -94,22 +93,26 @@ def decode_finish_kernel(
         table = block_table + wide(row) * pages_per_row
         first_pick = share * PER_SHARE
         num_picks = tl.minimum(tl.minimum(PER_SHARE, N - first_pick), own_block + 1 - first_pick)
-        # Up to n blocks, all are read, and the first launch has chosen none.
-        chosen = own_block >= N
+        # The share's blocks and their pages, before the loop, whose loads then wait for no other. Up to n blocks, all
+        # are read, and the first launch has chosen none.
+        slot = tl.arange(0, PICKS)
+        pick = first_pick + slot
+        blocks = tl.load(picks + pick_row + pick, mask=(slot < num_picks) & (own_block >= N), other=0)
+        blocks = tl.where(own_block >= N, blocks, pick)
+        pages = only_page + slot * 0
+        if PAGE_TOKENS > 0:
+            # A block lies in one page.
+            pages = tl.load(table + blocks * SELECT // PAGE_TOKENS, mask=slot < num_picks, other=0)
         STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
         for step in tl.range(0, num_picks * STEPS, num_stages=STAGES):
-            pick = first_pick + step // STEPS
-            block = tl.where(chosen, tl.load(picks + pick_row + pick, mask=chosen, other=0), pick)
+            is_this = slot == step // STEPS
+            block = tl.sum(tl.where(is_this, blocks, 0), 0)
+            page = tl.sum(tl.where(is_this, pages, 0), 0)
             in_block = step % STEPS * BLOCK_N + offsets
             key = block * SELECT + in_block
             there = in_block < SELECT
-            # A block lies in one page.
-            if PAGE_TOKENS == 0:
-                page = only_page
-                place = key
-            else:
-                known = tl.load(pick_pages + pick_row + pick, mask=chosen, other=0)
-                page = tl.where(chosen, known, tl.load(table + pick * SELECT // PAGE_TOKENS, mask=chosen == 0, other=0))
+            place = key
+            if PAGE_TOKENS > 0:
                 place = key % PAGE_TOKENS
             there &= key <= position
             k_rows = k_head + page.to(tl.int64) * stride_kp + place * wide(stride_ks)

@@ -30,7 +30,7 @@ def _sum_heads(
         block = (tile * TILE_BLOCKS)[:, None] + tl.arange(0, TILE_BLOCKS)[None, :]
         own_sum = tl.zeros([TILES, TILE_BLOCKS], tl.float32)
         spill_sum = tl.zeros([TILES, TILE_BLOCKS], tl.float32)
-        for head in tl.range(0, G, loop_unroll_factor=4):
+        for head in tl.range(0, G, loop_unroll_factor=8):
             row = first_head + head
             row_lse = tl.load(lse + row, cache_modifier=".cg")
             top = tl.load(tops + row * num_tiles + tile, mask=there, other=float("-inf"), cache_modifier=".cg")
@@ -95,12 +95,12 @@ def _take(
 
 @triton.jit
 def select_blocks(
-    own, spill, tops, lse, picks, bits, pick_pages, table, head_row, pick_row, position, strides, num_blocks, num_tiles,
+    own, spill, tops, lse, picks, bits, head_row, pick_row, position, strides, num_blocks, num_tiles,
     SELECT: tl.constexpr, PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, HAS_SPILL: tl.constexpr,
     G: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCKS: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The n blocks of the query at `position`, which has more than n: picks [NP of it], ascending, and their pages."""
+    """The n blocks of the query at `position`, which has more than n: picks [NP of it], ascending."""
     own_block = position // SELECT
     FORCED: tl.constexpr = INITIAL + LOCAL
     _sum_heads(
@@ -130,11 +130,7 @@ def select_blocks(
             old = tl.load(bits + slot, mask=slot < N, other=-1, cache_modifier=".cg")
             tl.debug_barrier()
             _take(new, old, block, kept, old, slot, picks, bits, own_block, True, FORCED, N, NP, BLOCKS)
-    # So that the second launch need not look for pages before it loads keys.
     tl.debug_barrier()
-    if PAGE_TOKENS > 0:
-        kept = tl.load(picks + slot, mask=slot < N, other=0, cache_modifier=".cg")
-        tl.store(pick_pages + pick_row * NP + slot, tl.load(table + kept * SELECT // PAGE_TOKENS), mask=slot < N)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def _store_part(
 @triton.jit(do_not_specialize=["window"])
 def decode_split_kernel(
     q, cos, sin, k_cmp, v_cmp, k_win, v_win, block_table, lengths, arrivals,
-    part_acc, part_top, part_total, own, spill, tops, lse, picks, bits, pick_pages,
+    part_acc, part_top, part_total, own, spill, tops, lse, picks, bits,
     t, pages_per_row, window, num_blocks, num_tops, scale_log2, stride_qb, stride_qt, stride_qh,
     stride_kcp, stride_kcs, stride_kcg, stride_vcp, stride_vcs, stride_vcg,
     stride_kwp, stride_kws, stride_kwg, stride_vwp, stride_vws, stride_vwg,
@@ -135,10 +135,10 @@ def decode_split_kernel(
                         first_head = query_row * heads + group * G
                         merge_lse(part_top, part_total, lse, first_head, active, ALL, SPLITS_PADDED, G, GP)
                         select_blocks(
-                            own, spill, tops, lse, picks, bits, pick_pages, block_table + wide(row) * pages_per_row,
-                            first_head, query_row * tl.num_programs(1) + group, query_position,
+                            own, spill, tops, lse, picks, bits, first_head,
+                            query_row * tl.num_programs(1) + group, query_position,
                             (query_position + 1) // STRIDE, num_blocks, num_tops, SELECT, PER_BLOCK, TILE_BLOCKS,
-                            REACH > 1, G, N, NP, INITIAL, LOCAL, BLOCKS, PAGE_TOKENS,
+                            REACH > 1, G, N, NP, INITIAL, LOCAL, BLOCKS,
                         )  # fmt: skip
     else:
         k_head = k_win + wide(group) * stride_kwg

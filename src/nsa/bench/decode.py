@@ -1,0 +1,172 @@
+"""`nsa bench decode`: one layer's attention for one new token a row, as a CUDA graph, beside dense attention."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nsa.bench.command import DecodeArguments
+from nsa.bench.result import Entry
+from nsa.bench.timing import interleaved
+from nsa.cache_tensors import CacheTensors, empty_cache_tensors
+from nsa.config import NSAConfig
+from nsa.decoding import append_tokens, decode_attention
+
+RIVALS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+STEPS = 16  # captured in a graph, at least
+MAX_CACHES = 48
+# Bytes that the steps of a graph read before they read the same again: several times an L2.
+COLD_BYTES = 250 << 20
+PAGE = 256
+ROOM = 512
+
+Runs = dict[str, list[Callable[[], object]]]
+
+
+def measure(arguments: DecodeArguments, device: str = "cuda") -> Iterator[Entry]:
+    """For every length and batch: attention with keys from memory; with the append; all keys in L2 where they fit."""
+    bandwidth = _copy_rate(device)
+    for length in arguments.lengths:
+        for batch in arguments.batches:
+            yield from _cell(arguments, length, batch, bandwidth, device)
+            torch.cuda.empty_cache()
+
+
+def read_bytes(config: NSAConfig, length: int, g: int, d: int, e: int) -> int:
+    """Bytes of 16-bit keys and values that one query of each head has to read, NSA."""
+    return 2 * config.keys_per_query(length) * g * (d + e)
+
+
+def _cell(arguments: DecodeArguments, length: int, batch: int, bandwidth: float, device: str) -> Iterator[Entry]:
+    config, g, d = NSAConfig(), arguments.kv_heads, arguments.head_dim
+    sparse = batch * read_bytes(config, length, g, d, d)
+    dense = 4 * batch * length * g * d
+    # Floors in microseconds.
+    facts = {"batch": float(batch), "floor": sparse / bandwidth * 1e6, "dense floor": dense / bandwidth * 1e6}
+    cache = dense * (1 + 1 / config.compress_stride) * (1 + ROOM / length)
+    free = torch.cuda.mem_get_info()[0] * 0.9
+    if cache > free:
+        yield Entry(
+            length=length, inputs=f"batch {batch}", part="attention", ms={}, facts=facts | {"needs GiB": cache / 2**30}
+        )
+        return
+    number = max(1, min(MAX_CACHES, math.ceil(COLD_BYTES / sparse), int(free / cache)))
+    layers = [_Layer(arguments, config, length - i % config.compress_stride, batch, device) for i in range(number)]
+    steps = max(number, STEPS if sparse < 1 << 30 else STEPS // 4)
+
+    def entry(part: str, runs: Runs) -> Entry:
+        graphs, ms = {}, {}
+        for name, run in runs.items():
+            try:
+                graphs[name] = _captured([run[i % len(run)] for i in range(steps)])
+            except RuntimeError as error:  # a rival without a kernel for this shape: the others go on
+                print(f"nsa bench: {name} at {length:,} tokens, batch {batch}: {str(error).splitlines()[0]}")
+        ms = interleaved({name: graph.replay for name, graph in graphs.items()}, arguments.repetitions)
+        return Entry(
+            length=length, inputs=f"batch {batch}", part=part, facts=facts,
+            ms={name: time / steps for name, time in ms.items()},
+        )  # fmt: skip
+
+    runs: Runs = {"NSA": [layer.attend for layer in layers]}
+    if 2 * number * cache < free:
+        paged = [_Layer(arguments, config, length, batch, device, page=PAGE) for _ in range(number)]
+        runs["NSA, pages"] = [layer.attend for layer in paged]
+    rivals: Runs = {name: [layer.dense(RIVALS[name]) for layer in layers] for name in arguments.rivals}
+    yield entry("attention", runs | rivals)
+    runs.pop("NSA, pages", None)
+    if sparse < torch.cuda.get_device_properties(device).L2_cache_size // 2:
+        first: Runs = {name: run[:1] for name, run in (runs | rivals).items()}
+        yield entry("attention, one cache again and again", first)
+    yield entry("append and attention", {"NSA": [layer.step for layer in layers]})
+
+
+class _Layer:
+    """A cache of random keys and values, and one query a row."""
+
+    def __init__(
+        self, arguments: DecodeArguments, config: NSAConfig, length: int, batch: int, device: str,
+        page: int | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.length = config, length
+        h, g, d = arguments.heads, arguments.kv_heads, arguments.head_dim
+        dtype = getattr(torch, arguments.dtype)
+        size = page or -(-(length + ROOM) // config.select_block_size) * config.select_block_size
+        per_row = -(-(length + ROOM) // size)
+        self.tensors = empty_cache_tensors(
+            config, rows=batch, num_pages=batch * per_row, page_size=size, pages_per_row=per_row, num_kv_heads=g,
+            head_dim=d, v_head_dim=d, max_new=1, max_crop=64, dtype=dtype, device=device,
+        )  # fmt: skip
+        for x in _memory(self.tensors):
+            x.transpose(1, 2).normal_()
+        order = torch.randperm(batch * per_row, device=device) if page else torch.arange(batch * per_row, device=device)
+        self.tensors.block_table.copy_(order.view(batch, per_row))
+        self.tensors.lengths.fill_(length)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=dtype)
+
+        self.q, self.gates = normal(batch, 1, h, d), normal(batch, 1, h, 3).sigmoid()
+        self.k, self.k_win, self.k_raw, self.v, self.v_win, self.v_raw = (normal(batch, 1, g, d) for _ in range(6))
+        block, wide = config.compress_block_size, config.compress_block_size * d
+        shapes = ((block, d), (2 * d, wide), (2 * d,), (d, 2 * d), (d,))
+        self.phi_k, self.phi_v = (tuple(normal(*shape) * wide**-0.5 for shape in shapes) for _ in range(2))
+        self.cos, self.sin = normal(batch, 1, d), normal(batch, 1, d)
+
+    def attend(self) -> Tensor:
+        return decode_attention(self.q, self.gates, self.tensors, self.config, backend="triton")
+
+    def step(self) -> Tensor:
+        """Append and attention, keys and query rotated inside."""
+        append_tokens(
+            self.tensors, self.k, self.v, self.k_win, self.v_win, self.k_raw, self.v_raw, self.config,
+            self.phi_k, self.phi_v, self.cos, self.sin, cos=self.cos, sin=self.sin, backend="triton",
+        )  # fmt: skip
+        return decode_attention(
+            self.q, self.gates, self.tensors, self.config, cos=self.cos, sin=self.sin, backend="triton"
+        )
+
+    def dense(self, backend: SDPBackend) -> Callable[[], Tensor]:
+        """Dense attention of the same query over the same raw keys.
+
+        `enable_gqa`, so that a key is read once for its group. The other way to share it, the group's heads as 16
+        queries of one head, took as long on an H200 (FlashAttention-2; cuDNN at batch 32) or, by cuDNN at batch 1,
+        7 to 18 times as long, since it then does not split the keys.
+        """
+        q = self.q.transpose(1, 2)
+        k, v = (x.transpose(1, 2)[:, :, : self.length] for x in (self.tensors.k, self.tensors.v))
+
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        return run
+
+
+def _memory(tensors: CacheTensors) -> Sequence[Tensor]:
+    found = (
+        tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw
+    )  # fmt: skip
+    return [x for x in found if x is not None]
+
+
+def _captured(steps: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        steps[0]()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    return graph
+
+
+def _copy_rate(device: str) -> float:
+    """Bytes a second of a large copy, read and written."""
+    x = torch.empty(1 << 30, dtype=torch.int8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() / (interleaved({"copy": lambda: y.copy_(x)}, 5)["copy"] / 1e3)
