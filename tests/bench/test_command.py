@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa.bench.command import KernelArguments, ModuleArguments, StepArguments
+from nsa.bench.command import DecodeArguments, KernelArguments, ModuleArguments, StepArguments
 from nsa.cli import main, parse
 
 
@@ -14,6 +14,9 @@ def test_each_bench_is_a_subcommand_with_its_own_options() -> None:
     assert parse("bench", ["module", "--hidden-size", "64"]).what == ModuleArguments(hidden_size=64)
     assert parse("bench", ["step", "--preset", "small", "--layers", "2"]).what == StepArguments(
         preset="small", layers=2
+    )
+    assert parse("bench", ["decode", "--lengths", "8", "--batches", "1", "--rivals"]).what == DecodeArguments(
+        lengths=(8,), batches=(1,), rivals=()
     )
 
 
@@ -37,6 +40,8 @@ def test_without_cuda_it_is_one_line(bench: str, capsys: pytest.CaptureFixture[s
         (["kernels", "--rivals", "me"], "--rivals: expected some of 'cuDNN', 'FlashAttention-2', "),
         (["kernels", "--lengths", "0"], "--lengths: expected positive numbers of tokens, got [0]"),
         (["module", "--repetitions", "0"], "--repetitions: expected at least 1, got 0"),
+        (["decode", "--rivals", "FlexAttention"], "--rivals: expected some of 'cuDNN', 'FlashAttention-2', got 'Flex"),
+        (["decode", "--batches", "0"], "--batches: expected positive numbers of rows, got [0]"),
         (["nothing"], "nothing"),
         (["show", "/nowhere.json"], "/nowhere.json"),
     ],

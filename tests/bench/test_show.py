@@ -9,6 +9,7 @@ import pytest
 from nsa.bench.command import ShowArguments
 from nsa.bench.result import Entry, Result
 from nsa.bench.show import crossover, markdown, tables, write
+from nsa.config import NSAConfig
 
 
 def canned() -> Result:
@@ -90,3 +91,26 @@ def test_show_reads_a_result_again(tmp_path, capsys) -> None:
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is no result of nsa bench"):
         ShowArguments(result=tmp_path / "a.json").run()
+
+
+def test_decoding_is_shown_in_microseconds_with_its_floor_and_cells_without_room(tmp_path) -> None:
+    facts = {"batch": 32.0, "floor": 87.06, "dense floor": 1042.75}
+    ms = {"NSA": 0.125, "NSA, pages": 0.15, "cuDNN": 0.9375}
+    entries = [
+        Entry(length=65536, inputs="batch 32", part="attention", ms=ms, facts=facts),
+        Entry(length=131072, inputs="batch 32", part="attention", ms={}, facts=facts | {"needs GiB": 290.2}),
+    ]
+    result = Result(bench="decode", facts={"device": "a device"}, shape={}, matrix_rate=8e14, entries=entries)
+    (table,) = tables(result)
+    assert table.header == ["tokens", "batch", "floor", "dense floor", "NSA", "NSA, pages", "cuDNN"]
+    assert table.rows[0] == ["65,536", "32", "87.1", "1042.8", "125.0", "150.0", "937.5 (7.50x)"]
+    assert table.rows[1][4:] == ["no room for 290 GiB", "", ""]
+    write(result, tmp_path / "decode")
+    assert ElementTree.parse(tmp_path / "decode.svg").getroot().tag.endswith("svg")
+
+
+def test_the_bytes_of_a_decoding_step_are_those_of_the_keys_it_reads() -> None:
+    from nsa.bench.decode import read_bytes
+
+    # 8k tokens: 511 compressed keys, 16 blocks of 64, a window of 512; 16-bit keys and values of 4 heads.
+    assert read_bytes(NSAConfig(), 8192, 4, 128, 64) == (511 + 1024 + 512) * 4 * (128 + 64) * 2

@@ -30,7 +30,7 @@ class Plan:
     warps: int = 4
     stages: int = 3
     splits: int = 16  # runs that a row's compressed keys are cut into, at most
-    least_tiles: int = 2  # tiles in such a run, at least
+    least_tiles: int = 1  # tiles in such a run, at least
     window_tiles: int = 4  # tiles in a run of the window
     select_blocks: int = 1024  # blocks that one step of the top n looks at, at most
     shares: int = 4  # programs that divide the selected blocks of a query between them
