@@ -74,8 +74,8 @@ def compressed_tiles(
             first = max(0, config.compress_block_size - 1 - part.first_position)
             while first < part.num_queries:
                 visible = config.num_visible_compressed_blocks(part.first_position + first)
-                # Twice as many as elsewhere: long rows of keys are then read for more queries at once.
-                room = max(1, 2 * tile_elements() // (rows * h * (visible + 1)))
+                # More than elsewhere: long rows of keys are scored in pieces, and read for more queries at once.
+                room = max(1, 4 * tile_elements() // (rows * h * (visible + 1)))
                 last = min(first + min(room, MAX_QUERIES_PER_TILE), part.num_queries)
                 positions = torch.arange(first, last, device=q.device) + part.first_position
                 blocks = torch.arange(visible, config.num_compressed_blocks(part.first_position + last))

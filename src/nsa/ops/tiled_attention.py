@@ -10,7 +10,8 @@ holds about `tile_elements()` scores.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ LARGEST_MASS = 1e25
 # little.
 TILE_ELEMENTS = 1 << 19
 MAX_THREADS = 8  # that make a tile larger
+# A long row of keys is scored in pieces, so that scores and keys stay in the cache of a core from step to step.
+PIECE = 512
 
 
 def tile_elements() -> int:
@@ -148,11 +151,11 @@ class _TiledAttention(torch.autograd.Function):
             if tile.partial:
                 sums.add(tile, q_tile, k_tile, v_tile, scratch)
                 continue
-            p, share, tile_lse = _probabilities(tile, q_tile, k_tile, scratch)
+            tile_out, tile_lse, share, ps = _attend_whole(tile, q_tile, k_tile, v_tile, scratch)
             _put_queries(lse, tile, tile_lse)
-            _put_queries(out, tile, _attend(p, v_tile, scratch).mul_(share.unsqueeze(-1)))
+            _put_queries(out, tile, tile_out)
             if observe is not None:
-                observe(tile, _sum_over_heads(p, share))
+                observe(tile, torch.cat([_sum_over_heads(p, share) for p in ps], dim=-1))
         sums.divide()
 
         out, lse = _from_group(out).to(q.dtype), _from_group(lse)
@@ -270,34 +273,56 @@ def _exponentials(tile: Tile, scores: Tensor, reference: Tensor) -> Tensor:
     return p
 
 
-def _probabilities(tile: Tile, q_tile: Tensor, k_tile: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """p, share, lse of queries that meet all their keys in this tile: share * p are the probabilities.
+def _attend_whole(
+    tile: Tile, q_tile: Tensor, k_tile: Tensor, v_tile: Tensor, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """out, lse, share, ps of queries that meet all their keys in this tile: share * p are the probabilities.
 
     exp() needs a reference near the largest score of the row. Mostly the score of a typical key will do, and the search
     for the maximum is saved. Rows in which it proves so far off that rounding would show are done again with their
     maximum. What happens in a row depends on no other row.
     """
-    keys = k_tile.transpose(-1, -2)
-    scores = _attend(q_tile, keys, scratch)
-    reference = _typical_scores(tile, scores)
-    p = _exponentials(tile, scores, reference)
-    mass = p.sum(-1)
+    pieces = [(piece, k_tile[:, :, piece].transpose(-1, -2)) for piece in _pieces(tile, k_tile.shape[2])]
+    reference = _typical_scores(tile, q_tile, k_tile, scratch)
+
+    def exponentials() -> tuple[list[Tensor], Tensor]:
+        ps = [_exponentials(_part(tile, piece), _attend(q_tile, keys, scratch), reference) for piece, keys in pieces]
+        return ps, sum((p.sum(-1) for p in ps[1:]), ps[0].sum(-1))
+
+    ps, mass = exponentials()
     eps = torch.finfo(mass.dtype).eps
     near = (eps < mass) & (mass < 1.0 / eps)  # false for NaN
     if not bool(near.all()):
-        scores = _attend(q_tile, keys, scratch)
-        largest = _largest(tile, scores)
+        tops = [_largest(_part(tile, piece), _attend(q_tile, keys, scratch)) for piece, keys in pieces]
+        largest = torch.stack(tops).amax(0)
         reference = torch.where(near, reference, largest.masked_fill_(largest == -torch.inf, 0.0))
-        p = _exponentials(tile, scores, reference)
-        mass = p.sum(-1)
+        ps, mass = exponentials()
     share = mass.masked_fill(mass == 0.0, 1.0).reciprocal_()  # a row that sees no key: p is 0
-    return p, share, mass.log_().add_(reference)
+    outs = [_attend(p, v_tile[:, :, piece], scratch) for p, (piece, _) in zip(ps, pieces, strict=True)]
+    out = outs[0]
+    for more in outs[1:]:
+        out.add_(more)
+    return out.mul_(share.unsqueeze(-1)), mass.log_().add_(reference), share, ps
 
 
-def _typical_scores(tile: Tile, scores: Tensor) -> Tensor:
+def _pieces(tile: Tile, num_keys: int) -> list[slice]:
+    """Stretches of the tile's keys; all that is masked is in the last."""
+    free = min([num_keys - 1, *(mask.first for mask in tile.masks)])
+    starts = [0, *range(PIECE, free + 1, PIECE)]
+    return [slice(start, stop) for start, stop in pairwise([*starts, num_keys])]
+
+
+def _part(tile: Tile, piece: slice) -> Tile:
+    """The tile with the masks of one piece of its keys."""
+    masks = tuple(replace(mask, first=mask.first - piece.start) for mask in tile.masks if mask.first < piece.stop)
+    return replace(tile, masks=masks)
+
+
+def _typical_scores(tile: Tile, q_tile: Tensor, k_tile: Tensor, scratch: _Scratch) -> Tensor:
     if isinstance(tile.typical_key, int):
-        return scores[..., tile.typical_key].clone()
-    return scores.take_along_dim(tile.typical_key.view(1, 1, -1, 1, 1), dim=-1).squeeze(-1)
+        key = k_tile[:, :, tile.typical_key, :, None]
+        return _attend(q_tile, key, scratch).squeeze(-1)
+    return (q_tile * k_tile[:, :, tile.typical_key].unsqueeze(3)).sum(-1)
 
 
 def _largest(tile: Tile, scores: Tensor) -> Tensor:
