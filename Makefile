@@ -34,7 +34,7 @@ format: $(STAMP)
 
 # PROCESSES=8 spreads the tests (pytest-xdist); compiling the kernels takes most of the time.
 test-gpu:  ## on a machine with CUDA, in its own environment
-	$(PYTHON) -m pytest -m gpu tests/gpu -p no:benchmark $(if $(PROCESSES),-n $(PROCESSES))
+	$(PYTHON) -m pytest -m gpu tests/gpu tests/methods -p no:benchmark $(if $(PROCESSES),-n $(PROCESSES))
 
 bench: $(STAMP)  ## ours beside torch's SDPA on this CPU, one interleaved run
 	$(BIN)/python benchmarks/bench_cpu.py
