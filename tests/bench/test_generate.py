@@ -89,9 +89,3 @@ def test_the_command_has_its_options_and_one_line_errors(capsys):
         said = capsys.readouterr().err
         assert "expected" in said
         assert said.count("\n") == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
-def test_without_cuda_it_is_one_line(capsys):
-    assert main(["bench", "generate"]) == 2
-    assert capsys.readouterr().err == "nsa bench: error: nsa bench measures a CUDA device, and PyTorch sees none here\n"
