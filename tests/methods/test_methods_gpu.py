@@ -1,9 +1,11 @@
 """The same methods on a GPU: what they compute and what they read there."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_method_models import FAMILIES, LAID_OVER, LENGTH, run, sharpened, tokens
 
 from nsa.eval.methods import METHODS, MethodCache, attached, split
@@ -12,19 +14,26 @@ from nsa.testing.comparison import assert_close_to_fp64
 pytestmark = pytest.mark.gpu
 
 
-def with_one_rotary(model):
-    """transformers rounds cosines and sines to float32, on two devices to two values: take those of the CPU on both."""
-    own = model.model.rotary_emb
-    here = copy.deepcopy(own)
-    own.forward = lambda x, position_ids: tuple(part.to(x.device) for part in here(x.cpu(), position_ids.cpu()))
+def in_float64(model):
+    """transformers computes norms, cosines and sines in float32, which two devices round to two values."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(rms_norm, module)
+    rotary = model.model.rotary_emb
+    on_cpu = copy.deepcopy(rotary)
+    rotary.forward = lambda x, position_ids: tuple(p.to(x.device) for p in on_cpu(x.cpu(), position_ids.cpu()))
     return model
+
+
+def rms_norm(norm, x):
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", LAID_OVER)
 def test_a_gpu_gives_the_numbers_and_counts_of_the_cpu(family, name):
     torch.manual_seed(0)
-    model = with_one_rotary(sharpened(FAMILIES[family]()))
+    model = in_float64(sharpened(FAMILIES[family]()))
     ids, mask = tokens(2), torch.ones(2, LENGTH, dtype=torch.long)
     ids[0, :7], mask[0, :7] = 0, 0
     method = METHODS[name].at_budget(split(LENGTH, 20))
