@@ -1,4 +1,4 @@
-"""Runs each of two files in a process of its own: Triton reads the interpreter's flag when a kernel is decorated.
+"""Runs each of these files in a process of its own: Triton reads the interpreter's flag when a kernel is decorated.
 
 Without the conftest: its shape checks wrap functions in a way that torch.compile cannot trace.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_decoding.py"])
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_decoding.py", "interpreted_step.py"])
 def test_the_kernels_pass_their_checks_in_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file]
     done = subprocess.run(

@@ -30,7 +30,8 @@ from nsa.backend import resolve, why_not_triton
 from nsa.models.cache import Layout, NSALlamaCache
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.decoding import Decoder
-from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention, PackedProjections, step_padding
+from nsa.models.step import StepLayer
+from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention, step_padding
 from nsa.modules.compression import Compression
 
 
@@ -71,7 +72,6 @@ class NSALlamaAttention(NativeSparseAttention):
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         decode_step: DecodeStep | None = None,
-        packed: PackedProjections | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         cache = None
@@ -82,7 +82,7 @@ class NSALlamaAttention(NativeSparseAttention):
             layer = past_key_values.layers[self.layer_idx]
             cache = layer.nsa
             if decode_step is not None:
-                return self.decode(hidden_states, cache.tensors, decode_step, packed), None
+                return self.decode(hidden_states, cache.tensors, decode_step), None
         out = super().forward(hidden_states, cache=cache, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q)
         if cache is not None:
             layer.num_columns += hidden_states.shape[1]
@@ -90,10 +90,10 @@ class NSALlamaAttention(NativeSparseAttention):
 
 
 class FusedRMSNorm(LlamaRMSNorm):
-    """Llama's norm; on a GPU without gradients in one kernel instead of seven, and rounded once instead of twice."""
+    """Llama's norm; without gradients in one operation instead of seven, rounded once, and in fp64 where x is."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.is_cuda and not torch.is_grad_enabled() and hidden_states.dtype == self.weight.dtype:
+        if not torch.is_grad_enabled() and hidden_states.dtype == self.weight.dtype:
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         return super().forward(hidden_states)
 
@@ -189,7 +189,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         input_ids: Tensor,
         cache: NSALlamaCache,
         counts: Tensor | None,
-        packed: Sequence[PackedProjections | None] = (),
+        step_layers: Sequence[StepLayer | None] = (),
     ) -> Tensor:
         """Hidden states of a decoding step: all of it on the device, at fixed addresses; `make_room` was called.
 
@@ -197,12 +197,15 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             input_ids: [rows, t].
             cache: static or paged; the tokens are appended.
             counts: int32 [rows], how many of the t columns are tokens, the last ones of each row; None where all are.
-            packed: the input projections of each layer as one.
+            step_layers: of each layer; a layer that has none runs as its modules.
         """
         hidden = self.embed_tokens(input_ids)
         step = self._step(hidden, cache, counts)
-        for layer, one in zip_longest(self.layers, packed):
-            hidden = layer(hidden, past_key_values=cache, decode_step=step, packed=one)
+        for layer, fixed, one in zip_longest(self.layers, cache.fixed, step_layers):
+            if one is None:
+                hidden = layer(hidden, past_key_values=cache, decode_step=step)
+            else:
+                hidden = one(hidden.flatten(0, 1), fixed.tensors, step).view_as(hidden)
         return self.norm(hidden)
 
     def _step(self, embeds: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> DecodeStep:

@@ -1,10 +1,9 @@
 """The NSA layer: from hidden states to hidden states, with or without a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
@@ -72,32 +71,6 @@ class DecodeStep:
         factors = rotary(like, torch.cat([positions, blocks], dim=1).clamp(min=0))
         (cos, cos_cmp), (sin, sin_cmp) = ((x[:, :t].contiguous(), x[:, t:].contiguous()) for x in factors)
         return cls(counts, cos, sin, cos_cmp, sin_cmp)
-
-
-@dataclass(frozen=True)
-class PackedProjections:
-    """The input projections of a layer as one, since in a decoding step eight small products take longer than one.
-
-    A copy of the weights of that moment: q, k, v, (k_win, v_win, k_raw, v_raw,) gates.
-    """
-
-    weight: Float[Tensor, "all hidden"]
-    bias: Float[Tensor, " all"]
-    sizes: list[int]
-
-    @classmethod
-    def of(cls, layer: "NativeSparseAttention") -> "PackedProjections | None":
-        """None where a projection is more than a linear layer (adapters, quantized weights, hooks)."""
-        projections = [*layer.input_projections(), layer.gate_proj]
-        plain = all(type(p) in (nn.Linear, Gates) and not p._forward_hooks for p in projections)
-        weights: list[Tensor] = [p.weight for p in projections]
-        if not plain or len({(w.dtype, w.device) for w in weights}) > 1:
-            return None
-        sizes = [p.out_features for p in projections]
-        biases: list[Tensor] = [
-            weights[0].new_zeros(size) if p.bias is None else p.bias for p, size in zip(projections, sizes, strict=True)
-        ]
-        return cls(torch.cat(weights).detach(), torch.cat(biases).detach(), sizes)
 
 
 class NativeSparseAttention(nn.Module):
@@ -257,34 +230,28 @@ class NativeSparseAttention(nn.Module):
         return [*own, self.k_proj_win, self.v_proj_win, self.k_proj_cmp, self.v_proj_cmp]
 
     def decode(
-        self,
-        x: Float[Tensor, "b t hidden"],
-        tensors: CacheTensors,
-        step: DecodeStep,
-        packed: PackedProjections | None = None,
+        self, x: Float[Tensor, "b t hidden"], tensors: CacheTensors, step: DecodeStep
     ) -> Float[Tensor, "b t hidden"]:
         """Attention output of a decoding step; the tokens are appended to `tensors`, whose lengths advance.
 
         All of it happens on the device, at fixed addresses: a CUDA graph can hold it. The cache that owns the tensors
         has been told by `make_room`. Columns before a row's tokens are padding and carry only the output's bias.
         """
-        if packed is None:
-            parts = [projection(x) for projection in self.input_projections()]
-            gates = self.gate_proj(x)
-        else:
-            *found, gates = F.linear(x, packed.weight, packed.bias).split(packed.sizes, dim=-1)
-            parts, gates = found, gates.sigmoid().unflatten(-1, (-1, 3))
-        q = parts[0].unflatten(-1, (self.num_heads, self.head_dim))
-        k, v, *rest = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in parts[1:])
+        projected = [projection(x) for projection in self.input_projections()]
+        return self.o_proj(self.decode_heads(projected, self.gate_proj(x), tensors, step).flatten(2))
+
+    def decode_heads(
+        self, projected: Sequence[Tensor], gates: Float[Tensor, "b t h 3"], tensors: CacheTensors, step: DecodeStep
+    ) -> Float[Tensor, "b t h e"]:
+        """`decode` between its projections: `projected` are [b, t, .] in the order of `input_projections`."""
+        q = projected[0].unflatten(-1, (self.num_heads, self.head_dim))
+        k, v, *rest = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in projected[1:])
         k_win, v_win, k_raw, v_raw = rest or (None, None, k, v)
         append_tokens(
             tensors, k, v, k_win, v_win, k_raw, v_raw, self.config, self.compress_k.weights(),
             self.compress_v.weights(), step.cos_cmp, step.sin_cmp, counts=step.counts, cos=step.cos, sin=step.sin,
         )  # fmt: skip
-        out = decode_attention(
-            q, gates, tensors, self.config, counts=step.counts, cos=step.cos, sin=step.sin
-        )  # fmt: skip
-        return self.o_proj(out.flatten(2))
+        return decode_attention(q, gates, tensors, self.config, counts=step.counts, cos=step.cos, sin=step.sin)
 
     def _decode_columns(self, x: Tensor, cache: FixedNSACache, attention_mask: Tensor | None) -> Tensor:
         """A decoding step of this layer by itself."""

@@ -1,0 +1,67 @@
+"""The products of a decoding step in Triton's interpreter; `test_interpreter.py` runs this file in its own process."""
+
+# ruff: noqa: E402 (the path to the checks comes first)
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS / "gpu")]
+
+from poison import poisoned_memory
+from project_checks import USES, check_project
+
+from nsa.backend import use_backend
+from nsa.kernels import project as kernels
+from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
+from nsa.models.decoding import Decoder
+from nsa.testing import assert_close_to_fp64
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned_memory(monkeypatch)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 48, 16), (3, 520, 33), (20, 256, 40)])
+def test_every_use_is_within_the_budget(use: str, rows: int, width: int, columns: int) -> None:
+    check_project(rows, width, columns, use, torch.float32, "cpu")
+
+
+def test_what_the_kernel_takes() -> None:
+    assert kernels.serves(torch.zeros(64, 16, dtype=torch.bfloat16))
+    assert not kernels.serves(torch.zeros(65, 16, dtype=torch.bfloat16))
+    assert not kernels.serves(torch.zeros(0, 16))
+    assert not kernels.serves(torch.zeros(1, 16, dtype=torch.float16))
+
+
+@torch.no_grad()
+def test_a_step_of_the_model_is_that_of_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = NSALlamaConfig(
+        vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, attention_bias=True, initializer_range=0.2,
+        nsa={"compress_block_size": 4, "compress_stride": 2, "select_block_size": 8, "num_selected_blocks": 4,
+             "window_size": 6},
+    )  # fmt: skip
+    model, ids = NSALlamaForCausalLM(config).eval(), torch.randint(50, (2, 36))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    calls, project = [], kernels.project
+    monkeypatch.setattr(kernels, "project", lambda *args, **kwargs: calls.append(1) or project(*args, **kwargs))
+    cache = NSALlamaCache(config, layout="static", max_length=64)
+    with use_backend("torch"):
+        model(ids[:, :32], past_key_values=cache)
+    decoder = Decoder(model, cache, masked=False, capture=False)
+    found = torch.cat([decoder(ids[:, at : at + 1]) for at in range(32, 36)], dim=1)
+    assert len(calls) == 4 * 4 * 2
+    with use_backend("torch"):
+        plain = model(ids, use_cache=False).logits[:, 32:]
+        truth = model.double()(ids, use_cache=False).logits[:, 32:]
+    assert_close_to_fp64(found, plain, truth, largest_score=100.0)
