@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from nsa.bench import dense_decoding
 from nsa.bench.command import GenerateArguments
 from nsa.bench.dense_decoding import DenseDecoder
-from nsa.bench.generate import filled_cache, random_model
+from nsa.bench.generate import filled_cache, filled_dense_cache, random_model
 from nsa.bench.result import Entry, Result
 from nsa.bench.show import markdown, tables, write
 from nsa.cli import main, parse
@@ -49,6 +49,21 @@ def test_a_filled_cache_is_full_of_finite_numbers_and_decodes():
     assert [layer.lengths for layer in cache.caches] == [[208] * 3] * 2
 
 
+@pytest.mark.parametrize("room", [None, 5])
+def test_filled_caches_of_the_dense_model_decode_over_all_their_tokens(room):
+    model = random_model(SMALL, "dense", "cpu").float()
+    cache = filled_dense_cache(model, 3, 40, room)
+    keys = [layer.keys[:, :, :40].clone() for layer in cache.layers]
+    whole = DynamicCache(config=model.config)
+    for layer, k in enumerate(keys):
+        whole.update(k, cache.layers[layer].values[:, :, :40].clone(), layer)
+    ids = torch.randint(64, (3, 1))
+    with torch.no_grad():
+        found, expected = (model(ids, past_key_values=one, use_cache=True).logits for one in (cache, whole))
+    torch.testing.assert_close(found, expected)
+    assert int(cache.get_seq_length()) == 41
+
+
 def canned() -> Result:
     """At 8k and batch 2 NSA takes 4 ms a step, dense 12 and 16; 8e9 and 24e9 bytes."""
     facts = {"rows": 2.0, "NSA: bytes": 8e9, "dense: bytes": 24e9}
@@ -77,7 +92,8 @@ def test_tables_hold_tokens_a_second_and_bytes_over_time(tmp_path):
 def test_the_memory_table_names_what_it_is_of_and_what_was_planned():
     memory = next(table for table in tables(canned()) if table.title.startswith("peak memory"))
     assert memory.title == "peak memory, first token, on top of inputs and weights: GiB"
-    assert memory.rows == [["8,192", "batch 1", "1.50", "2.50"]]
+    assert memory.header == ["tokens", "inputs", "NSA", "dense", "NSA, planned"]
+    assert memory.rows == [["8,192", "batch 1", "1.50", "2.50", "1.75"]]
 
 
 def test_the_command_has_its_options_and_one_line_errors(capsys):

@@ -143,26 +143,31 @@ class StepArguments:
 class GenerateArguments:
     """A language model that decodes, beside its dense twin: random weights in bf16, by default in Llama 3.2 1B's sizes.
 
-    first token: the prompt read, one row, NSA in chunks. decoding step: of the whole batch over caches filled with
-    random numbers; NSA as generate() runs it (a CUDA graph) and without the graph; the dense twin as a CUDA graph over
-    exactly its keys, by FlashAttention-2 and by cuDNN, each key read once for its group of heads; and as transformers
-    runs it. generate(): both models' own, from prompt to last token, milliseconds per step after the first token.
+    decoding step: of the whole batch over caches filled with random numbers; NSA as generate() runs it (a CUDA graph)
+    and without the graph; the dense twin as a CUDA graph over exactly its keys, by FlashAttention-2 and by cuDNN, with
+    the same products around it; and as transformers runs it, with a cache that grows and with a static one, neither
+    compiled. generate(): both models' own, from prompt to last token, milliseconds per step after the first token; the
+    dense twin with the cache that grows. first token: a prompt of one row, NSA in chunks.
 
     Examples:
         nsa bench generate
         nsa bench generate --lengths 8192 65536 --batches 1 8 --output generate_h200
         nsa bench generate --layers 20 --heads 32 --kv-heads 2 --intermediate-size 5632 --vocab-size 32768
-        nsa bench generate --lengths 65536 --batches 8 --generate-at 65536 --new-tokens 128
+        nsa bench generate --lengths --generate-at --prompts 1048576 --dense-prompt 0
     """
 
-    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072)
-    """Tokens before those that are made."""
-    batches: tuple[int, ...] = (1, 4, 8)
+    lengths: tuple[int, ...] = (8192, 32768, 65536, 131072)
+    """Tokens before a decoding step."""
+    batches: tuple[int, ...] = (1, 8)
     """Rows."""
     generate_at: tuple[int, ...] = (65536,)
     """Lengths at which generate() runs from the prompt on, with the largest batch."""
     new_tokens: int = 64
     """Tokens that generate() makes."""
+    prompts: tuple[int, ...] = (8192, 65536, 131072)
+    """Lengths of prompts of which the first token is timed."""
+    dense_prompt: int = 131072
+    """The dense twin reads prompts up to this length."""
     prefill_chunk: int = 16384
     """Tokens of a row that NSA reads at once."""
     layers: int = 16
@@ -187,7 +192,7 @@ class GenerateArguments:
     """Print the result as JSON instead of tables."""
 
     def run(self) -> None:
-        _check((*self.lengths, *self.generate_at), self.repetitions)
+        _check((*self.lengths, *self.generate_at, *self.prompts), self.repetitions)
         if not self.batches or min(*self.batches, self.new_tokens, self.prefill_chunk) < 1:
             raise ValueError(
                 "--batches, --new-tokens and --prefill-chunk: expected at least 1, got "

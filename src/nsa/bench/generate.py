@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from nsa.bench.command import GenerateArguments
 from nsa.bench.dense_decoding import BACKENDS, DenseDecoder
@@ -26,17 +26,17 @@ STEPS = 8  # of decoding that are timed as one, since a step takes little
 
 @torch.no_grad()
 def measure(arguments: GenerateArguments, device: str = "cuda") -> Iterator[Entry]:
-    """First token, decoding steps, and generate()."""
+    """Decoding steps, generate(), and first tokens."""
     nsa, dense = (random_model(arguments, attention, device) for attention in ("nsa", "dense"))
-    for length in arguments.lengths:
-        yield first_token(arguments, nsa, dense, length)
-        _free()
     for length in arguments.lengths:
         for batch in arguments.batches:
             yield decoding_step(arguments, nsa, dense, length, batch)
             _free()
     for length in arguments.generate_at:
         yield whole_generation(arguments, nsa, dense, length, max(arguments.batches))
+        _free()
+    for length in arguments.prompts:
+        yield first_token(arguments, nsa, dense, length)
         _free()
 
 
@@ -70,35 +70,6 @@ def random_model(arguments: GenerateArguments, attention: str, device: str) -> N
         torch.set_default_dtype(before)
 
 
-# ---- the prompt ------------------------------------------------------------------------------------------------
-
-
-def first_token(
-    arguments: GenerateArguments, nsa: NSALlamaForCausalLM, dense: NSALlamaForCausalLM, length: int
-) -> Entry:
-    ids = torch.randint(arguments.vocab_size, (1, length), device=nsa.device)
-
-    def read() -> Tensor:
-        cache = NSALlamaCache(nsa.config, layout="static", max_length=length)
-        for chunk in ids.split(arguments.prefill_chunk, dim=1):
-            logits = nsa(chunk, past_key_values=cache, logits_to_keep=1).logits
-        return logits
-
-    def read_dense() -> Tensor:
-        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
-            return dense(ids, use_cache=True, logits_to_keep=1).logits
-
-    runs: dict[str, Callable[[], object]] = {"NSA": read, "dense": read_dense}
-    ms = interleaved(runs, max(1, arguments.repetitions // 2))
-    plans = _plans(arguments, length, 1)
-    # What the plan says of the same memory: cache and the chunk's activations.
-    planned = {
-        f"{name}: planned GiB": (sum(p.cache_bytes.values()) + p.prefill_bytes) / 2**30 for name, p in plans.items()
-    }
-    gib = {name: peak_gib(run) for name, run in runs.items()}
-    return Entry(length=length, inputs="batch 1", part="first token", ms=ms, gib=gib, facts=planned)
-
-
 # ---- a decoding step ---------------------------------------------------------------------------------------------
 
 
@@ -129,12 +100,19 @@ def decoding_step(
         dense_decoder(ids)
         timed(f"dense, {name}", partial(dense_decoder, ids), STEPS)
         del dense_decoder
-    past = filled_dynamic_cache(dense, batch, length)
-    timed("dense, transformers", lambda: dense(ids, past_key_values=past, use_cache=True), 1)
-    del past
+    for name, room_there in (("dense, transformers", None), ("dense, transformers, static", room)):
+        past = filled_dense_cache(dense, batch, length, room_there)
+        timed(name, partial(dense, ids, past_key_values=past, use_cache=True), 1)
+        del past
     facts = {"rows": float(batch)}
     facts |= {f"{name}: bytes": float(p.step_bytes) for name, p in _plans(arguments, length, batch).items()}
-    return Entry(length=length, inputs=f"batch {batch}", part="decoding step", ms=ms, facts=facts)
+    return Entry(
+        length=length,
+        inputs=f"batch {batch}",
+        part="decoding step, caches filled with random numbers",
+        ms=ms,
+        facts=facts,
+    )
 
 
 def filled_cache(model: NSALlamaForCausalLM, batch: int, length: int, room: int) -> NSALlamaCache:
@@ -152,8 +130,12 @@ def filled_cache(model: NSALlamaForCausalLM, batch: int, length: int, room: int)
     return cache
 
 
-def filled_dynamic_cache(model: NSALlamaForCausalLM, batch: int, length: int) -> DynamicCache:
-    config, cache = model.config, DynamicCache(config=model.config)
+def filled_dense_cache(model: NSALlamaForCausalLM, batch: int, length: int, room: int | None) -> Cache:
+    """transformers' own: one that grows, or a static one with room for more tokens."""
+    config = model.config
+    cache: Cache = (
+        DynamicCache(config=config) if room is None else StaticCache(config=config, max_cache_len=length + room)
+    )
     shape = (batch, config.num_key_value_heads, length, config.head_dim)
     for layer in range(config.num_hidden_layers):
         k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
@@ -206,6 +188,55 @@ def _generate(
             stopping_criteria=StoppingCriteriaList([clock]), **options,
         )  # fmt: skip
     return started, clock
+
+
+# ---- the prompt ------------------------------------------------------------------------------------------------
+
+
+def first_token(
+    arguments: GenerateArguments, nsa: NSALlamaForCausalLM, dense: NSALlamaForCausalLM, length: int
+) -> Entry:
+    """A prompt of one row, read after a short one; its time and its memory come from the same run."""
+    ids = torch.randint(arguments.vocab_size, (1, length), device=nsa.device)
+
+    def read(ids: Tensor) -> Tensor:
+        cache = NSALlamaCache(nsa.config, layout="static", max_length=ids.shape[1])
+        for chunk in ids.split(arguments.prefill_chunk, dim=1):
+            logits = nsa(chunk, past_key_values=cache, logits_to_keep=1).logits
+        return logits
+
+    def read_dense(ids: Tensor) -> Tensor:
+        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
+            return dense(ids, use_cache=True, logits_to_keep=1).logits
+
+    runs: dict[str, Callable[[Tensor], object]] = {"NSA": read}
+    if length <= arguments.dense_prompt:
+        runs["dense"] = read_dense
+    ms, gib = {}, {}
+    for name, run in runs.items():
+        run(ids[:, : 2 * arguments.prefill_chunk])
+        _free()
+        ms[name], gib[name] = _time_and_peak(partial(run, ids))
+    plans = _plans(arguments, length, 1)
+    # What the plan says of the same memory: cache and the chunk's activations.
+    planned = {
+        f"{name}: planned GiB": (sum(p.cache_bytes.values()) + p.prefill_bytes) / 2**30 for name, p in plans.items()
+    }
+    return Entry(length=length, inputs="batch 1", part="first token", ms=ms, gib=gib, facts=planned)
+
+
+def _time_and_peak(run: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds and GiB of one run."""
+    seconds = []
+
+    def timed() -> None:
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+
+    gib = peak_gib(timed)
+    return seconds[0] * 1e3, gib
 
 
 def _plans(arguments: GenerateArguments, length: int, batch: int) -> dict[str, Any]:

@@ -140,14 +140,18 @@ def _rates(result: Result) -> Table:
 def _memory(result: Result) -> Table:
     entries = [entry for entry in result.entries if entry.gib]
     names = list(dict.fromkeys(name for entry in entries for name in entry.gib))
-    rows = [[f"{entry.length:,}", entry.inputs, *(_number(entry.gib.get(name)) for name in names)] for entry in entries]
-    return Table(
-        f"peak memory{_memory_of(result)}, on top of inputs and weights: GiB", ["tokens", "inputs", *names], rows
-    )
+    planned = [name for name in names if any(f"{name}: planned GiB" in entry.facts for entry in entries)]
+    rows = [
+        [f"{entry.length:,}", entry.inputs, *(_number(entry.gib.get(name)) for name in names)]
+        + [_number(entry.facts.get(f"{name}: planned GiB")) for name in planned]
+        for entry in entries
+    ]
+    header = ["tokens", "inputs", *names, *(f"{name}, planned" for name in planned)]
+    return Table(f"peak memory{_memory_of(result)}, on top of inputs and weights: GiB", header, rows)
 
 
 def _memory_of(result: Result) -> str:
-    return f", {result.entries[0].part}" if result.bench == "generate" else ", forward + backward"
+    return ", first token" if result.bench == "generate" else ", forward + backward"
 
 
 def _kernels(result: Result, inputs: str) -> Table:

@@ -5,6 +5,7 @@ from one product to the next. Here each product takes its norm in front and its 
 (`nsa.ops.project`), and the input projections are one.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from nsa.backend import resolve
 from nsa.cache_tensors import CacheTensors
-from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention
+from nsa.modules.attention import DecodeStep, Gates
 from nsa.ops.project import project
 
 
 @dataclass(frozen=True)
 class PackedProjections:
-    """The input projections of a layer as one: q, k, v, (k_win, v_win, k_raw, v_raw,) gates. A copy of their weights.
+    """Linear maps of one input as one: a copy of their weights, side by side.
 
-    sizes: columns of each, the gates last.
+    sizes: columns of each.
     """
 
     weight: Float[Tensor, "all hidden"]
@@ -31,8 +32,7 @@ class PackedProjections:
     sizes: list[int]
 
     @classmethod
-    def of(cls, attention: NativeSparseAttention) -> "PackedProjections":
-        projections = [*attention.input_projections(), attention.gate_proj]
+    def of(cls, projections: Sequence[nn.Linear]) -> "PackedProjections":
         weights: list[Tensor] = [p.weight for p in projections]
         sizes = [p.out_features for p in projections]
         biases: list[Tensor] = [
@@ -64,33 +64,39 @@ class StepLayer:
             and len({(p.dtype, p.device) for p in layer.parameters()}) == 1
             and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules())
         )
-        return cls(layer, PackedProjections.of(attention)) if is_plain else None
+        if not is_plain:
+            return None
+        return cls(layer, PackedProjections.of([*attention.input_projections(), attention.gate_proj]))
 
     def __call__(
         self, hidden: Float[Tensor, "rows hidden"], tensors: CacheTensors, step: DecodeStep
     ) -> Float[Tensor, "rows hidden"]:
         """Hidden states of the tokens, rows of them one after another, after this layer."""
-        layer, inputs = self.layer, self.inputs
-        attention, mlp, norm, post_norm = (
-            layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
-        )  # fmt: skip
-        project = _projection(hidden, tensors)
+        attention, norm, inputs = self.layer.self_attn, self.layer.input_layernorm, self.inputs
         gates_from = sum(inputs.sizes[:-1])
-        projected = project(
+        projected = projection_for(hidden)(
             hidden, inputs.weight, inputs.bias, norm=norm.weight, eps=norm.variance_epsilon, sigmoid_from=gates_from
         )
         *heads, gates = projected.view(*step.cos.shape[:2], -1).split(inputs.sizes, dim=-1)
         out = attention.decode_heads(heads, gates.unflatten(-1, (-1, 3)), tensors, step)
-        hidden = project(out.flatten(0, 1).flatten(1), attention.o_proj.weight, attention.o_proj.bias, add=hidden)
-        inside = project(
-            hidden, mlp.gate_proj.weight, norm=post_norm.weight, eps=post_norm.variance_epsilon, up=mlp.up_proj.weight
-        )
-        return project(inside, mlp.down_proj.weight, add=hidden)
+        return behind_attention(self.layer, hidden, out.flatten(0, 1).flatten(1))
 
 
-def _projection(hidden: Tensor, tensors: CacheTensors) -> Any:
-    """The kernel where it serves, else PyTorch."""
-    if resolve(tensors.k, tensors.k, tensors.v) == "triton":
+def behind_attention(
+    layer: Any, hidden: Float[Tensor, "rows hidden"], out: Float[Tensor, "rows heads"]
+) -> Float[Tensor, "rows hidden"]:
+    """The rest of a layer of Llama, dense ones too: output projection, residual, MLP, residual."""
+    project, o_proj = projection_for(hidden), layer.self_attn.o_proj
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
+    hidden = project(out, o_proj.weight, o_proj.bias, add=hidden)
+    inside = project(hidden, mlp.gate_proj.weight, norm=norm.weight, eps=norm.variance_epsilon, up=mlp.up_proj.weight)
+    return project(inside, mlp.down_proj.weight, add=hidden)
+
+
+def projection_for(hidden: Float[Tensor, "rows hidden"]) -> Callable[..., Tensor]:
+    """`nsa.ops.project.project`, or the kernel where it serves."""
+    rows = hidden[:, None, None, :8]  # the width of a row does not matter here, as a head's would
+    if resolve(rows, rows) == "triton":
         from nsa.kernels import project as kernels  # only where triton is installed
 
         if kernels.serves(hidden):
