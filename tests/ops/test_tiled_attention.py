@@ -64,6 +64,16 @@ def test_scores_may_rise_or_fall_by_any_amount_from_block_to_block(branch, step,
         assert_close_to_fp64(got, plain, truth, largest_score=largest_score)
 
 
+@pytest.mark.parametrize("sharpness", [4.0, 16.0, 64.0])
+def test_sharp_rows_are_as_exact_as_plain_pytorch(branch, sharpness):
+    """A trained model's scores lie tens above that of the key that a tile takes for typical."""
+    case = branch.case(LAYOUTS["suffix"], d=16)
+    case = replace(case, q=sharpness * case.q).to(torch.float32)
+    exact = branch.expected(case.to(torch.float64))
+    for got, plain, truth in zip(branch.run(case), branch.plain(case), exact, strict=True):
+        assert_close_to_fp64(got, plain, truth)
+
+
 @pytest.mark.parametrize("family", INPUT_FAMILIES)
 def test_equals_the_brute_force_on_every_input_family(branch, family):
     case = branch.case(LAYOUTS["suffix"], family=family)

@@ -169,10 +169,13 @@ def _sum_into_blocks(p: Tensor, config: NSAConfig) -> Tensor:
     c = p.shape[-1]
     blocks = -(-(c + per_compressed - 1) // per_selected)
     # Compressed block i lies on the strides i .. i + l/d - 1, and l'/d strides make a selection block.
-    strides = p.new_zeros((*p.shape[:-1], blocks * per_selected))
-    for shift in range(per_compressed):
+    strides = F.pad(p, (0, blocks * per_selected - c))
+    for shift in range(1, per_compressed):
         strides[..., shift : shift + c] += p
-    return strides.unflatten(-1, (blocks, per_selected)).sum(-1)
+    scores = strides[..., ::per_selected].clone()
+    for stride in range(1, per_selected):  # a sum over so short a last dimension is slow
+        scores += strides[..., stride::per_selected]
+    return scores
 
 
 def _top_blocks(scores: Tensor, positions: Tensor, config: NSAConfig) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 # exp() of this is far from overflow, and far above any sum of probabilities that is let pass.
 LARGEST_EXPONENT = 80.0
-# Sums of exponentials relative to an earlier reference may grow to this; the outputs they weigh still have room.
+# Sums of exponentials relative to a reference may grow to this; the outputs they weigh still have room. The difference
+# to the reference is then rounded to 2e-6 at most in fp32, as scores of that size are themselves.
 LARGEST_MASS = 1e25
 # Scores in one tile for each thread. 2 MB of fp32: small enough for the cache of a core, large enough that Python costs
 # little.
@@ -155,7 +156,8 @@ class _TiledAttention(torch.autograd.Function):
             _put_queries(lse, tile, tile_lse)
             _put_queries(out, tile, tile_out)
             if observe is not None:
-                observe(tile, torch.cat([_sum_over_heads(p, share) for p in ps], dim=-1))
+                sums_over_heads = [_sum_over_heads(p, share) for p in ps]
+                observe(tile, torch.cat(sums_over_heads, -1) if len(ps) > 1 else sums_over_heads[0])
         sums.divide()
 
         out, lse = _from_group(out).to(q.dtype), _from_group(lse)
@@ -278,9 +280,9 @@ def _attend_whole(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """out, lse, share, ps of queries that meet all their keys in this tile: share * p are the probabilities.
 
-    exp() needs a reference near the largest score of the row. Mostly the score of a typical key will do, and the search
-    for the maximum is saved. Rows in which it proves so far off that rounding would show are done again with their
-    maximum. What happens in a row depends on no other row.
+    exp() needs a reference not too far from the largest score of the row. Mostly the score of a typical key will do,
+    and the search for the maximum is saved. Rows in which it proves too far off are done again with their maximum.
+    What happens in a row depends on no other row.
     """
     pieces = [(piece, k_tile[:, :, piece].transpose(-1, -2)) for piece in _pieces(tile, k_tile.shape[2])]
     reference = _typical_scores(tile, q_tile, k_tile, scratch)
@@ -290,8 +292,7 @@ def _attend_whole(
         return ps, sum((p.sum(-1) for p in ps[1:]), ps[0].sum(-1))
 
     ps, mass = exponentials()
-    eps = torch.finfo(mass.dtype).eps
-    near = (eps < mass) & (mass < 1.0 / eps)  # false for NaN
+    near = (mass > 1.0 / LARGEST_MASS) & (mass < LARGEST_MASS)  # false for NaN
     if not bool(near.all()):
         tops = [_largest(_part(tile, piece), _attend(q_tile, keys, scratch)) for piece, keys in pieces]
         largest = torch.stack(tops).amax(0)
@@ -334,9 +335,9 @@ def _largest(tile: Tile, scores: Tensor) -> Tensor:
 
 
 def _sum_over_heads(p: Tensor, share: Tensor) -> Tensor:
-    """Probabilities share * p [b, g, queries, heads, keys], summed over the heads of each group."""
+    """Probabilities share * p [b, g, queries, heads, keys], summed over the heads of each group; p is used up."""
     if p.shape[3] == 1:
-        return (p * share.unsqueeze(-1)).squeeze(3)
+        return p.mul_(share.unsqueeze(-1)).squeeze(3)
     return (share.flatten(0, 2).unsqueeze(1) @ p.flatten(0, 2)).view(*p.shape[:3], -1)
 
 
