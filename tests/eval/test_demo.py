@@ -40,7 +40,7 @@ def tiny(text, tmp_path, monkeypatch) -> Path:
     """The tiny demo whose training is pretended and whose judging is stopped; the folder for its results."""
     shrink(monkeypatch, text)
     monkeypatch.setattr(twins, "train", pretend_to_train)
-    monkeypatch.setattr(demo, "load", stop)
+    monkeypatch.setattr(twins, "judge_twin", stop)
     return tmp_path / "out"
 
 
@@ -158,7 +158,7 @@ def test_a_twin_that_fails_in_its_process_says_why(text, tmp_path, monkeypatch):
     recipes = {twin: demo.recipe(tmp_path, twin, steps=None, seed=0) for twin in ("nsa", "dense")}
     recipes["dense"] = replace(recipes["dense"], data=str(tmp_path / "missing"))
     with pytest.raises((ValueError, OSError), match="missing"):
-        twins.train_twins(recipes, 2, Console(file=io.StringIO()))
+        twins.train_and_judge(recipes, [], 2, Console(file=io.StringIO()))
     assert not twins.is_trained(recipes["dense"])
 
 

@@ -71,6 +71,10 @@ class DemoArguments:
     """Start again although there are results in --output."""
 
     def run(self) -> None:
+        from nsa.eval.workers import start_server
+
+        if self.processes != 1:
+            start_server()
         from nsa.eval.demo import demo
 
         demo(self)

@@ -22,10 +22,10 @@ from nsa.eval.models import Candidate, load
 from nsa.eval.pictures import Curve, KeysRead
 from nsa.eval.report import Report
 from nsa.eval.result import Result, paired_difference
-from nsa.eval.runner import evaluate
+from nsa.eval.runner import result_of
 from nsa.eval.tasks import Needle, Perplexity, Recall, Row, Task
 from nsa.eval.tasks.recall import BEYOND, INSIDE, OUT_OF_REACH
-from nsa.eval.twins import processes_for, train_twins
+from nsa.eval.twins import processes_for, train_and_judge
 from nsa.training.config import CONFIG_FILE, TrainConfig, differences
 from nsa.training.presets import preset
 
@@ -56,11 +56,10 @@ def demo(arguments: DemoArguments) -> None:
         console.print(f"These results were there already; --overwrite trains again.\nreport: {out / 'report.html'}")
         return
     try:
-        train_twins(recipes, arguments.processes or processes_for(len(recipes)), console)
-        console.print("[bold]judging[/bold] on held-out packages and names")
+        tasks = tasks_for(recipes["nsa"], arguments.seed)
+        rows = train_and_judge(recipes, tasks, arguments.processes or processes_for(len(recipes)), console)
         candidates = [load(config.out, name=twin) for twin, config in recipes.items()]
-        result = evaluate(candidates, tasks_for(recipes["nsa"], arguments.seed))
-        report = describe(candidates, result, recipes["nsa"])
+        report = describe(candidates, result_of(candidates, tasks, rows), recipes["nsa"])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; the same command goes on where it was ({out})") from None
     summary = summarize(report)

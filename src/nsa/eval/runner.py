@@ -93,7 +93,6 @@ def tasks_of(arguments: EvalArguments, candidates: Sequence[Candidate]) -> list[
 
 def evaluate(candidates: Sequence[Candidate], tasks: Sequence[Task], *, console: Console | None = None) -> Result:
     """Run every task on every model; progress goes to `console` (stderr by default)."""
-    rows: dict[str, list[Row]] = {candidate.name: [] for candidate in candidates}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -101,12 +100,22 @@ def evaluate(candidates: Sequence[Candidate], tasks: Sequence[Task], *, console:
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
-        for candidate in candidates:
-            for task in tasks:
-                bar = progress.add_task(f"{candidate.name}: {task.name}", total=task.num_steps(candidate.tokenizer))
-                advance = _advance(progress, bar)
-                rows[candidate.name] += task.run(candidate.model, candidate.tokenizer, advance)
-                progress.remove_task(bar)
+        rows = {candidate.name: run_tasks(candidate, tasks, progress) for candidate in candidates}
+    return result_of(candidates, tasks, rows)
+
+
+def run_tasks(candidate: Candidate, tasks: Sequence[Task], progress: Progress) -> list[Row]:
+    """The rows of one model, with a bar for each task."""
+    rows: list[Row] = []
+    for task in tasks:
+        bar = progress.add_task(f"{candidate.name}: {task.name}", total=task.num_steps(candidate.tokenizer))
+        rows += task.run(candidate.model, candidate.tokenizer, _advance(progress, bar))
+        progress.remove_task(bar)
+    return rows
+
+
+def result_of(candidates: Sequence[Candidate], tasks: Sequence[Task], rows: dict[str, list[Row]]) -> Result:
+    """The rows of all models with what they were asked, and the circumstances."""
     return Result(
         models=[candidate.describe() for candidate in candidates],
         tasks={task.name: asdict(task) for task in tasks},  # type: ignore[call-overload]

@@ -1,7 +1,8 @@
-"""Training the demo's twins: one after the other, or several at once in processes of their own.
+"""The demo's twins, trained and judged: one after the other, or several at once in processes of their own.
 
-A small model keeps one core busy and gains little from a second, so on two cores two twins at once finish sooner.
-What is finished is never trained again, and what was stopped goes on from its last checkpoint.
+A small model keeps one core busy and gains little from a second, so on two cores two twins at once finish sooner, and
+one that is trained is judged while the others train. What is finished is never trained again, and what was stopped
+goes on from its last checkpoint.
 """
 
 import json
@@ -10,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -21,6 +22,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from nsa.eval.models import load
+from nsa.eval.runner import evaluate
+from nsa.eval.tasks import Row, Task
+from nsa.eval.workers import CONTEXT
 from nsa.training.config import TrainConfig
 from nsa.training.metrics import MetricsFiles
 from nsa.training.train import train
@@ -29,8 +34,10 @@ from nsa.training.trainer import last_checkpoint
 POLL_SECONDS = 0.2
 
 
-def train_twins(recipes: Mapping[str, TrainConfig], processes: int, console: Console) -> None:
-    """Train what is not trained yet, `processes` twins at once.
+def train_and_judge(
+    recipes: Mapping[str, TrainConfig], tasks: Sequence[Task], processes: int, console: Console
+) -> dict[str, list[Row]]:
+    """Train what is not trained yet and run the tasks on every twin, `processes` of them at once.
 
     Raises:
         ValueError, OSError: of the first twin that failed; the others are stopped and keep their checkpoints.
@@ -38,12 +45,11 @@ def train_twins(recipes: Mapping[str, TrainConfig], processes: int, console: Con
     """
     for number, (twin, config) in enumerate(recipes.items(), start=1):
         console.print(f"[bold]{number}/{len(recipes)} {twin}[/bold]: {plan(config)}", highlight=False)
-    waiting = {twin: config for twin, config in recipes.items() if not is_trained(config)}
-    if processes > 1 and len(waiting) > 1:
-        _train_at_once(waiting, processes, console)
-    else:
-        for config in waiting.values():
-            train_twin(config)
+    if processes > 1:
+        return _at_once(recipes, tasks, processes, console)
+    for config in recipes.values():
+        train_twin(config)
+    return {twin: judge_twin(twin, config, tasks) for twin, config in recipes.items()}
 
 
 def processes_for(twins: int) -> int:
@@ -65,8 +71,14 @@ def is_trained(config: TrainConfig) -> bool:
 
 
 def train_twin(config: TrainConfig) -> None:
-    """Train, or go on training."""
-    train(replace(config, resume=last_checkpoint(config.out) is not None))
+    """Train, or go on training, what is not trained already."""
+    if not is_trained(config):
+        train(replace(config, resume=last_checkpoint(config.out) is not None))
+
+
+def judge_twin(twin: str, config: TrainConfig, tasks: Sequence[Task], *, quiet: bool = False) -> list[Row]:
+    """The rows of a trained twin."""
+    return evaluate([load(config.out, name=twin)], tasks, console=Console(stderr=True, quiet=quiet)).rows[twin]
 
 
 @dataclass
@@ -76,52 +88,53 @@ class _Running:
     bar: TaskID
 
 
-def _train_at_once(waiting: dict[str, TrainConfig], processes: int, console: Console) -> None:
+def _at_once(
+    recipes: Mapping[str, TrainConfig], tasks: Sequence[Task], processes: int, console: Console
+) -> dict[str, list[Row]]:
     threads = max(1, torch.get_num_threads() // processes)
-    queue, running = list(waiting), dict[str, _Running]()
+    queue, running, rows = list(recipes), dict[str, _Running](), dict[str, list[Row]]()
     columns = (
         TextColumn("{task.description:<7}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[losses]}"),
+        TextColumn("{task.fields[news]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         try:
             while queue or running:
                 while queue and len(running) < processes:
                     twin = queue.pop(0)
-                    bar = progress.add_task(twin, total=waiting[twin].total_steps, losses="")
-                    running[twin] = _start(waiting[twin], threads, bar)
+                    bar = progress.add_task(twin, total=recipes[twin].total_steps, news="")
+                    running[twin] = _start(twin, recipes[twin], tasks, threads, bar)
                 time.sleep(POLL_SECONDS)
                 for twin, one in list(running.items()):
-                    progress.update(one.bar, **_news(waiting[twin]))
-                    if not one.process.is_alive():
+                    progress.update(one.bar, **_news(recipes[twin]))
+                    if one.result.poll() or not one.process.is_alive():
+                        rows[twin] = _rows_of(twin, one)
+                        progress.stop_task(one.bar)
                         del running[twin]
-                        _raise_if_failed(twin, one)
         finally:
             for one in running.values():
                 one.process.terminate()
             for one in running.values():
                 one.process.join()
+    return {twin: rows[twin] for twin in recipes}
 
 
-def _start(config: TrainConfig, threads: int, bar: TaskID) -> _Running:
-    """A process of its own. Ctrl-C reaches this one alone, which then stops all: a checkpoint is whole or not there."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_train_in_process, args=(config, threads, send), daemon=True)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started now
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _start(twin: str, config: TrainConfig, tasks: Sequence[Task], threads: int, bar: TaskID) -> _Running:
+    receive, send = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_in_process, args=(twin, config, tasks, threads, send), daemon=True)
+    process.start()
     send.close()
     return _Running(process, receive, bar)
 
 
-def _train_in_process(config: TrainConfig, threads: int, result: Connection) -> None:
+def _in_process(twin: str, config: TrainConfig, tasks: Sequence[Task], threads: int, result: Connection) -> None:
+    # Ctrl-C reaches every process. The parent's alone counts; it stops all: a checkpoint is whole or not there.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         train_twin(replace(config, quiet=True))
+        result.send(judge_twin(twin, config, tasks, quiet=True))
     except (ValueError, OSError) as error:
         result.send(error)
 
@@ -134,12 +147,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _raise_if_failed(twin: str, one: _Running) -> None:
-    if one.result.poll():
-        with suppress(EOFError):
-            raise one.result.recv()
-    if one.process.exitcode:
-        raise OSError(f"the training of {twin} ended with exit code {one.process.exitcode}")
+def _rows_of(twin: str, one: _Running) -> list[Row]:
+    """What a process that is through has sent: rows, or the error that ended it."""
+    sent: list[Row] | Exception | None = None
+    with suppress(EOFError):
+        sent = one.result.recv()
+    one.process.join()
+    if isinstance(sent, Exception):
+        raise sent
+    if sent is None:
+        raise OSError(f"the process of {twin} ended with exit code {one.process.exitcode}")
+    return sent
 
 
 def _news(config: TrainConfig) -> dict[str, Any]:
@@ -152,7 +170,9 @@ def _news(config: TrainConfig) -> dict[str, Any]:
                 record = json.loads(line)
                 news["completed"] = record["step"]
                 losses |= {name: record[name] for name in ("loss", "eval_text_loss") if name in record}
+    if is_trained(config):
+        return {"completed": config.total_steps, "news": "trained, and judged on held-out packages and names"}
     if losses:
         shown = {"loss": "training loss", "eval_text_loss": "held-out text"}
-        news["losses"] = "  ".join(f"{shown[name]} {value:.3f}" for name, value in losses.items())
+        news["news"] = "  ".join(f"{shown[name]} {value:.3f}" for name, value in losses.items())
     return news

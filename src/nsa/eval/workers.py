@@ -1,0 +1,19 @@
+"""Processes of the demo: forked from a server that has imported what they need.
+
+Importing torch and transformers takes seconds, and half a minute in a fresh environment. The server does it once for
+all, beside this process' own imports. Where forking is not safe (macOS, Windows) each process imports for itself.
+"""
+
+import multiprocessing
+import sys
+from multiprocessing import forkserver
+
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+CONTEXT = multiprocessing.get_context(METHOD)
+
+
+def start_server() -> None:
+    """Begin the server's imports now; a process started later waits for what is left of them."""
+    if METHOD == "forkserver":
+        CONTEXT.set_forkserver_preload(["nsa.eval.twins"])
+        forkserver.ensure_running()
