@@ -105,6 +105,21 @@ def test_edge_lengths_with_the_papers_sizes(length):
         torch.testing.assert_close(out[:, position], last[:, 0], **EXACT)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 31, 32, 33])
+def test_equals_the_brute_force_while_a_branch_sees_all_of_the_past(length, group, shared):
+    """Up to w = 6 and n l' = 32 tokens the branches are causal attention, and one where they share keys."""
+    layout = Layout(b=2, t=length, s=length)
+    tensors = [x.requires_grad_() for x in inputs(layout, h=2 * group, d=4, e=4)]
+    own = {} if shared else {name: torch.randn(2, length, 2, 4, dtype=torch.float64) for name in ("k_win", "v_win")}
+    actual = native_sparse_attention(*tensors, SMALL, scale=0.7, **own)
+    expected = brute_force(layout, SMALL, *tensors, scale=0.7, **own)
+    weights = torch.randn_like(actual)
+    grads, expected_grads = (torch.autograd.grad((out * weights).sum(), tensors) for out in (actual, expected))
+    torch.testing.assert_close((actual, *grads), (expected, *expected_grads), **EXACT)
+
+
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=3),
     group=st.integers(1, 4),

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from nsa.backend import Backend, resolve
 from nsa.config import NSAConfig
+from nsa.ops.causal_attention import causal_attention
 from nsa.ops.combine import combine
 from nsa.ops.compress import compress, phi_mean
+from nsa.ops.compressed_attention import compressed_attention
 from nsa.ops.selected_attention import selected_attention
 from nsa.ops.selection import compressed_attention_and_selection
 from nsa.ops.window_attention import window_attention
@@ -110,12 +112,29 @@ def native_sparse_attention(
         )  # fmt: skip
 
     sequences_win = sequences if seqlens_win is None else Sequences(seqlens_k=seqlens_win)
-    out_cmp, _, block_indices = compressed_attention_and_selection(
-        q, k_cmp, v_cmp, config, num_keys=k.shape[1], sequences=sequences, scale=scale
-    )
-    out_slc, _ = selected_attention(q, k, v, block_indices, config, sequences=sequences, scale=scale)
-    out_win, _ = window_attention(q, k_win, v_win, config.window_size, sequences=sequences_win, scale=scale)
+    selects_all = _sees_all(q, k, v, sequences, config.num_selected_blocks * config.select_block_size)
+    sees_all = _sees_all(q, k_win, v_win, sequences_win, config.window_size)
+    if selects_all:
+        out_cmp, _ = compressed_attention(q, k_cmp, v_cmp, config, num_keys=k.shape[1], scale=scale)
+        out_slc = causal_attention(q, k, v, scale=scale)
+    else:
+        out_cmp, _, block_indices = compressed_attention_and_selection(
+            q, k_cmp, v_cmp, config, num_keys=k.shape[1], sequences=sequences, scale=scale
+        )
+        out_slc, _ = selected_attention(q, k, v, block_indices, config, sequences=sequences, scale=scale)
+    if sees_all and selects_all and k_win is k and v_win is v:
+        out_win = out_slc
+    elif sees_all:
+        out_win = causal_attention(q, k_win, v_win, scale=scale)
+    else:
+        out_win, _ = window_attention(q, k_win, v_win, config.window_size, sequences=sequences_win, scale=scale)
     return combine(out_cmp, out_slc, out_win, gates)
+
+
+def _sees_all(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, reach: int) -> bool:
+    """Whether a branch that reaches so far sees all of the past, and PyTorch has a kernel for that."""
+    is_whole = sequences.is_uniform and 0 < k.shape[1] == q.shape[1] <= reach
+    return is_whole and q.device.type == "cpu" and k.shape[-1] == v.shape[-1]
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

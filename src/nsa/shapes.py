@@ -91,6 +91,10 @@ class Sequences:
                 )
 
     @property
+    def is_uniform(self) -> bool:
+        return self.cu_seqlens_q is None and self.seqlens_k is None
+
+    @property
     def is_packed(self) -> bool:
         return self.cu_seqlens_q is not None
 
