@@ -6,14 +6,15 @@ all, beside this process' own imports. Where forking is not safe (macOS, Windows
 
 import multiprocessing
 import sys
-from multiprocessing import forkserver
 
-METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-CONTEXT = multiprocessing.get_context(METHOD)
+CAN_FORK = sys.platform == "linux"
+CONTEXT = multiprocessing.get_context("forkserver") if CAN_FORK else multiprocessing.get_context("spawn")
 
 
 def start_server() -> None:
     """Begin the server's imports now; a process started later waits for what is left of them."""
-    if METHOD == "forkserver":
+    if CAN_FORK:
+        from multiprocessing import forkserver  # not on every system
+
         CONTEXT.set_forkserver_preload(["nsa.eval.twins"])
         forkserver.ensure_running()
