@@ -26,7 +26,7 @@ from triton.runtime import JITFunction
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.kernels import decode, launch, rows
-from nsa.kernels import project as projections
+from nsa.kernels import step as steps
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.layout import Layout
@@ -150,8 +150,8 @@ def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
     decode.append(
         tensors, *new, config, "mlp", phi(d), phi(e), factors, factors, counts, factors, factors
     )  # fmt: skip
-    weight = tensor(4 * h * d, h * d)
-    projections.project(tensor(b, h * d), weight, norm=tensor(h * d), up=weight)
+    steps.add_norm(tensor(b, h * d), tensor(b, h * d), tensor(h * d), 1e-5)
+    steps.swiglu(tensor(b, 8 * h * d))
 
 
 if __name__ == "__main__":

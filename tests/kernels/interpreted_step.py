@@ -1,4 +1,4 @@
-"""The products of a decoding step in Triton's interpreter; `test_interpreter.py` runs this file in its own process."""
+"""Between the products of a decoding step, in Triton's interpreter; run by `test_interpreter.py` in its own process."""
 
 # ruff: noqa: E402 (the path to the checks comes first)
 
@@ -12,10 +12,10 @@ TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS), str(TESTS / "gpu")]
 
 from poison import poisoned_memory
-from project_checks import USES, check_project
+from step_checks import check_add_norm, check_swiglu
 
 from nsa.backend import use_backend
-from nsa.kernels import project as kernels
+from nsa.kernels import step as kernels
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
 from nsa.models.decoding import Decoder
 from nsa.testing import assert_close_to_fp64
@@ -28,17 +28,17 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned_memory(monkeypatch)
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 48, 16), (3, 520, 33), (20, 256, 40)])
-def test_every_use_is_within_the_budget(use: str, rows: int, width: int, columns: int) -> None:
-    check_project(rows, width, columns, use, torch.float32, "cpu")
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 520)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sums_and_norms_are_within_the_budget(rows: int, width: int, adds: bool, dtype: torch.dtype) -> None:
+    check_add_norm(rows, width, adds, dtype, "cpu")
 
 
-def test_what_the_kernel_takes() -> None:
-    assert kernels.serves(torch.zeros(64, 16, dtype=torch.bfloat16))
-    assert not kernels.serves(torch.zeros(65, 16, dtype=torch.bfloat16))
-    assert not kernels.serves(torch.zeros(0, 16))
-    assert not kernels.serves(torch.zeros(1, 16, dtype=torch.float16))
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 1100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gated_halves_are_within_the_budget(rows: int, width: int, dtype: torch.dtype) -> None:
+    check_swiglu(rows, width, dtype, "cpu")
 
 
 @torch.no_grad()
@@ -53,14 +53,16 @@ def test_a_step_of_the_model_is_that_of_the_operations(monkeypatch: pytest.Monke
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    calls, project = [], kernels.project
-    monkeypatch.setattr(kernels, "project", lambda *args, **kwargs: calls.append(1) or project(*args, **kwargs))
+    calls = []
+    for name in ("add_norm", "swiglu"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, kernel=kernel: calls.append(1) or kernel(*args))
     cache = NSALlamaCache(config, layout="static", max_length=64)
     with use_backend("torch"):
         model(ids[:, :32], past_key_values=cache)
     decoder = Decoder(model, cache, masked=False, capture=False)
     found = torch.cat([decoder(ids[:, at : at + 1]) for at in range(32, 36)], dim=1)
-    assert len(calls) == 4 * 4 * 2
+    assert len(calls) == 4 * (2 * 3 + 1)
     with use_backend("torch"):
         plain = model(ids, use_cache=False).logits[:, 32:]
         truth = model.double()(ids, use_cache=False).logits[:, 32:]

@@ -32,8 +32,10 @@ def test_parameters_and_cache_are_those_of_the_model_and_of_what_it_allocates(at
             cache = NSALlamaCache(CONFIG, layout="static", max_length=200)
             model(ids, past_key_values=cache)
             assert sum(found.cache_bytes.values()) == cache.num_bytes()
-            packed = Decoder(model, cache, masked=False, capture=False).packed
-            assert found.packed_bytes == 4 * sum(one.weight.numel() + one.bias.numel() for one in packed)
+            layers = Decoder(model, cache, masked=False, capture=False).decoder.layers
+            largest = max(layers[0].inputs.weight.numel(), layers[0].gate_and_up.weight.numel())
+            assert found.packed_bytes == 4 * (largest + sum(layer.inputs.bias.numel() for layer in layers))
+            assert sum(parameter.numel() for parameter in model.parameters()) == total
         else:
             cache = model(ids).past_key_values
             assert sum(found.cache_bytes.values()) == sum(

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.models import NSALlamaForCausalLM
-from nsa.models.step import PackedProjections, behind_attention, projection_for
+from nsa.models.step import StepLayer, add_norm
 
 BACKENDS = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
@@ -15,9 +15,9 @@ class DenseDecoder:
     """Steps of one token a row at position length - 1, over random keys and values before it.
 
     A captured graph knows one length; the step is repeated at that length. Dense attention over a longer buffer under a
-    mask, as a graph for every length would need it, takes longer. The products are those of NSA's step, norms and
-    residuals inside, so that the two differ in attention alone. Each backend gets the heads in the form in which it is
-    faster, every key read once: cuDNN by enable_gqa, FlashAttention-2 with a group as the queries of its KV head.
+    mask, as a graph for every length would need it, takes longer. All but attention is done as in NSA's step. Each
+    backend gets the heads in the form in which it is faster, every key read once: cuDNN by enable_gqa, FlashAttention-2
+    with a group as the queries of its KV head.
     """
 
     def __init__(
@@ -27,8 +27,7 @@ class DenseDecoder:
         config = model.config
         shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, length, config.head_dim)
         self.keys_and_values = torch.empty(shape, dtype=model.dtype, device=model.device).normal_()
-        attentions = [layer.self_attn for layer in model.model.layers]
-        self.inputs = [PackedProjections.of([one.q_proj, one.k_proj, one.v_proj]) for one in attentions]
+        self.layers = [StepLayer(layer) for layer in model.model.layers]
         self.ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         if capture:
@@ -57,16 +56,18 @@ class DenseDecoder:
         # The rotation by halves, of queries and keys in one: x cos + (the other half of x) sin, whose sign is put here.
         half = cos.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        for layer, inputs, (k, v) in zip(decoder.layers, self.inputs, self.keys_and_values, strict=True):
-            norm, (rows, g, _, d) = layer.input_layernorm, k.shape
-            heads = projection_for(hidden)(
-                hidden, inputs.weight, inputs.bias, norm=norm.weight, eps=norm.variance_epsilon
-            ).view(rows, -1, d)
+        update = None
+        for layer, (k, v) in zip(self.layers, self.keys_and_values, strict=True):
+            rows, g, _, d = k.shape
+            hidden, x = add_norm(hidden, update, layer.layer.input_layernorm)
+            heads = layer.inputs(x).view(rows, -1, d)
             rotated = torch.addcmul(heads[:, :-g] * cos, heads[:, :-g].roll(half, dims=-1), sin)
             k[:, :, -1], v[:, :, -1] = rotated[:, -g:], heads[:, -g:]
             q = rotated[:, :-g]
             q = q.unsqueeze(2) if self.backend == SDPBackend.CUDNN_ATTENTION else q.unflatten(1, (g, -1))
             with sdpa_kernel(self.backend):
                 out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != g)
-            hidden = behind_attention(layer, hidden, out.reshape(rows, -1))
-        return self.model.lm_head(decoder.norm(hidden)).unsqueeze(1)
+            update = layer.attention.o_proj(out.reshape(rows, -1))
+            hidden, x = add_norm(hidden, update, layer.layer.post_attention_layernorm)
+            update = layer.mlp(x)
+        return self.model.lm_head(add_norm(hidden, update, decoder.norm)[1]).unsqueeze(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa.models.cache import NSALlamaCache
-from nsa.models.step import StepLayer
+from nsa.models.step import StepDecoder
 
 
 class Decoder:
@@ -34,7 +34,7 @@ class Decoder:
         lengths = self.tensors[0].lengths
         self.ids = torch.zeros(len(lengths), 1, dtype=torch.long, device=lengths.device)
         self.counts = torch.ones_like(lengths) if masked else None
-        self.layers = [StepLayer.of(layer) for layer in model.model.layers]
+        self.decoder = StepDecoder.of(model.model)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
         self.steps = 0
@@ -72,7 +72,7 @@ class Decoder:
 
     def step(self) -> Tensor:
         """The step itself, all of it on the device."""
-        hidden = self.model.model.decode(self.ids, self.cache, self.counts, self.layers)
+        hidden = self.model.model.decode(self.ids, self.cache, self.counts, self.decoder)
         return self.model.lm_head(hidden)
 
     def _on_the_side(self) -> Tensor:

@@ -5,8 +5,6 @@ window to its causal mask. attention="dense" is Llama. Weights that Llama has ke
 checkpoint loads, with only the new ones reported missing.
 """
 
-from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from nsa.backend import resolve, why_not_triton
 from nsa.models.cache import Layout, NSALlamaCache
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.decoding import Decoder
-from nsa.models.step import StepLayer
+from nsa.models.step import StepDecoder
 from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention, step_padding
 from nsa.modules.compression import Compression
 
@@ -189,7 +187,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         input_ids: Tensor,
         cache: NSALlamaCache,
         counts: Tensor | None,
-        step_layers: Sequence[StepLayer | None] = (),
+        decoder: StepDecoder | None = None,
     ) -> Tensor:
         """Hidden states of a decoding step: all of it on the device, at fixed addresses; `make_room` was called.
 
@@ -197,15 +195,14 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             input_ids: [rows, t].
             cache: static or paged; the tokens are appended.
             counts: int32 [rows], how many of the t columns are tokens, the last ones of each row; None where all are.
-            step_layers: of each layer; a layer that has none runs as its modules.
+            decoder: of this model, in whose place its modules do the same.
         """
         hidden = self.embed_tokens(input_ids)
         step = self._step(hidden, cache, counts)
-        for layer, fixed, one in zip_longest(self.layers, cache.fixed, step_layers):
-            if one is None:
-                hidden = layer(hidden, past_key_values=cache, decode_step=step)
-            else:
-                hidden = one(hidden.flatten(0, 1), fixed.tensors, step).view_as(hidden)
+        if decoder is not None:
+            return decoder(hidden, [layer.tensors for layer in cache.fixed], step)
+        for layer in self.layers:
+            hidden = layer(hidden, past_key_values=cache, decode_step=step)
         return self.norm(hidden)
 
     def _step(self, embeds: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> DecodeStep:

@@ -37,7 +37,7 @@ class Plan:
     cache_bytes_per_token: float  # what one more token of one row adds
     keys_per_query: int
     prefill_bytes: int  # the worst moment of a chunk, on top of weights and cache
-    packed_bytes: int  # a captured step's copy of the input projections (nsa.models.decoding)
+    packed_bytes: int  # a layer's weights on their way to lie side by side, for captured steps (nsa.models.step)
     step_bytes: int  # read by a decoding step of the whole batch
 
     @property
@@ -126,10 +126,12 @@ def _static_cache_bytes(config: NSALlamaConfig, context: int, batch: int, dtype:
 
 
 def _packed_parameters(config: NSALlamaConfig) -> int:
+    """Of the larger of a layer's two sets of maps that share an input: the copy that exists before the old ones go."""
     branches = 1 if config.nsa_config.shared_kv else 3
     heads = config.num_attention_heads + branches * 2 * config.num_key_value_heads
     columns = heads * config.head_dim + 3 * config.num_attention_heads
-    return config.num_hidden_layers * columns * (config.hidden_size + 1)
+    biases = config.num_hidden_layers * columns
+    return config.hidden_size * max(columns, 2 * config.intermediate_size) + biases
 
 
 def _prefill_bytes(config: NSALlamaConfig, attention: str, columns: int, size: int) -> int:
