@@ -135,6 +135,45 @@ def test_a_decoder_serves_its_own_addresses_only():
         assert not decoder.serves(ids[:, :1], None)
 
 
+def test_weights_side_by_side_are_the_models_own(tmp_path):
+    """They take no memory, are made once, change with the model's, and are saved as before."""
+    built, ids = model(), tokens(2, 20)
+    before = {name: parameter.clone() for name, parameter in built.named_parameters()}
+    with torch.no_grad():
+        cache = new_cache(built, "static")
+        built(ids, past_key_values=cache)
+        decoder = Decoder(built, cache, masked=False, capture=False)
+        again = Decoder(built, cache, masked=False, capture=False)
+        for one, other in zip(decoder.decoder.layers, again.decoder.layers, strict=True):
+            assert one.inputs.weight.data_ptr() == other.inputs.weight.data_ptr()
+            assert one.inputs.weight.data_ptr() == one.attention.q_proj.weight.data_ptr()
+            assert torch.equal(one.inputs.weight, other.inputs.weight)
+            assert torch.equal(one.gate_and_up.weight[-1], one.layer.mlp.up_proj.weight[-1])
+        assert all(torch.equal(parameter, before[name]) for name, parameter in built.named_parameters())
+        for parameter in built.model.layers.parameters():
+            parameter.mul_(1.0 if parameter.dim() == 1 else 0.9)
+        whole = built(torch.cat([ids, ids[:, :1]], dim=1)).logits[:, -1:]
+        cache = new_cache(built, "static")
+        built(ids, past_key_values=cache)
+        again = Decoder(built, cache, masked=False, capture=False)
+        again.decoder = decoder.decoder
+        torch.testing.assert_close(again(ids[:, :1]), whole, rtol=1e-9, atol=1e-9)
+    built.save_pretrained(tmp_path)
+    loaded = NSALlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert all(torch.equal(*pair) for pair in zip(loaded.parameters(), built.parameters(), strict=True))
+
+
+def test_a_model_with_more_than_its_weights_steps_by_its_modules():
+    built, ids = model(), tokens(2, 21)
+    built.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    with torch.no_grad():
+        cache = new_cache(built, "static")
+        built(ids[:, :20], past_key_values=cache)
+        decoder = Decoder(built, cache, masked=False, capture=False)
+        assert decoder.decoder is None
+        torch.testing.assert_close(decoder(ids[:, 20:]), built(ids).logits[:, 20:], rtol=1e-9, atol=1e-9)
+
+
 @cache
 def without_a_cache(options: tuple) -> torch.Tensor:
     built = model()
