@@ -26,18 +26,19 @@ STEPS = 8  # of decoding that are timed as one, since a step takes little
 
 @torch.no_grad()
 def measure(arguments: GenerateArguments, device: str = "cuda") -> Iterator[Entry]:
-    """Decoding steps, generate(), and first tokens."""
+    """Of every length, in the order in which they were given: decoding steps, generate(), first token."""
     nsa, dense = (random_model(arguments, attention, device) for attention in ("nsa", "dense"))
-    for length in arguments.lengths:
-        for batch in arguments.batches:
-            yield decoding_step(arguments, nsa, dense, length, batch)
+    for length in dict.fromkeys((*arguments.lengths, *arguments.generate_at, *arguments.prompts)):
+        if length in arguments.lengths:
+            for batch in arguments.batches:
+                yield decoding_step(arguments, nsa, dense, length, batch)
+                _free()
+        if length in arguments.generate_at:
+            yield whole_generation(arguments, nsa, dense, length, max(arguments.batches))
             _free()
-    for length in arguments.generate_at:
-        yield whole_generation(arguments, nsa, dense, length, max(arguments.batches))
-        _free()
-    for length in arguments.prompts:
-        yield first_token(arguments, nsa, dense, length)
-        _free()
+        if length in arguments.prompts:
+            yield first_token(arguments, nsa, dense, length)
+            _free()
 
 
 def configuration(arguments: GenerateArguments, attention: str) -> NSALlamaConfig:
