@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,11 @@ from rich.console import Console
 from rigged import write_text
 
 from nsa.config import NSAConfig
-from nsa.eval import demo, pictures, twins
+from nsa.eval import demo, demo_work, pictures, twins
 from nsa.eval.command import DemoArguments
 from nsa.eval.tasks import Needle, Perplexity, Recall
 from nsa.training.config import TrainConfig
+from nsa.training.folder import is_trained
 
 TWINS = ("nsa", "dense", "window")
 
@@ -31,7 +34,7 @@ def finished(text, tmp_path_factory) -> tuple[Path, str]:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         shrink(patch, text)
-        DemoArguments(output=out, processes=2).run()
+        DemoArguments(output=out, processes=1).run()
     return out, printed.getvalue()
 
 
@@ -39,8 +42,8 @@ def finished(text, tmp_path_factory) -> tuple[Path, str]:
 def tiny(text, tmp_path, monkeypatch) -> Path:
     """The tiny demo whose training is pretended and whose judging is stopped; the folder for its results."""
     shrink(monkeypatch, text)
-    monkeypatch.setattr(twins, "train", pretend_to_train)
-    monkeypatch.setattr(twins, "judge_twin", stop)
+    monkeypatch.setattr(demo_work, "train", pretend_to_train)
+    monkeypatch.setattr(demo_work, "judge_twin", stop)
     return tmp_path / "out"
 
 
@@ -55,13 +58,13 @@ def shrink(patch: pytest.MonkeyPatch, text: str) -> None:
         device="cpu", quiet=True,
     )  # fmt: skip
 
-    def few(config: TrainConfig, seed: int) -> list:
+    def few(config: TrainConfig) -> list:
         sizes = {"length": 128, "text": text}
-        recall = Recall(**sizes, window_size=24, num_layers=2, num_keys=2, hops=(1,), samples=2, seed=seed)
+        recall = Recall(**sizes, window_size=24, num_layers=2, num_keys=2, hops=(1,), samples=2, seed=config.seed)
         return [recall, Perplexity(**sizes, samples=2), Needle(lengths=(64,), depths=(0.5,), samples=1, text=text)]
 
     patch.setattr(demo, "preset", lambda name: config)
-    patch.setattr(demo, "tasks_for", few)
+    patch.setattr(demo_work, "tasks_for", few)
     patch.setattr(pictures, "SAMPLE_TOKENS", 4)
 
 
@@ -128,7 +131,7 @@ def test_finished_twins_are_kept_when_the_demo_was_stopped(tiny, monkeypatch):
         trained.append(config.attention)
         pretend_to_train(config)
 
-    monkeypatch.setattr(twins, "train", train)
+    monkeypatch.setattr(demo_work, "train", train)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt, match="the same command goes on where it was"):
             DemoArguments(output=tiny, processes=1).run()
@@ -145,7 +148,7 @@ def test_a_twin_that_was_stopped_goes_on_from_its_checkpoint(tiny, monkeypatch, 
             raise KeyboardInterrupt
         pretend_to_train(config)
 
-    monkeypatch.setattr(twins, "train", train)
+    monkeypatch.setattr(demo_work, "train", train)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             DemoArguments(output=tiny, processes=1).run()
@@ -153,13 +156,32 @@ def test_a_twin_that_was_stopped_goes_on_from_its_checkpoint(tiny, monkeypatch, 
     assert "training 4 steps, going on from checkpoint-2" in capsys.readouterr().out
 
 
+def test_processes_of_their_own_do_the_same_work(finished, text, tmp_path, monkeypatch):
+    """The same weights, bit by bit, and the same answers."""
+    shrink(monkeypatch, text)
+    out, _ = finished
+    recipes = {twin: demo.recipe(tmp_path, twin, steps=None, seed=0) for twin in TWINS}
+    rows = twins.train_and_judge(recipes, 2, Console(file=io.StringIO()))
+    for twin in TWINS:
+        name = f"{twin}/model.safetensors"
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    monkeypatch.undo()  # processes of their own ask the demo's own questions
+    assert rows["nsa"] == demo_work.judge_twin("nsa", recipes["nsa"], quiet=True)
+
+
 def test_a_twin_that_fails_in_its_process_says_why(text, tmp_path, monkeypatch):
     shrink(monkeypatch, text)
     recipes = {twin: demo.recipe(tmp_path, twin, steps=None, seed=0) for twin in ("nsa", "dense")}
     recipes["dense"] = replace(recipes["dense"], data=str(tmp_path / "missing"))
     with pytest.raises((ValueError, OSError), match="missing"):
-        twins.train_and_judge(recipes, [], 2, Console(file=io.StringIO()))
-    assert not twins.is_trained(recipes["dense"])
+        twins.train_and_judge(recipes, 2, Console(file=io.StringIO()))
+    assert not is_trained(recipes["dense"].out)
+
+
+def test_the_command_itself_waits_for_neither_torch_nor_transformers():
+    loaded = "import sys, nsa.eval.demo; print({'torch', 'transformers'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "set()"
 
 
 def test_overwrite_starts_again_and_leaves_other_files(tiny):

@@ -19,9 +19,10 @@ import nsa.training.train as module
 from nsa.config import NSAConfig
 from nsa.training.config import TrainConfig, differences
 from nsa.training.curriculum import parse_curriculum
+from nsa.training.folder import checkpoints
 from nsa.training.presets import PRESETS, preset
 from nsa.training.train import train
-from nsa.training.trainer import checkpoints, weighted_loss
+from nsa.training.trainer import weighted_loss
 
 pytestmark = pytest.mark.filterwarnings("default")  # the Trainer's own
 

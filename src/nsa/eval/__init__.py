@@ -11,7 +11,8 @@ its seed and the tokenizer only: every model answers exactly the same questions.
     runner.py    models x tasks -> a result, as a table and as JSON
     blocks.py    which blocks does a query of an NSA model select, how many keys does it read?
     report.py    a result -> one HTML file that needs nothing else
-    demo.py      `nsa demo`: three twins, trained and judged (twins.py, in processes of workers.py), one report
+    demo.py      `nsa demo`: three twins, trained and judged, one report; demo_work.py does the work, twins.py hands it
+                 out to processes (workers.py)
     command.py   the arguments of `nsa eval` and `nsa demo`
     methods/     attention methods that can be laid over a trained model, one file each
     compare.py   `nsa compare`: methods x lengths x tasks on one model; costs.py, compare_table.py and

@@ -71,10 +71,6 @@ class DemoArguments:
     """Start again although there are results in --output."""
 
     def run(self) -> None:
-        from nsa.eval.workers import start_server
-
-        if self.processes != 1:
-            start_server()
         from nsa.eval.demo import demo
 
         demo(self)

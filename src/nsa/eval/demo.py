@@ -16,16 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nsa.config import NSAConfig
-from nsa.eval.blocks import keys_per_query
-from nsa.eval.models import Candidate, load
-from nsa.eval.pictures import Curve, KeysRead
-from nsa.eval.report import Report
-from nsa.eval.result import Result, paired_difference
-from nsa.eval.runner import result_of
-from nsa.eval.tasks import Needle, Perplexity, Recall, Row, Task
-from nsa.eval.tasks.recall import BEYOND, INSIDE, OUT_OF_REACH
-from nsa.eval.twins import processes_for, train_and_judge
+from nsa.eval.regions import BEYOND, INSIDE, OUT_OF_REACH
+from nsa.eval.twins import WORK, Rows, processes_for, train_and_judge
+from nsa.eval.workers import Worker
 from nsa.training.config import CONFIG_FILE, TrainConfig, differences
 from nsa.training.presets import preset
 
@@ -51,22 +44,32 @@ def demo(arguments: DemoArguments) -> None:
     if arguments.overwrite:
         forget(out)
     check_same_settings(recipes)
+    processes = arguments.processes or processes_for(len(recipes))
     if (out / "demo.json").exists():
         show(json.loads((out / "demo.json").read_text(encoding="utf-8")), console)
         console.print(f"These results were there already; --overwrite trains again.\nreport: {out / 'report.html'}")
         return
     try:
-        tasks = tasks_for(recipes["nsa"], arguments.seed)
-        rows = train_and_judge(recipes, tasks, arguments.processes or processes_for(len(recipes)), console)
-        candidates = [load(config.out, name=twin) for twin, config in recipes.items()]
-        report = describe(candidates, result_of(candidates, tasks, rows), recipes["nsa"])
+        rows = train_and_judge(recipes, processes, console)
+        summary = write_report(recipes, rows, out / "report.html", processes)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; the same command goes on where it was ({out})") from None
-    summary = summarize(report)
-    report.save(out / "report.html")
     save(summary, out / "demo.json")
     show(summary, console)
     console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+def write_report(recipes: dict[str, TrainConfig], rows: dict[str, Rows], path: Path, processes: int) -> dict[str, Any]:
+    """The report and the summary; by a worker if workers have done all the rest."""
+    if processes > 1:
+        worker = Worker.start(WORK, "write_report", recipes, rows, path)
+        try:
+            return worker.value()
+        finally:
+            worker.stop()
+    from nsa.eval import demo_work
+
+    return demo_work.write_report(recipes, rows, path)
 
 
 def recipe(out: Path, twin: Attention, *, steps: int | None, seed: int) -> TrainConfig:
@@ -102,72 +105,6 @@ def forget(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def tasks_for(config: TrainConfig, seed: int) -> list[Task]:
-    """The demo's questions, up to the length that the twins were trained on."""
-    length = config.context
-    return [
-        Recall(
-            length=length, window_size=config.nsa.window_size, num_layers=config.num_layers, hops=(1,), samples=100,
-            seed=seed,
-        ),
-        Perplexity(length=length, samples=64),
-        Needle(lengths=(length // 4, length // 2, length), samples=6, seed=seed),
-    ]  # fmt: skip
-
-
-def describe(candidates: list[Candidate], result: Result, config: TrainConfig) -> Report:
-    """The report, with the demo's own words at its top."""
-    report = Report.of(
-        candidates,
-        result,
-        text="python",
-        title="Three attentions, one model",
-        lead=f"Three small language models that differ in their attention only, trained for {config.total_steps} steps "
-        "each on this machine's Python sources, and judged on packages and names that none of them has seen.",
-    )
-    rows = {name: recall_of(result, name) for name in result.names}
-    far = {name: found.get(OUT_OF_REACH) or found[BEYOND] for name, found in rows.items()}
-    loss = {name: result.of_task(name, Perplexity.name)[0] for name in result.names}
-    difference, error = paired_difference(loss["nsa"], loss["dense"])
-    report.tiles = [
-        (
-            f"{far['nsa'].value:.0%}",
-            f"of the values that no window reaches are found by NSA; by dense attention {far['dense'].value:.0%}, "
-            f"by windows alone {far['window'].value:.0%}",
-        ),
-        (f"{difference:+.3f}", f"nats per token: NSA's loss on held-out text less dense attention's, ± {error:.3f}"),
-        (
-            f"{keys_of('nsa', config.nsa, config.context, report.keys):,.0f} of {config.context:,}",
-            f"keys are read by NSA's query at the end of a text of {config.context:,} tokens",
-        ),
-    ]
-    return report
-
-
-def summarize(report: Report) -> dict[str, Any]:
-    """demo.json: the table's rows, a sample, and the whole result."""
-    result = report.result
-    reference = result.of_task("dense", Perplexity.name)[0]
-    length = result.tasks[Perplexity.name]["length"]
-    table = {}
-    for model in result.models:
-        name = model["name"]
-        loss, recall = result.of_task(name, Perplexity.name)[0], recall_of(result, name)
-        difference, error = paired_difference(loss, reference)
-        table[name] = {
-            "loss": loss.value,
-            "loss_error": loss.error,
-            "difference": difference,
-            "difference_error": error,
-            "recall": {region: [row.correct, row.n, row.low, row.high] for region, row in recall.items()},
-            "keys_per_query": keys_of(name, NSAConfig.from_dict(model["nsa"]), length, report.keys),
-            "context": length,
-            "seconds_per_step": report.curves.get(name, Curve()).seconds_per_step,
-        }
-    prompt, text = report.samples["nsa"]
-    return {"table": table, "sample": {"prompt": prompt, "text": text}, "result": json.loads(result.to_json())}
-
-
 def show(summary: dict[str, Any], console: Console) -> None:
     """The one table, and a sample of NSA's text."""
     context = next(iter(summary["table"].values()))["context"]
@@ -197,17 +134,6 @@ def show(summary: dict[str, Any], console: Console) -> None:
     console.print("\n[bold]NSA goes on after[/bold] [dim](held-out file)[/dim]")
     console.print(sample["prompt"], style="dim", end="", markup=False, highlight=False)
     console.print(sample["text"] + "\n", markup=False, highlight=False)
-
-
-def recall_of(result: Result, name: str) -> dict[str, Row]:
-    return {row.where["region"]: row for row in result.of_task(name, Recall.name)}
-
-
-def keys_of(attention: str, config: NSAConfig, context: int, read: KeysRead | None) -> float:
-    """Counted in the model for NSA, by definition for the others."""
-    if attention == "nsa" and read is not None:
-        return read.counted[-1]
-    return keys_per_query(attention, config, context)
 
 
 def save(summary: dict[str, Any], path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nsa.training.folder import METRICS_FILE
+
 COLUMNS = ("step", "seconds", "learning_rate", "loss", "grad_norm", "eval_text_loss", "eval_retrieval_loss")
 
 
@@ -16,7 +18,7 @@ class MetricsFiles(TrainerCallback):
     """One record a log line; a record of evaluation has eval_ fields. `seconds` leaves evaluation and saving out."""
 
     def __init__(self, folder: Path) -> None:
-        self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        self.jsonl, self.csv = folder / METRICS_FILE, folder / "metrics.csv"
         self.seconds = 0.0
         self._began = 0.0
 

@@ -25,9 +25,10 @@ from nsa.training.data import (
     retrieval_batches,
     text_batches,
 )
+from nsa.training.folder import is_trained, last_checkpoint
 from nsa.training.metrics import MetricsFiles, Progress
 from nsa.training.tokenizer import byte_tokenizer, encoder, load_tokenizer, train_bpe
-from nsa.training.trainer import WholeCheckpointTrainer, last_checkpoint
+from nsa.training.trainer import WholeCheckpointTrainer
 
 RETRIEVAL_ROWS = 32
 
@@ -153,7 +154,7 @@ def _prepare_folder(config: TrainConfig) -> Path | None:
     """The checkpoint to continue from, None for a new run; ValueError if the folder does not fit the request."""
     last = last_checkpoint(config.out)
     if not config.resume:
-        if last is not None or (config.out / "model.safetensors").exists():
+        if last is not None or is_trained(config.out):
             raise ValueError(f"{config.out} holds a run already; continue it with --resume or choose another --out")
         return None
     if last is None:

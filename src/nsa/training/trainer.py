@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer
 
 from nsa.training.data import IGNORED, unwrap
+from nsa.training.folder import checkpoints, last_checkpoint
 
 PARTIAL = ".partial"  # what is being written, inside the run's folder
 
@@ -89,19 +90,6 @@ class _Partial:
             last = last_checkpoint(self.folder.parent)
             kept = f"{last} is whole" if last else "there is none before it"
             raise OSError(f"the checkpoint could not be written to {self.folder.parent} ({reason}); {kept}") from error
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The run's whole checkpoints, oldest first."""
-    if not run.is_dir():
-        return []
-    found = [path for path in run.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    found = checkpoints(run)
-    return found[-1] if found else None
 
 
 def _replace(source: Path, target: Path) -> None:

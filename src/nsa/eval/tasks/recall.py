@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nsa.eval.prompts import CHANCE, Prompt, planted
+from nsa.eval.regions import ANYWHERE, BEYOND, INSIDE, OUT_OF_REACH
 from nsa.eval.scoring import exact_match
 from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
 
-INSIDE, BEYOND, OUT_OF_REACH = "inside the window", "beyond the window", "beyond the stacked windows"
-ANYWHERE = "at any distance"
 ATTEMPTS = 1000
 
 
