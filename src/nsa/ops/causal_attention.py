@@ -29,6 +29,5 @@ def causal_attention(
     Tested against the fp64 brute force of nsa.testing.
     """
     bind("causal_attention", q=(q, "b t h d"), k=(k, "b t g d"), v=(v, "b t g e"))
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
