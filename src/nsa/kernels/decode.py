@@ -5,6 +5,7 @@ graph. Lengths, block tables and counts are trusted.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -26,20 +27,20 @@ LOG2E = 1.4426950408889634
 class Plan:
     """Sizes of the programs: none depends on the batch or on the cache's length."""
 
-    block_n: int = 64  # keys of a tile
+    block_n: int = 128  # keys of a tile, at most
     warps: int = 4
     stages: int = 3
     splits: int = 16  # runs that a row's compressed keys are cut into, at most
-    least_tiles: int = 1  # tiles in such a run, at least
+    least_tiles: int = 2  # tiles in such a run, at least
     window_tiles: int = 4  # tiles in a run of the window
     select_blocks: int = 1024  # blocks that one step of the top n looks at, at most
     shares: int = 4  # programs that divide the selected blocks of a query between them
     merges: int = 4  # programs that divide the columns of v between them to merge the first launch's splits
-    finish_n: int = 64
+    finish_n: int = 128
     finish_warps: int = 4
     finish_stages: int = 3
-    registers: int = 0  # of a thread, at most; 0: as the compiler likes
-    finish_registers: int = 0
+    registers: int = 168  # of a thread: three programs of four warps share a multiprocessor
+    prefetch: int = 3  # programs for each multiprocessor up to which keys are asked for ahead
     pdl: bool = True  # on Hopper and later, a launch may begin while the one before ends
 
 
@@ -54,9 +55,16 @@ TILE_BYTES = 32768
 
 def tile_keys(heads: Heads, q: Tensor, keys: int) -> int:
     """Keys in a tile for these widths."""
-    while keys > 16 and keys * (heads.padded_d + heads.padded_e) * q.element_size() > TILE_BYTES:
+    # Tiles of 16-bit keys are not cut below 64: with 32, of wide heads, the selection was wrong on an H200.
+    least = 64 if q.element_size() == 2 else 16
+    while keys > least and keys * (heads.padded_d + heads.padded_e) * q.element_size() > TILE_BYTES:
         keys //= 2
     return keys
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,8 @@ class Workspace:
     part_acc: Tensor
     part_top: Tensor
     part_total: Tensor
-    own: Tensor
-    spill: Tensor
+    sums: Tensor
     tops: Tensor
-    lse: Tensor
     others: Tensor
     slc_acc: Tensor
     slc_top: Tensor
@@ -119,7 +125,7 @@ def decode_attention(
     Raises:
         ValueError: shapes that do not fit, or tensors that the kernels do not take.
     """
-    from nsa.kernels.library import sizes_of
+    from nsa.kernels.library import _serving, sizes_of
 
     sizes = bind(
         "decode_attention", q=(q, "b t h d"), gates=(gates, "b t h 3"), k=(tensors.k, "pages n g d"),
@@ -128,6 +134,10 @@ def decode_attention(
     if sizes["t"] > tensors.arrivals.shape[2]:
         raise ValueError(f"decode_attention: expected at most {tensors.arrivals.shape[2]} queries, got {sizes['t']}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not torch.compiler.is_compiling():
+        # An operator of so many tensors would take longer to call than to run.
+        with _serving(q, tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, scale=scale):
+            return attend(q, gates, tensors, config, scale, counts, cos, sin)[0]
     return _decode_attention(
         q, gates, tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win,
         tensors.block_table, tensors.lengths, tensors.arrivals, counts, cos, sin, sizes_of(config), scale,
@@ -145,7 +155,7 @@ def attend(
     padded_n = triton.next_power_of_2(config.num_selected_blocks)
     if out.numel() == 0:
         return out, torch.empty((b, t, heads.g, padded_n), dtype=torch.int32, device=q.device)
-    q, gates = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, gates.contiguous()))
+    q, gates = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, gates))
     cos, sin = (None if x is None else x.contiguous() for x in (cos, sin))
     pdl = PLAN.pdl and launch.is_hopper(q.device)
     launch_pdl = {"launch_pdl": True} if pdl else {}
@@ -159,16 +169,19 @@ def attend(
     head_tiles, block_q = max(1, group // TILE_ROWS), max(1, TILE_ROWS // group)
     window_keys = PLAN.window_tiles * keys
     window_splits = triton.cdiv(config.window_size + block_q - 1, window_keys)
-    every = PLAN.splits + window_splits
     pages, page_size = tensors.block_table.shape[1], tensors.k.shape[1]
+    # No more runs than the cache has room for: programs without work would cost more than some have.
+    room = triton.cdiv(pages * page_size // stride, tile_strides)
+    runs = max(1, min(PLAN.splits, triton.cdiv(room, PLAN.least_tiles)))
+    parts = runs + window_splits
     # Rounded up, so that rows begin where wide loads may begin.
-    num_tops = 16 * triton.cdiv(pages * page_size // stride, 16 * tile_strides)
+    num_tops = 16 * triton.cdiv(room, 16)
     num_blocks = num_tops * tile_blocks
 
-    rows = b * t * h
+    rows, slots = b * t * h, 2 if config.compress_block_size > stride else 1
     work = Workspace.of(
-        q.device, rows * every * heads.e, rows * every, rows * every, rows * num_blocks,
-        rows * num_blocks, rows * num_tops, rows, rows * heads.e,
+        q.device, rows * parts * heads.e, rows * parts, rows * parts, rows * num_blocks * slots,
+        rows * num_tops, rows * heads.e,
         rows * PLAN.shares * heads.e, rows * PLAN.shares, rows * PLAN.shares,
         *[b * t * heads.g * padded_n] * 2,
     )  # fmt: skip
@@ -183,13 +196,18 @@ def attend(
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "PDL": pdl,
     }  # fmt: skip
     tiles = triton.cdiv(t, block_q) * head_tiles
-    blocks = min(triton.next_power_of_2(max(num_blocks, 128)), PLAN.select_blocks)
-    decode_split_kernel[(every, heads.g, b * tiles)](
+    # Programs that all wait at once for the kernel before them have the time to.
+    ahead = int(pdl and parts * heads.g * b * tiles <= PLAN.prefetch * multiprocessors(q.device))
+    # No fewer than make the sums of a head four for each of 128 threads, so that no two have the same.
+    blocks = min(triton.next_power_of_2(max(num_blocks, 512 // slots)), PLAN.select_blocks)
+    decode_split_kernel[(parts * heads.g * b * tiles,)](
         q, cos, sin, tensors.k_cmp, tensors.v_cmp, k_win, v_win, tensors.block_table, tensors.lengths,
-        tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.own, work.spill, work.tops, work.lse,
-        work.picks, work.bits, t, pages, config.window_size, num_blocks, num_tops, scale * LOG2E,
-        *q.stride()[:3], *tensors.k_cmp.stride()[:3], *tensors.v_cmp.stride()[:3], *k_win.stride()[:3],
-        *v_win.stride()[:3], GP=group, REACH=config.compress_block_size // stride, PER_BLOCK=per_block,
+        tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.sums, work.tops,
+        work.picks, work.bits, t, heads.g, b * tiles, pages, config.window_size, runs, ahead, num_blocks, num_tops,
+        scale * LOG2E,
+        *q.stride()[:3], *(x.stride(i) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win) for i in (0, 2)),
+        *(x.stride(1) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win)), GP=group,
+        REACH=config.compress_block_size // stride, PER_BLOCK=per_block,
         PER_BLOCK_PADDED=per_block_padded, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
         PAGE_STRIDES=0 if pages == 1 else page_size // stride, RING=0 if shared else k_win.shape[1],
         TILES=tiles, WINDOW_TILES=PLAN.window_tiles,
@@ -198,18 +216,20 @@ def attend(
         **({"maxnreg": PLAN.registers} if PLAN.registers else {}),
     )  # fmt: skip
     per_share, merges = triton.cdiv(n, PLAN.shares), min(PLAN.merges, heads.padded_e)
-    finish_n = min(tile_keys(heads, q, PLAN.finish_n), max(16, triton.next_power_of_2(select)))
-    decode_finish_kernel[(PLAN.shares + merges, heads.g, b * t * head_tiles)](
+    finish_n = tile_keys(heads, q, PLAN.finish_n)
+    decode_finish_kernel[((PLAN.shares + merges) * heads.g * b * t * head_tiles,)](
         q, cos, sin, tensors.k, tensors.v, gates, out, tensors.block_table, tensors.lengths, counts,
         tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.others, work.slc_acc, work.slc_top,
-        work.slc_total, work.picks, t, pages, config.window_size, scale * LOG2E, *q.stride()[:3],
-        *tensors.k.stride()[:3], *tensors.v.stride()[:3],
+        work.slc_total, work.picks, t, heads.g, b * t * head_tiles, pages, config.window_size, runs, scale * LOG2E,
+        *q.stride()[:3], *gates.stride()[:3], *(x.stride(i) for x in (tensors.k, tensors.v) for i in (0, 2)),
+        tensors.k.stride(1), tensors.v.stride(1),
         ROWS=TILE_ROWS, HAS_COUNTS=counts is not None, TILE_STRIDES=tile_strides,
         WINDOW_SPLITS_PADDED=triton.next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
-        PER_SHARE=per_share, PICKS=triton.next_power_of_2(per_share),
+        PER_SHARE=per_share, SELECT_PADDED=max(16, triton.next_power_of_2(select)),
+        PICKS=triton.next_power_of_2(per_share),
         MERGES=merges, BLOCK_N=finish_n, STAGES=PLAN.finish_stages,
         num_warps=PLAN.finish_warps, **common, **launch_pdl,
-        **({"maxnreg": PLAN.finish_registers} if PLAN.finish_registers else {}),
+        **({"maxnreg": PLAN.registers} if PLAN.registers else {}),
     )  # fmt: skip
     return out, work.picks[: b * t * heads.g * padded_n].view(b, t, heads.g, padded_n)
 
@@ -267,7 +287,7 @@ def append_tokens(
     Raises:
         ValueError: shapes that do not fit, or tensors that the kernels do not take.
     """
-    from nsa.kernels.library import sizes_of
+    from nsa.kernels.library import _serving, sizes_of
 
     given = {"k": (k, "b t g d"), "v": (v, "b t g e"), "k_raw": (k_raw, "b t g d"), "v_raw": (v_raw, "b t g e")}
     if tensors.k_win is not None:
@@ -285,6 +305,13 @@ def append_tokens(
             f"append_tokens: expected at most {ring - config.compress_block_size + 1} tokens at a time, "
             f"got {found['t']}"
         )
+    if not torch.compiler.is_compiling():
+        with _serving(k, v, tensors.k, tensors.v, k_raw, v_raw, scale=1.0):
+            append(
+                tensors, k, v, k_win, v_win, k_raw, v_raw, config, config.compression, list(phi_k), list(phi_v),
+                cos_cmp, sin_cmp, counts, cos, sin,
+            )  # fmt: skip
+        return
     _append_tokens(
         tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw,
         tensors.block_table, tensors.lengths, k, v, k_win, v_win, k_raw, v_raw, list(phi_k), list(phi_v),

@@ -13,7 +13,7 @@ first launch and written by the second.
 import triton
 import triton.language as tl
 
-from nsa.kernels.decode_tiles import begin, page_of
+from nsa.kernels.decode_tiles import let_next_begin, page_of, wait_for_last
 from nsa.kernels.tiles import load_rows, wide
 
 
@@ -124,7 +124,8 @@ def decode_append_kernel(
     IS_MLP: tl.constexpr, ROTATE: tl.constexpr, HAS_COUNTS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
     CHUNK_D: tl.constexpr, CHUNK_E: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
+    let_next_begin(PDL)
+    wait_for_last(PDL)
     pid = tl.program_id(0)
     if pid < rows * t:
         row, column = pid // t, pid % t
@@ -235,7 +236,8 @@ def decode_compress_kernel(
     PAGE_STRIDES: tl.constexpr, PAGE_SIZE: tl.constexpr, RAW_RING: tl.constexpr, KIND: tl.constexpr,
     HAS_COUNTS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
+    let_next_begin(PDL)
+    wait_for_last(PDL)
     flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = rows * num_new * groups
     row, number, head, length, new, last, complete = _blocks(

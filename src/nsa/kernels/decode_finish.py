@@ -1,6 +1,6 @@
 """Second launch of decoding: the selected blocks, the merge of all parts, gates and their sum.
 
-Grid (shares + merges, KV heads, rows x queries). A share attends to some of the selected blocks; a merge puts the
+Grid: shares + merges x KV heads x rows x queries. A share attends to some of the selected blocks; a merge puts the
 splits of the first launch together for some columns of v. The last of a query's programs to finish adds the parts in
 their order and writes the output: which program that is changes no sum.
 """
@@ -8,18 +8,25 @@ their order and writes the output: which program that is changes no sum.
 import triton
 import triton.language as tl
 
-from nsa.kernels.decode_tiles import attend_tile, begin, compressed_plan, last_position, load_queries, window_plan
+from nsa.kernels.decode_tiles import (
+    attend_tile,
+    compressed_plan,
+    last_position,
+    let_next_begin,
+    load_queries,
+    wait_for_last,
+    window_plan,
+)
 from nsa.kernels.tiles import load_rows, wide
 
 
 @triton.jit
 def _merge(
-    part_acc, part_top, part_total, part_row, first, active, mask, e, E: tl.constexpr, ALL: tl.constexpr,
-    PADDED: tl.constexpr,
+    part_acc, part_top, part_total, part_row, parts, first, active, mask, e, E: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
     """Output [heads, columns e] of the splits first .. first + active - 1; 0 where there is no key."""
     split = tl.arange(0, PADDED)
-    at = part_row[:, None] * ALL + (first + split)[None, :]
+    at = part_row[:, None] * parts + (first + split)[None, :]
     there = mask[:, None] & (split < active)[None, :]
     top = tl.load(part_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
     total = tl.load(part_total + at, mask=there, other=0.0, cache_modifier=".cg")
@@ -37,14 +44,15 @@ def _merge(
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["row_tiles", "window", "runs"])
 def decode_finish_kernel(
     q, cos, sin, k, v, gates, out, block_table, lengths, counts, arrivals,
     part_acc, part_top, part_total, others, slc_acc, slc_top, slc_total, picks,
-    t, pages_per_row, window, scale_log2, stride_qb, stride_qt, stride_qh,
-    stride_kp, stride_ks, stride_kg, stride_vp, stride_vs, stride_vg,
+    t, groups, row_tiles, pages_per_row, window, runs, scale_log2,
+    stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
+    stride_kp, stride_kg, stride_vp, stride_vg, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    STRIDE: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, SELECT_PADDED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, ROTATE: tl.constexpr, HAS_COUNTS: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, LEAST_TILES: tl.constexpr, TILE_STRIDES: tl.constexpr,
     WINDOW_SPLITS: tl.constexpr, WINDOW_SPLITS_PADDED: tl.constexpr, WINDOW_KEYS: tl.constexpr,
@@ -52,15 +60,21 @@ def decode_finish_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
-    share, group = tl.program_id(0), tl.program_id(1)
-    head_tile, pair = tl.program_id(2) % HEAD_TILES, tl.program_id(2) // HEAD_TILES
+    let_next_begin(PDL)
+    # All shares come first: they take longest.
+    pid = tl.program_id(0)
+    share, rest = pid % SHARES, pid // SHARES
+    if rest >= row_tiles * groups:
+        pid -= SHARES * row_tiles * groups
+        share, rest = SHARES + pid % MERGES, pid // MERGES
+    group, rest = rest % groups, rest // groups
+    head_tile, pair = rest % HEAD_TILES, rest // HEAD_TILES
     row, query = pair // t, pair % t
-    heads = tl.num_programs(1) * G
-    ALL: tl.constexpr = SPLITS + WINDOW_SPLITS
-    # Loaded together, before anything waits for the length.
-    length = tl.load(lengths + row)
-    only_page = tl.load(block_table + wide(row) * pages_per_row)
+    heads = groups * G
+    parts = runs + WINDOW_SPLITS
+    # What the first launch did not write, and what it waited for itself, is loaded before it ends; all at once.
+    length = tl.load(lengths + row, cache_modifier=".cg")
+    only_page = tl.load(block_table + wide(row) * pages_per_row, cache_modifier=".cg")
     head = head_tile * ROWS + tl.arange(0, ROWS)
     mask = head < G
     e = tl.arange(0, EP)
@@ -68,10 +82,16 @@ def decode_finish_kernel(
     head_row = query_row * heads + group * G + head
     out_at = (head_row * E)[:, None] + e[None, :]
     out_mask = mask[:, None] & (e < E)[None, :]
+    gates += wide(row) * stride_gb + wide(query) * stride_gt
     position = length - t + query
     is_padding = position < 0
     if HAS_COUNTS:
         is_padding |= query < t - tl.load(counts + row)
+    queries = load_queries(
+        q, cos, sin, row, query + head * 0, group * G + head, mask & (share < SHARES), t, stride_qb, stride_qt,
+        stride_qh, D, DP, ROTATE,
+    )  # fmt: skip
+    wait_for_last(PDL)
     if is_padding:
         if share == 0:
             tl.store(out + out_at, tl.zeros([ROWS, EP], out.dtype.element_ty), mask=out_mask)
@@ -79,17 +99,13 @@ def decode_finish_kernel(
 
     if share < SHARES:
         own_block = position // SELECT
-        queries = load_queries(
-            q, cos, sin, row, query + head * 0, group * G + head, mask, t, stride_qb, stride_qt, stride_qh,
-            D, DP, ROTATE,
-        )  # fmt: skip
         acc = tl.zeros([ROWS, EP], tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        totals = tl.zeros([ROWS, BLOCK_N], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         offsets, d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
         k_head = k + wide(group) * stride_kg
         v_head = v + wide(group) * stride_vg
-        pick_row = (query_row * tl.num_programs(1) + group) * NP
+        pick_row = (query_row * groups + group) * NP
         table = block_table + wide(row) * pages_per_row
         first_pick = share * PER_SHARE
         num_picks = tl.minimum(tl.minimum(PER_SHARE, N - first_pick), own_block + 1 - first_pick)
@@ -103,28 +119,37 @@ def decode_finish_kernel(
         if PAGE_TOKENS > 0:
             # A block lies in one page.
             pages = tl.load(table + blocks * SELECT // PAGE_TOKENS, mask=slot < num_picks, other=0)
-        STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
-        for step in tl.range(0, num_picks * STEPS, num_stages=STAGES):
-            is_this = slot == step // STEPS
-            block = tl.sum(tl.where(is_this, blocks, 0), 0)
-            page = tl.sum(tl.where(is_this, pages, 0), 0)
-            in_block = step % STEPS * BLOCK_N + offsets
-            key = block * SELECT + in_block
+        # A tile is some blocks, or a block some tiles.
+        PADDED: tl.constexpr = BLOCK_N if BLOCK_N < SELECT_PADDED else SELECT_PADDED
+        AT_ONCE: tl.constexpr = BLOCK_N // PADDED
+        STEPS: tl.constexpr = (SELECT + PADDED - 1) // PADDED
+        for step in tl.range(0, tl.cdiv(num_picks, AT_ONCE) * STEPS, num_stages=STAGES):
+            in_block = step % STEPS * PADDED + offsets % PADDED
             there = in_block < SELECT
-            place = key
-            if PAGE_TOKENS > 0:
-                place = key % PAGE_TOKENS
-            there &= key <= position
-            k_rows = k_head + page.to(tl.int64) * stride_kp + place * wide(stride_ks)
+            k_rows = k_head + in_block * K_TOKEN
+            v_rows = v_head + in_block * V_TOKEN
+            for i in tl.static_range(AT_ONCE):
+                number = step // STEPS * AT_ONCE + i
+                is_this = slot == number
+                block = tl.sum(tl.where(is_this, blocks, 0), 0)
+                page = tl.sum(tl.where(is_this, pages, 0), 0).to(tl.int64)
+                start = block * SELECT
+                place = start
+                if PAGE_TOKENS > 0:
+                    place = start % PAGE_TOKENS
+                is_mine = offsets // PADDED == i
+                # So many keys of this block are there.
+                there &= ~is_mine | (in_block < tl.where(number < num_picks, position + 1 - start, 0))
+                k_rows += tl.where(is_mine, page * stride_kp + wide(place) * K_TOKEN, 0)
+                v_rows += tl.where(is_mine, page * stride_vp + wide(place) * V_TOKEN, 0)
             keys = load_rows(k_rows[:, None] + d[None, :], there, d < D, True, D != DP)
-            v_rows = v_head + page.to(tl.int64) * stride_vp + place * wide(stride_vs)
             values = load_rows(v_rows[:, None] + e[None, :], there, e < E, True, E != EP)
-            acc, total, top, _, _ = attend_tile(
-                acc, total, top, queries, keys, values, there[None, :], scale_log2, PRECISION
+            acc, totals, top, _, _ = attend_tile(
+                acc, totals, top, queries, keys, values, there[None, :], scale_log2, PRECISION
             )
         part = head_row * SHARES + share
         tl.store(slc_top + part, top, mask=mask)
-        tl.store(slc_total + part, total, mask=mask)
+        tl.store(slc_total + part, tl.sum(totals, 1), mask=mask)
         tl.store(slc_acc + (part * E)[:, None] + e[None, :], acc, mask=out_mask)
     else:
         COLUMNS: tl.constexpr = EP // MERGES
@@ -133,19 +158,20 @@ def decode_finish_kernel(
         _, _, _, active = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
         _, window_active = window_plan(length, t, first, last, window, WINDOW_KEYS)
         columns = (share - SHARES) * COLUMNS + tl.arange(0, COLUMNS)
-        gate_cmp = tl.load(gates + head_row * 3, mask=mask, other=0.0).to(tl.float32)
-        gate_win = tl.load(gates + head_row * 3 + 2, mask=mask, other=0.0).to(tl.float32)
+        gate_at = wide(group * G + head) * stride_gh
+        gate_cmp = tl.load(gates + gate_at, mask=mask, other=0.0).to(tl.float32)
+        gate_win = tl.load(gates + gate_at + 2, mask=mask, other=0.0).to(tl.float32)
         both = gate_cmp[:, None] * _merge(
-            part_acc, part_top, part_total, head_row, 0, active, mask, columns, E, ALL, SPLITS_PADDED
+            part_acc, part_top, part_total, head_row, parts, 0, active, mask, columns, E, SPLITS_PADDED
         )
         both += gate_win[:, None] * _merge(
-            part_acc, part_top, part_total, head_row, SPLITS, window_active, mask, columns, E, ALL,
+            part_acc, part_top, part_total, head_row, parts, runs, window_active, mask, columns, E,
             WINDOW_SPLITS_PADDED,
         )  # fmt: skip
         to = others + (head_row * E)[:, None] + columns[None, :]
         tl.store(to, both, mask=mask[:, None] & (columns < E)[None, :])
 
-    arrival = arrivals + (row * tl.num_programs(1) + group) * 16 + query
+    arrival = arrivals + (row * groups + group) * 16 + query
     tl.debug_barrier()
     if tl.atomic_add(arrival, 1, sem="acq_rel") == (SHARES + MERGES) * HEAD_TILES - 1:
         tl.store(arrival, 0)
@@ -156,11 +182,12 @@ def decode_finish_kernel(
             head_row = query_row * heads + group * G + head
             out_at = (head_row * E)[:, None] + e[None, :]
             out_mask = mask[:, None] & (e < E)[None, :]
-            gate_slc = tl.load(gates + head_row * 3 + 1, mask=mask, other=0.0).to(tl.float32)
-            parts = head_row[:, None] * SHARES + number
+            gate_at = wide(group * G + head) * stride_gh
+            gate_slc = tl.load(gates + gate_at + 1, mask=mask, other=0.0).to(tl.float32)
+            at = head_row[:, None] * SHARES + number
             there = mask[:, None] & (number >= 0)
-            tops = tl.load(slc_top + parts, mask=there, other=float("-inf"), cache_modifier=".cg")
-            totals = tl.load(slc_total + parts, mask=there, other=0.0, cache_modifier=".cg")
+            tops = tl.load(slc_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            totals = tl.load(slc_total + at, mask=there, other=0.0, cache_modifier=".cg")
             highest = tl.max(tops, 1)
             highest = tl.where(highest == float("-inf"), 0.0, highest)
             divisor = tl.sum(totals * tl.exp2(tops - highest[:, None]), 1)

@@ -1,6 +1,6 @@
 """First launch of decoding: compressed and window keys in splits, the importance of blocks gathered in the same pass.
 
-Grid (splits, KV heads, rows x query tiles). A program runs over one split of one row's keys for one tile of queries
+Grid: splits x KV heads x rows x query tiles. A program runs over one split of one row's keys for one tile of queries
 x heads and leaves its un-normalised output, maximum and sum. K_cmp is read once: the exponentials that the output
 needs are also summed by selection block. The program that finishes a row's compressed keys last selects its blocks
 (decode_select.py); a counter in the cache says which one that is, and no sum depends on it.
@@ -9,14 +9,17 @@ needs are also summed by selection block. The program that finishes a row's comp
 import triton
 import triton.language as tl
 
-from nsa.kernels.decode_select import merge_lse, select_blocks
+from nsa.kernels.decode_select import select_blocks
 from nsa.kernels.decode_tiles import (
     attend_tile,
-    begin,
     compressed_plan,
     last_position,
+    let_next_begin,
     load_queries,
-    page_of,
+    page_rows,
+    prefetch_rows,
+    ring_rows,
+    wait_for_last,
     window_plan,
 )
 from nsa.kernels.tiles import load_rows, wide
@@ -24,22 +27,68 @@ from nsa.kernels.tiles import load_rows, wide
 
 @triton.jit
 def _store_part(
-    part_acc, part_top, part_total, acc, total, top, part_row, split, mask, e,
-    ALL: tl.constexpr, E: tl.constexpr,
+    part_acc, part_top, part_total, acc, totals, top, part_row, split, parts, mask, e, E: tl.constexpr,
 ):  # fmt: skip
-    at = part_row * ALL + split
+    at = part_row * parts + split
     tl.store(part_top + at, top, mask=mask)
-    tl.store(part_total + at, total, mask=mask)
+    tl.store(part_total + at, tl.sum(totals, 1), mask=mask)
     tl.store(part_acc + (at * E)[:, None] + e[None, :], acc, mask=mask[:, None] & (e < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit
+def _prefetch(
+    k_cmp, v_cmp, k_win, v_win, block_table, lengths, row, group, split, first, t, pages_per_row, window, runs,
+    stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg,
+    KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, PAGE_STRIDES: tl.constexpr, RING: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr, WINDOW_TILES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_STRIDES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Ask for the run's keys and values while the kernel before this one still runs.
+
+    That kernel may be about to change the length, and the page of a row that has but one; then a little too few or
+    other keys are asked for.
+    """
+    length = tl.load(lengths + row, cache_modifier=".cg")
+    only_page = tl.load(block_table + wide(row) * pages_per_row, cache_modifier=".cg")
+    last = last_position(length, t, first, BLOCK_Q)
+    inside = tl.arange(0, BLOCK_N)
+    K_BYTES: tl.constexpr = D * k_cmp.dtype.element_ty.primitive_bitwidth // 8
+    V_BYTES: tl.constexpr = E * k_cmp.dtype.element_ty.primitive_bitwidth // 8
+    if split < runs:
+        strides, _, per_split, _ = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
+        if PAGE_STRIDES == 0:
+            end = tl.minimum((split + 1) * per_split * TILE_STRIDES, strides)
+            for start in tl.range(split * per_split * TILE_STRIDES, end, BLOCK_N):
+                there = (start + inside < end) & (only_page >= 0)
+                k_rows, v_rows = page_rows(
+                    k_cmp + wide(group) * stride_kcg, v_cmp + wide(group) * stride_vcg, block_table, only_page, row,
+                    start, inside, there, pages_per_row, stride_kcp, stride_vcp, KC_TOKEN, VC_TOKEN, 0,
+                )  # fmt: skip
+                prefetch_rows(k_rows, there, K_BYTES)
+                prefetch_rows(v_rows, there, V_BYTES)
+    elif RING > 0:
+        low, _ = window_plan(length, t, first, last, window, WINDOW_TILES * BLOCK_N)
+        begin = low + (split - runs) * (WINDOW_TILES * BLOCK_N)
+        end = tl.minimum(begin + WINDOW_TILES * BLOCK_N, last + 1)
+        for start in tl.range(begin, end, BLOCK_N):
+            there = start + inside < end
+            k_rows, v_rows = ring_rows(
+                k_win + wide(group) * stride_kwg, v_win + wide(group) * stride_vwg, row, start, inside,
+                stride_kwp, stride_vwp, KW_TOKEN, VW_TOKEN, RING,
+            )  # fmt: skip
+            prefetch_rows(k_rows, there, K_BYTES)
+            prefetch_rows(v_rows, there, V_BYTES)
+
+
+@triton.jit(do_not_specialize=["row_tiles", "window", "runs", "ahead"])
 def decode_split_kernel(
     q, cos, sin, k_cmp, v_cmp, k_win, v_win, block_table, lengths, arrivals,
-    part_acc, part_top, part_total, own, spill, tops, lse, picks, bits,
-    t, pages_per_row, window, num_blocks, num_tops, scale_log2, stride_qb, stride_qt, stride_qh,
-    stride_kcp, stride_kcs, stride_kcg, stride_vcp, stride_vcs, stride_vcg,
-    stride_kwp, stride_kws, stride_kwg, stride_vwp, stride_vws, stride_vwg,
+    part_acc, part_top, part_total, sums, tops, picks, bits,
+    t, groups, row_tiles, pages_per_row, window, runs, ahead, num_blocks, num_tops, scale_log2,
+    stride_qb, stride_qt, stride_qh,
+    stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg,
+    KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     REACH: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr,
     PER_BLOCK_PADDED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
@@ -49,21 +98,39 @@ def decode_split_kernel(
     HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
-    split, group = tl.program_id(0), tl.program_id(1)
-    row, tile_of_row = tl.program_id(2) // TILES, tl.program_id(2) % TILES
+    # All runs over compressed keys come first, so that the selections have ended when the window's have.
+    pid = tl.program_id(0)
+    split, rest = pid % runs, pid // runs
+    if rest >= row_tiles * groups:
+        pid -= runs * row_tiles * groups
+        split, rest = runs + pid % WINDOW_SPLITS, pid // WINDOW_SPLITS
+    group, rest = rest % groups, rest // groups
+    row, tile_of_row = rest // TILES, rest % TILES
     query_tile, head_tile = tile_of_row // HEAD_TILES, tile_of_row % HEAD_TILES
-    heads = tl.num_programs(1) * G
+    if PDL:  # noqa: SIM102 (this one is known when compiling)
+        if ahead != 0:
+            _prefetch(
+                k_cmp, v_cmp, k_win, v_win, block_table, lengths, row, group, split, query_tile * BLOCK_Q,
+                t, pages_per_row, window, runs, stride_kcp, stride_kcg, stride_vcp, stride_vcg,
+                stride_kwp, stride_kwg, stride_vwp, stride_vwg, KC_TOKEN, VC_TOKEN, KW_TOKEN, VW_TOKEN, D, E, STRIDE,
+                PAGE_STRIDES, RING, PAGE_TOKENS, SPLITS, LEAST_TILES, WINDOW_TILES, BLOCK_Q,
+                BLOCK_N // PER_BLOCK_PADDED * PER_BLOCK, BLOCK_N,
+            )  # fmt: skip
+    # The next kernel may begin only now: it may then read what the one before this wrote, without waiting.
+    wait_for_last(PDL)
+    let_next_begin(PDL)
+    heads = groups * G
     TILE_HEADS: tl.constexpr = GP // HEAD_TILES
     ROWS: tl.constexpr = BLOCK_Q * TILE_HEADS
-    ALL: tl.constexpr = SPLITS + WINDOW_SPLITS
+    parts = runs + WINDOW_SPLITS
+    SLOTS: tl.constexpr = 2 if REACH > 1 else 1
     TILE_BLOCKS: tl.constexpr = BLOCK_N // PER_BLOCK_PADDED
     TILE_STRIDES: tl.constexpr = TILE_BLOCKS * PER_BLOCK
     WINDOW_KEYS: tl.constexpr = WINDOW_TILES * BLOCK_N
 
-    # Loaded together, before anything waits for the length.
-    length = tl.load(lengths + row)
-    only_page = tl.load(block_table + wide(row) * pages_per_row)
+    # Loaded together, before anything waits for the length; not from an L1 that may hold what was there before.
+    length = tl.load(lengths + row, cache_modifier=".cg")
+    only_page = tl.load(block_table + wide(row) * pages_per_row, cache_modifier=".cg")
     first = query_tile * BLOCK_Q
     rows = tl.arange(0, ROWS)
     column = first + rows // TILE_HEADS
@@ -75,56 +142,70 @@ def decode_split_kernel(
     last = last_position(length, t, first, BLOCK_Q)
     strides, tiles, per_split, active = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
     low, window_active = window_plan(length, t, first, last, window, WINDOW_KEYS)
-    if split < SPLITS:
+    if split < runs:
         if split >= active:
             return
     else:
-        if split - SPLITS >= window_active:
+        if split - runs >= window_active:
             return
 
     position = tl.where(column < t, length - t + column, -1)
     d, e = tl.arange(0, DP), tl.arange(0, EP)
     head_row = (wide(row) * t + column) * heads + group * G + head
     acc = tl.zeros([ROWS, EP], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    totals = tl.zeros([ROWS, BLOCK_N], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     offsets = tl.arange(0, BLOCK_N)
 
-    if split < SPLITS:
+    if split < runs:
         k_head = k_cmp + wide(group) * stride_kcg
         v_head = v_cmp + wide(group) * stride_vcg
-        # Columns are [selection block, stride in it], the second padded to a power of two. A compressed block that
-        # ends with stride number `inside` of a selection block has min(inside + 1, l/d) strides in it.
+        # Columns are [selection block, stride in it], the second padded to a power of two. The compressed block that
+        # ends with stride number `inside` of a selection block has so many of its l/d strides in the block before.
         inside = offsets % PER_BLOCK_PADDED
-        own_weight = tl.minimum(inside + 1, REACH).to(tl.float32)[None, :]
-        spill_weight = tl.maximum(REACH - 1 - inside, 0).to(tl.float32)[None, :]
-        in_tile = (offsets // PER_BLOCK_PADDED) * PER_BLOCK + inside
+        strides_before = tl.maximum(REACH - 1 - inside, 0).to(tl.float32)[None, :]
+        in_tile = offsets
+        if PER_BLOCK != PER_BLOCK_PADDED:
+            in_tile = (offsets // PER_BLOCK_PADDED) * PER_BLOCK + inside
         seen = (tl.maximum(position + 1, 0) // STRIDE)[:, None]
         for tile in tl.range(split * per_split, tl.minimum((split + 1) * per_split, tiles), num_stages=STAGES):
             stride = tile * TILE_STRIDES + in_tile
             there = stride < strides
             if PER_BLOCK != PER_BLOCK_PADDED:
                 there &= inside < PER_BLOCK
-            page, place = page_of(block_table, only_page, row, stride, there, pages_per_row, PAGE_STRIDES)
-            k_rows = k_head + page * stride_kcp + place * wide(stride_kcs)
+            k_rows, v_rows = page_rows(
+                k_head, v_head, block_table, only_page, row, tile * TILE_STRIDES, in_tile, there, pages_per_row,
+                stride_kcp, stride_vcp, KC_TOKEN, VC_TOKEN, PAGE_STRIDES,
+            )  # fmt: skip
             k = load_rows(k_rows[:, None] + d[None, :], there, d < D, True, D != DP)
-            v_rows = v_head + page * stride_vcp + place * wide(stride_vcs)
             v = load_rows(v_rows[:, None] + e[None, :], there, e < E, True, E != EP)
             visible = (there & (stride >= REACH - 1))[None, :] & (stride[None, :] < seen)
-            acc, total, top, p, reference = attend_tile(acc, total, top, queries, k, v, visible, scale_log2, PRECISION)
+            acc, totals, top, p, reference = attend_tile(
+                acc, totals, top, queries, k, v, visible, scale_log2, PRECISION
+            )
 
-            block = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
-            at = (head_row * num_blocks)[:, None] + block[None, :]
+            # A block's sums lie side by side: of the compressed blocks that end in it, and of what those that end in
+            # the next one reach into it. This tile writes the second sum of the last block of the tile before, too.
             SHAPE: tl.constexpr = [ROWS, TILE_BLOCKS, PER_BLOCK_PADDED]
-            tl.store(own + at, tl.sum(tl.reshape(p * own_weight, SHAPE), 2), mask=mask[:, None])
+            found = tl.sum(tl.reshape(p, SHAPE), 2)
             if REACH > 1:
-                tl.store(spill + at, tl.sum(tl.reshape(p * spill_weight, SHAPE), 2), mask=mask[:, None])
+                before = tl.sum(tl.reshape(p * strides_before, SHAPE), 2)
+                found = tl.reshape(tl.join(before, found * REACH - before), [ROWS, 2 * TILE_BLOCKS])
+            at = tile * (TILE_BLOCKS * SLOTS) + (1 - SLOTS) + tl.arange(0, TILE_BLOCKS * SLOTS)
+            tl.store(
+                sums + (head_row * (num_blocks * SLOTS))[:, None] + at[None, :], found,
+                mask=mask[:, None] & (at >= 0)[None, :],
+            )  # fmt: skip
             tl.store(tops + head_row * num_tops + tile, reference, mask=mask)
 
-        _store_part(part_acc, part_top, part_total, acc, total, top, head_row, split, mask, e, ALL, E)
+        if (SLOTS > 1) & (split == active - 1):
+            # Nothing ends after the last tile.
+            after = tiles * (TILE_BLOCKS * SLOTS) - 1
+            tl.store(sums + head_row * (num_blocks * SLOTS) + after, tl.zeros([ROWS], tl.float32), mask=mask)
+        _store_part(part_acc, part_top, part_total, acc, totals, top, head_row, split, parts, mask, e, E)
         # With at most n blocks there is nothing to choose.
         if last // SELECT >= N:
-            arrival = arrivals + (row * tl.num_programs(1) + group) * 16 + query_tile
+            arrival = arrivals + (row * groups + group) * 16 + query_tile
             tl.debug_barrier()
             if tl.atomic_add(arrival, 1, sem="acq_rel") == active * HEAD_TILES - 1:
                 tl.store(arrival, 0)
@@ -133,30 +214,32 @@ def decode_split_kernel(
                     if query_position // SELECT >= N:
                         query_row = wide(row) * t + query
                         first_head = query_row * heads + group * G
-                        merge_lse(part_top, part_total, lse, first_head, active, ALL, SPLITS_PADDED, G, GP)
                         select_blocks(
-                            own, spill, tops, lse, picks, bits, first_head,
-                            query_row * tl.num_programs(1) + group, query_position,
+                            sums, tops, part_top, part_total, picks, bits, first_head,
+                            query_row * groups + group, active, parts, query_position,
                             (query_position + 1) // STRIDE, num_blocks, num_tops, SELECT, PER_BLOCK, TILE_BLOCKS,
-                            REACH > 1, G, N, NP, INITIAL, LOCAL, BLOCKS,
+                            SLOTS, SPLITS_PADDED, G, GP, N, NP, INITIAL, LOCAL, BLOCKS,
                         )  # fmt: skip
     else:
         k_head = k_win + wide(group) * stride_kwg
         v_head = v_win + wide(group) * stride_vwg
-        begin_key = low + (split - SPLITS) * WINDOW_KEYS
+        begin_key = low + (split - runs) * WINDOW_KEYS
         end_key = tl.minimum(begin_key + WINDOW_KEYS, last + 1)
         for start in tl.range(begin_key, end_key, BLOCK_N, num_stages=STAGES):
             key = start + offsets
             there = key < end_key
             if RING == 0:
-                page, place = page_of(block_table, only_page, row, key, there, pages_per_row, PAGE_TOKENS)
+                k_rows, v_rows = page_rows(
+                    k_head, v_head, block_table, only_page, row, start, offsets, there, pages_per_row,
+                    stride_kwp, stride_vwp, KW_TOKEN, VW_TOKEN, PAGE_TOKENS,
+                )  # fmt: skip
             else:
-                page, place = wide(row) + key * 0, key % RING
-            k_rows = k_head + page * stride_kwp + place * wide(stride_kws)
+                k_rows, v_rows = ring_rows(
+                    k_head, v_head, row, start, offsets, stride_kwp, stride_vwp, KW_TOKEN, VW_TOKEN, RING
+                )
             k = load_rows(k_rows[:, None] + d[None, :], there, d < D, True, D != DP)
-            v_rows = v_head + page * stride_vwp + place * wide(stride_vws)
             v = load_rows(v_rows[:, None] + e[None, :], there, e < E, True, E != EP)
             visible = (key[None, :] <= position[:, None]) & (key[None, :] > (position - window)[:, None])
             visible &= there[None, :]
-            acc, total, top, _, _ = attend_tile(acc, total, top, queries, k, v, visible, scale_log2, PRECISION)
-        _store_part(part_acc, part_top, part_total, acc, total, top, head_row, split, mask, e, ALL, E)
+            acc, totals, top, _, _ = attend_tile(acc, totals, top, queries, k, v, visible, scale_log2, PRECISION)
+        _store_part(part_acc, part_top, part_total, acc, totals, top, head_row, split, parts, mask, e, E)

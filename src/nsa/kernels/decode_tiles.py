@@ -12,10 +12,16 @@ from nsa.kernels.tiles import wide
 
 
 @triton.jit
-def begin(PDL: tl.constexpr):
-    """With programmatic launches the next kernel may start now; what the one before wrote is there from here on."""
+def let_next_begin(PDL: tl.constexpr):
+    """With programmatic launches the next kernel may begin now; it waits by itself for what this one writes."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(PDL: tl.constexpr):
+    """What the kernel before this one wrote, and all before that, is there from here on."""
+    if PDL:
         gdc_wait()
 
 
@@ -77,8 +83,53 @@ def page_of(block_table, only_page, row, index, mask, pages_per_row, PER_PAGE: t
 
 
 @triton.jit
-def attend_tile(acc, total, top, queries, k, v, visible, scale_log2, PRECISION: tl.constexpr):
-    """One tile of keys into the running softmax; also the exponentials, and what they are relative to."""
+def page_rows(
+    k, v, block_table, only_page, row, first, inside, there, pages_per_row, stride_kp, stride_vp,
+    K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, PER_PAGE: tl.constexpr,
+):  # fmt: skip
+    """Where the keys and values of tokens (or strides) first + inside of a row begin.
+
+    With one page a row only the tile's beginning changes from tile to tile: all else is constant, or added once.
+    """
+    if PER_PAGE == 0:
+        k_rows = k + (wide(only_page) * stride_kp + wide(first) * K_TOKEN) + inside * K_TOKEN
+        v_rows = v + (wide(only_page) * stride_vp + wide(first) * V_TOKEN) + inside * V_TOKEN
+    else:
+        page, place = page_of(block_table, only_page, row, first + inside, there, pages_per_row, PER_PAGE)
+        k_rows = k + page * stride_kp + wide(place) * K_TOKEN
+        v_rows = v + page * stride_vp + wide(place) * V_TOKEN
+    return k_rows, v_rows
+
+
+@triton.jit
+def ring_rows(
+    k, v, row, first, inside, stride_kp, stride_vp, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, RING: tl.constexpr
+):
+    """Where the keys and values of tokens first + inside of a row begin in its rings."""
+    slot = first % RING + inside
+    slot = tl.where(slot >= RING, slot - RING, slot)
+    return k + wide(row) * stride_kp + slot * K_TOKEN, v + wide(row) * stride_vp + slot * V_TOKEN
+
+
+@triton.jit
+def prefetch_rows(rows, there, BYTES: tl.constexpr):
+    """Ask for rows of so many bytes to come to L2. A hint: nothing waits for it."""
+    LINES: tl.constexpr = triton.next_power_of_2((BYTES + 127) // 128)
+    at = tl.arange(0, LINES)[None, :] * 128
+    lines = rows.to(tl.int64)[:, None] + at
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
+        [lines, (there[:, None] & (at < BYTES)).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_tile(acc, totals, top, queries, k, v, visible, scale_log2, PRECISION: tl.constexpr):
+    """One tile of keys into the running softmax; also the exponentials, and what they are relative to.
+
+    `totals` [rows, keys of a tile] keeps the sums of the keys with the same place in their tiles, to be added at the
+    end: a sum over a tile would pass between the warps.
+    """
     scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
     scores = tl.where(visible, scores * scale_log2, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -86,6 +137,6 @@ def attend_tile(acc, total, top, queries, k, v, visible, scale_log2, PRECISION: 
     reference = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(scores - reference[:, None])
     rescale = tl.exp2(top - reference)
-    total = total * rescale + tl.sum(p, 1)
+    totals = totals * rescale[:, None] + p
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, total, new_top, p, reference
+    return acc, totals, new_top, p, reference
