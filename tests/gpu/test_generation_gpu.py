@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from step_checks import check_add_norm, check_swiglu
+from step_checks import USES, check_project, check_rms_norm
 from torch import Tensor
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig
@@ -124,12 +124,12 @@ def test_rows_forked_from_one_prompt_share_its_pages() -> None:
     assert_close_to_fp64(found, plain, truth, largest_score=100.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 2048), (8, 5632), (100, 1408)])
-def test_what_stands_between_the_products_is_within_the_budget(rows, width, dtype) -> None:
-    check_add_norm(rows, width, False, dtype, "cuda")
-    check_add_norm(rows, width, True, dtype, "cuda")
-    check_swiglu(rows, width, dtype, "cuda")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 2048, 5216), (8, 8192, 2048), (16, 1408, 200)])
+def test_the_products_of_a_step_are_within_the_budget(use, dtype, rows, width, columns) -> None:
+    check_project(rows, width, columns, use, dtype, "cuda")
+    check_rms_norm(rows, width, dtype, "cuda")
 
 
 # ---- the model and its graphs ------------------------------------------------------------------------------------

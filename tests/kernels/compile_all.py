@@ -150,8 +150,9 @@ def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
     decode.append(
         tensors, *new, config, "mlp", phi(d), phi(e), factors, factors, counts, factors, factors
     )  # fmt: skip
-    steps.add_norm(tensor(b, h * d), tensor(b, h * d), tensor(h * d), 1e-5)
-    steps.swiglu(tensor(b, 8 * h * d))
+    weight = tensor(4 * h * d, h * d)
+    steps.rms_norm(tensor(b, h * d), tensor(h * d), 1e-5)
+    steps.project(tensor(4 * b, h * d), weight, up=weight)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Between the products of a decoding step, in Triton's interpreter; run by `test_interpreter.py` in its own process."""
+"""The products and norms of a decoding step in Triton's interpreter; `test_interpreter.py` runs this file."""
 
 # ruff: noqa: E402 (the path to the checks comes first)
 
@@ -12,7 +12,7 @@ TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS), str(TESTS / "gpu")]
 
 from poison import poisoned_memory
-from step_checks import check_add_norm, check_swiglu
+from step_checks import USES, check_project, check_rms_norm
 
 from nsa.backend import use_backend
 from nsa.kernels import step as kernels
@@ -28,17 +28,25 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned_memory(monkeypatch)
 
 
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 48, 16), (3, 528, 33), (11, 256, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_product_is_within_the_budget(use: str, rows: int, width: int, columns: int, dtype: torch.dtype) -> None:
+    check_project(rows, width, columns, use, dtype, "cpu")
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 520)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_sums_and_norms_are_within_the_budget(rows: int, width: int, adds: bool, dtype: torch.dtype) -> None:
-    check_add_norm(rows, width, adds, dtype, "cpu")
+def test_norms_are_within_the_budget(rows: int, width: int, dtype: torch.dtype) -> None:
+    check_rms_norm(rows, width, dtype, "cpu")
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 1100)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_gated_halves_are_within_the_budget(rows: int, width: int, dtype: torch.dtype) -> None:
-    check_swiglu(rows, width, dtype, "cpu")
+def test_what_the_kernels_are_meant_for() -> None:
+    assert kernels.serves(torch.zeros(16, 32, dtype=torch.bfloat16))
+    assert not kernels.serves(torch.zeros(17, 32, dtype=torch.bfloat16))
+    assert not kernels.serves(torch.zeros(0, 32, dtype=torch.float16))
+    assert not kernels.serves(torch.zeros(1, 32))
+    assert not kernels.serves(torch.zeros(1, 40, dtype=torch.float16))
 
 
 @torch.no_grad()
@@ -49,20 +57,20 @@ def test_a_step_of_the_model_is_that_of_the_operations(monkeypatch: pytest.Monke
         nsa={"compress_block_size": 4, "compress_stride": 2, "select_block_size": 8, "num_selected_blocks": 4,
              "window_size": 6},
     )  # fmt: skip
-    model, ids = NSALlamaForCausalLM(config).eval(), torch.randint(50, (2, 36))
+    model, ids = NSALlamaForCausalLM(config).eval().half(), torch.randint(50, (2, 36))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     calls = []
-    for name in ("add_norm", "swiglu"):
+    for name in ("project", "rms_norm"):
         kernel = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *args, kernel=kernel: calls.append(1) or kernel(*args))
+        monkeypatch.setattr(kernels, name, lambda *a, kernel=kernel, **k: calls.append(1) or kernel(*a, **k))
     cache = NSALlamaCache(config, layout="static", max_length=64)
     with use_backend("torch"):
         model(ids[:, :32], past_key_values=cache)
     decoder = Decoder(model, cache, masked=False, capture=False)
     found = torch.cat([decoder(ids[:, at : at + 1]) for at in range(32, 36)], dim=1)
-    assert len(calls) == 4 * (2 * 3 + 1)
+    assert len(calls) == 4 * (2 * 6 + 1)
     with use_backend("torch"):
         plain = model(ids, use_cache=False).logits[:, 32:]
         truth = model.double()(ids, use_cache=False).logits[:, 32:]

@@ -24,11 +24,16 @@ KERNELS = {
     "combine_backward_kernel",
     "gates_backward_kernel",
     "delta_kernel",
-    "add_norm_kernel",
-    "swiglu_kernel",
+    "rms_norm_kernel",
 }
 # Decoding has 16 rows, so its products are mma everywhere.
-DECODING = {"decode_split_kernel", "decode_finish_kernel", "decode_append_kernel", "decode_compress_kernel"}
+DECODING = {
+    "decode_split_kernel",
+    "decode_finish_kernel",
+    "decode_append_kernel",
+    "decode_compress_kernel",
+    "project_kernel",
+}
 # On Hopper, for the paper's heads, these take the place of those.
 HOPPER = {"selected_forward_hopper_kernel", "compressed_forward_hopper_kernel", "scoring_hopper_kernel"}
 NOT_ON_HOPPER = {"selected_forward_kernel", "scoring_kernel"}

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.models import NSALlamaForCausalLM
-from nsa.models.step import StepLayer, add_norm
+from nsa.models.step import StepLayer, norm, operations_for
 
 BACKENDS = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
@@ -56,18 +56,15 @@ class DenseDecoder:
         # The rotation by halves, of queries and keys in one: x cos + (the other half of x) sin, whose sign is put here.
         half = cos.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        update = None
         for layer, (k, v) in zip(self.layers, self.keys_and_values, strict=True):
             rows, g, _, d = k.shape
-            hidden, x = add_norm(hidden, update, layer.layer.input_layernorm)
-            heads = layer.inputs(x).view(rows, -1, d)
+            x = norm(hidden, layer.layer.input_layernorm)
+            heads = operations_for(x).project(x, layer.inputs.weight, layer.inputs.bias).view(rows, -1, d)
             rotated = torch.addcmul(heads[:, :-g] * cos, heads[:, :-g].roll(half, dims=-1), sin)
             k[:, :, -1], v[:, :, -1] = rotated[:, -g:], heads[:, -g:]
             q = rotated[:, :-g]
             q = q.unsqueeze(2) if self.backend == SDPBackend.CUDNN_ATTENTION else q.unflatten(1, (g, -1))
             with sdpa_kernel(self.backend):
                 out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != g)
-            update = layer.attention.o_proj(out.reshape(rows, -1))
-            hidden, x = add_norm(hidden, update, layer.layer.post_attention_layernorm)
-            update = layer.mlp(x)
-        return self.model.lm_head(add_norm(hidden, update, decoder.norm)[1]).unsqueeze(1)
+            hidden = layer.behind_attention(hidden, out.reshape(rows, -1))
+        return self.model.lm_head(norm(hidden, decoder.norm)).unsqueeze(1)

@@ -126,12 +126,11 @@ def _static_cache_bytes(config: NSALlamaConfig, context: int, batch: int, dtype:
 
 
 def _packed_parameters(config: NSALlamaConfig) -> int:
-    """Of the larger of a layer's two sets of maps that share an input: the copy that exists before the old ones go."""
+    """Of a layer's maps of one input, the copy that exists before the old ones go; and of all layers' biases."""
     branches = 1 if config.nsa_config.shared_kv else 3
     heads = config.num_attention_heads + branches * 2 * config.num_key_value_heads
     columns = heads * config.head_dim + 3 * config.num_attention_heads
-    biases = config.num_hidden_layers * columns
-    return config.hidden_size * max(columns, 2 * config.intermediate_size) + biases
+    return columns * (config.hidden_size + config.num_hidden_layers)
 
 
 def _prefill_bytes(config: NSALlamaConfig, attention: str, columns: int, size: int) -> int:

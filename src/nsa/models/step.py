@@ -1,8 +1,8 @@
 """A decoding step through the layers of a Llama, from embeddings to hidden states.
 
-As modules, a layer is seventeen operations that each wait for the one before, and half of them only carry a few numbers
-from one product to the next. Here maps of the same input are one product, a residual is added where its norm is taken,
-and one operation stands between the two products of the MLP.
+As modules, a layer is seventeen operations that each wait for the one before, of which ten only carry a few numbers
+from one product to the next. Here it is two norms, four products and the attention: maps of the same input are one
+product, and gates, sigmoids and residuals belong to the product before them.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -27,12 +26,12 @@ class SideBySide:
     """Linear maps of one input as one, whose outputs lie side by side.
 
     weight: of all of them. The maps' own weights become views of it, so that it takes no memory.
-    bias: a copy; None where no map has one.
+    bias: a copy, zeros where a map has none.
     sizes: columns of each.
     """
 
     weight: Float[Tensor, "all width"]
-    bias: Float[Tensor, " all"] | None
+    bias: Float[Tensor, " all"]
     sizes: list[int]
 
     @classmethod
@@ -50,31 +49,35 @@ class SideBySide:
             weight.new_zeros(len(weight)) if one.bias is None else one.bias.detach()
             for one, weight in zip(maps, weights, strict=True)
         ]
-        return cls(whole, None if all(one.bias is None for one in maps) else torch.cat(biases), sizes)
-
-    def __call__(self, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows all"]:
-        return F.linear(x, self.weight, self.bias)
+        return cls(whole, torch.cat(biases), sizes)
 
 
 class StepLayer:
-    """A layer of an NSALlama or of its dense twin: its maps, those of the same input side by side."""
+    """A layer of an NSALlama or of its dense twin, around its attention."""
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.attention = layer, layer.self_attn
         self.inputs = SideBySide.of(_inputs(self.attention))
-        self.gate_and_up = SideBySide.of([layer.mlp.gate_proj, layer.mlp.up_proj])
 
     def attend(
         self, x: Float[Tensor, "rows hidden"], tensors: CacheTensors, step: DecodeStep
-    ) -> Float[Tensor, "rows hidden"]:
-        """NSA of normed hidden states."""
-        *projected, gates = self.inputs(x).view(*step.cos.shape[:2], -1).split(self.inputs.sizes, dim=-1)
-        gates = gates.sigmoid().unflatten(-1, (-1, 3))
-        out = self.attention.decode_heads(projected, gates, tensors, step)
-        return self.attention.o_proj(out.flatten(0, 1).flatten(1))
+    ) -> Float[Tensor, "rows heads"]:
+        """NSA of normed hidden states, without the output projection."""
+        maps = self.inputs
+        projected = operations_for(x).project(x, maps.weight, maps.bias, sigmoid_from=sum(maps.sizes[:-1]))
+        *parts, gates = projected.view(*step.cos.shape[:2], -1).split(maps.sizes, dim=-1)
+        out = self.attention.decode_heads(parts, gates.unflatten(-1, (-1, 3)), tensors, step)
+        return out.flatten(0, 1).flatten(1)
 
-    def mlp(self, x: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
-        return self.layer.mlp.down_proj(operations_for(x).swiglu(self.gate_and_up(x)))
+    def behind_attention(
+        self, hidden: Float[Tensor, "rows hidden"], out: Float[Tensor, "rows heads"]
+    ) -> Float[Tensor, "rows hidden"]:
+        """The output projection and the MLP, each with its residual."""
+        project, o_proj, mlp = operations_for(hidden).project, self.attention.o_proj, self.layer.mlp
+        hidden = project(out, o_proj.weight, o_proj.bias, add=hidden)
+        x = norm(hidden, self.layer.post_attention_layernorm)
+        inside = project(x, mlp.gate_proj.weight, up=mlp.up_proj.weight)
+        return project(inside, mlp.down_proj.weight, add=hidden)
 
 
 class StepDecoder:
@@ -92,26 +95,26 @@ class StepDecoder:
         self, embeds: Float[Tensor, "b t hidden"], caches: Sequence[CacheTensors], step: DecodeStep
     ) -> Float[Tensor, "b t hidden"]:
         """Hidden states after all layers and the last norm; the tokens are appended to the caches."""
-        hidden, update = embeds.flatten(0, 1), None
+        hidden = embeds.flatten(0, 1)
         for layer, tensors in zip(self.layers, caches, strict=True):
-            hidden, x = add_norm(hidden, update, layer.layer.input_layernorm)
-            hidden, x = add_norm(hidden, layer.attend(x, tensors, step), layer.layer.post_attention_layernorm)
-            update = layer.mlp(x)
-        return add_norm(hidden, update, self.norm)[1].view_as(embeds)
+            out = layer.attend(norm(hidden, layer.layer.input_layernorm), tensors, step)
+            hidden = layer.behind_attention(hidden, out)
+        return norm(hidden, self.norm).view_as(embeds)
 
 
-def add_norm(hidden: Tensor, update: Tensor | None, norm: LlamaRMSNorm) -> tuple[Tensor, Tensor]:
-    """`nsa.ops.step.add_norm` with a norm of the model."""
-    return operations_for(hidden).add_norm(hidden, update, norm.weight, norm.variance_epsilon)
+def norm(hidden: Float[Tensor, "rows hidden"], module: LlamaRMSNorm) -> Float[Tensor, "rows hidden"]:
+    """A norm of the model."""
+    return operations_for(hidden).rms_norm(hidden, module.weight, module.variance_epsilon)
 
 
-def operations_for(hidden: Float[Tensor, "rows hidden"]) -> ModuleType:
-    """`nsa.ops.step`, or the kernels that do the same."""
-    rows = hidden[:, None, None, :8]  # the width of a row does not matter here, as a head's would
+def operations_for(x: Float[Tensor, "rows width"]) -> ModuleType:
+    """`nsa.ops.step`, or the kernels where they serve."""
+    rows = x[:, None, None, :8]  # the width of a row does not matter here, as a head's would
     if resolve(rows, rows) == "triton":
         from nsa.kernels import step as kernels  # only where triton is installed
 
-        return kernels
+        if kernels.serves(x):
+            return kernels
     return ops
 
 
@@ -129,6 +132,7 @@ def _is_plain(layer: Any) -> bool:
         and all(isinstance(norm, LlamaRMSNorm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and type(mlp) is LlamaMLP
         and mlp.config.hidden_act == "silu"
+        and not mlp.config.mlp_bias
         and len({(p.dtype, p.device) for p in layer.parameters()}) == 1
         and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules())
     )

@@ -1,7 +1,7 @@
-"""What stands between the products of a decoder layer in a decoding step, where rows are few.
+"""The maps of a decoding step, each with what a decoder layer does right after it.
 
-In PyTorch; the kernels of `nsa.kernels.step` do the same, each in one launch. Every such operation takes microseconds,
-most of them spent on waiting for the one before.
+In PyTorch; `nsa.kernels.step` does the same in one launch each. A step has few rows: its time is that of reading the
+weights, and of every operation in between that waits for the one before.
 """
 
 import torch.nn.functional as F
@@ -11,38 +11,57 @@ from torch import Tensor
 from nsa.shapes import bind
 
 
-def add_norm(
-    residual: Float[Tensor, "rows width"],
-    x: Float[Tensor, "rows width"] | None,
-    weight: Float[Tensor, " width"],
-    eps: float,
-) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
-    """The residual with x added, and its RMS norm.
+def project(
+    x: Float[Tensor, "rows width"],
+    weight: Float[Tensor, "columns width"],
+    bias: Float[Tensor, " columns"] | None = None,
+    *,
+    up: Float[Tensor, "columns width"] | None = None,
+    sigmoid_from: int | None = None,
+    add: Float[Tensor, "rows columns"] | None = None,
+) -> Float[Tensor, "rows columns"]:
+    """`weight` times each row of x, and what becomes of the product.
 
-        total = residual + x                          rounded to the dtype
-        z = weight * total / sqrt(mean(total^2) + eps)
+        y = x W^T + bias                              then one of these, if any:
+        y = silu(y) * (x up^T)
+        y = sigmoid(y) in the columns from `sigmoid_from` on
+        y = add + y
 
     Args:
-        residual: one row a token.
-        x: what is added; None where there is nothing yet.
-        weight, eps: of the norm.
+        x: one row a token.
+        weight, bias: of the map.
+        up: weight of a second map of x, which the first one gates.
+        sigmoid_from: the first column that a sigmoid is applied to.
+        add: the residual.
+
+    Returns:
+        y in x's dtype, also rounded to it between the map and what follows.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    given = {"residual": (residual, "rows width"), "weight": (weight, "width")}
-    bind("add_norm", **(given if x is None else given | {"x": (x, "rows width")}))
-    total = residual if x is None else residual + x
-    return total, F.rms_norm(total, weight.shape, weight, eps)
+    given = {"x": (x, "rows width"), "weight": (weight, "columns width")}
+    for name, tensor, shape in (
+        ("bias", bias, "columns"), ("up", up, "columns width"), ("add", add, "rows columns"),
+    ):  # fmt: skip
+        if tensor is not None:
+            given[name] = (tensor, shape)
+    bind("project", **given)
+    y = F.linear(x, weight, bias)
+    if up is not None:
+        return F.silu(y) * F.linear(x, up)
+    if sigmoid_from is not None:
+        y[:, sigmoid_from:] = y[:, sigmoid_from:].sigmoid()
+    return y if add is None else add + y
 
 
-def swiglu(gate_and_up: Float[Tensor, "rows two_widths"]) -> Float[Tensor, "rows width"]:
-    """silu(gate) * up of the two halves of each row, in this order, the first factor rounded to the dtype.
+def rms_norm(
+    x: Float[Tensor, "rows width"], weight: Float[Tensor, " width"], eps: float
+) -> Float[Tensor, "rows width"]:
+    """weight * x / sqrt(mean(x^2) + eps), in fp32 (fp64 for fp64), rounded once.
 
     Raises:
-        ValueError: rows that have no halves.
+        ValueError: shapes that do not fit.
     """
-    if gate_and_up.dim() != 2 or gate_and_up.shape[1] % 2:
-        raise ValueError(f"swiglu: gate_and_up should have shape [rows, 2 width], got {list(gate_and_up.shape)}")
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    bind("rms_norm", x=(x, "rows width"), weight=(weight, "width"))
+    return F.rms_norm(x, weight.shape, weight, eps)
