@@ -62,6 +62,12 @@ def tile_keys(heads: Heads, q: Tensor, keys: int) -> int:
     return keys
 
 
+def tile_stages(heads: Heads, q: Tensor, keys: int, stages: int) -> int:
+    """Stages, of which all but one are held, that leave room for the rest of a program."""
+    held = keys * (heads.padded_d + heads.padded_e) * q.element_size()
+    return stages if stages * held <= launch.shared_memory(q.device) else 2
+
+
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
@@ -212,7 +218,7 @@ def attend(
         PAGE_STRIDES=0 if pages == 1 else page_size // stride, RING=0 if shared else k_win.shape[1],
         TILES=tiles, WINDOW_TILES=PLAN.window_tiles,
         BLOCKS=max(blocks, padded_n, tile_blocks),
-        BLOCK_N=keys, STAGES=PLAN.stages, num_warps=PLAN.warps, **common, **launch_pdl,
+        BLOCK_N=keys, STAGES=tile_stages(heads, q, keys, PLAN.stages), num_warps=PLAN.warps, **common, **launch_pdl,
         **({"maxnreg": PLAN.registers} if PLAN.registers else {}),
     )  # fmt: skip
     per_share, merges = triton.cdiv(n, PLAN.shares), min(PLAN.merges, heads.padded_e)
@@ -227,7 +233,7 @@ def attend(
         WINDOW_SPLITS_PADDED=triton.next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
         PER_SHARE=per_share, SELECT_PADDED=max(16, triton.next_power_of_2(select)),
         PICKS=triton.next_power_of_2(per_share),
-        MERGES=merges, BLOCK_N=finish_n, STAGES=PLAN.finish_stages,
+        MERGES=merges, BLOCK_N=finish_n, STAGES=tile_stages(heads, q, finish_n, PLAN.finish_stages),
         num_warps=PLAN.finish_warps, **common, **launch_pdl,
         **({"maxnreg": PLAN.registers} if PLAN.registers else {}),
     )  # fmt: skip
