@@ -202,6 +202,9 @@ def attend(
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "PDL": pdl,
     }  # fmt: skip
     tiles = triton.cdiv(t, block_q) * head_tiles
+    # Wide heads fill a multiprocessor's shared memory with one program, which may then have all registers.
+    wide = (heads.padded_d + heads.padded_e) * q.element_size() > 512
+    registers = {"maxnreg": PLAN.registers} if PLAN.registers and not wide else {}
     # Programs that all wait at once for the kernel before them have the time to.
     ahead = int(pdl and parts * heads.g * b * tiles <= PLAN.prefetch * multiprocessors(q.device))
     # No fewer than make the sums of a head four for each of 128 threads, so that no two have the same.
@@ -219,7 +222,7 @@ def attend(
         TILES=tiles, WINDOW_TILES=PLAN.window_tiles,
         BLOCKS=max(blocks, padded_n, tile_blocks),
         BLOCK_N=keys, STAGES=tile_stages(heads, q, keys, PLAN.stages), num_warps=PLAN.warps, **common, **launch_pdl,
-        **({"maxnreg": PLAN.registers} if PLAN.registers else {}),
+        **registers,
     )  # fmt: skip
     per_share, merges = triton.cdiv(n, PLAN.shares), min(PLAN.merges, heads.padded_e)
     finish_n = tile_keys(heads, q, PLAN.finish_n)
@@ -235,7 +238,7 @@ def attend(
         PICKS=triton.next_power_of_2(per_share),
         MERGES=merges, BLOCK_N=finish_n, STAGES=tile_stages(heads, q, finish_n, PLAN.finish_stages),
         num_warps=PLAN.finish_warps, **common, **launch_pdl,
-        **({"maxnreg": PLAN.registers} if PLAN.registers else {}),
+        **registers,
     )  # fmt: skip
     return out, work.picks[: b * t * heads.g * padded_n].view(b, t, heads.g, padded_n)
 
