@@ -20,8 +20,9 @@ $(STAMP)-demo: pyproject.toml constraints/dev.txt  # what the command needs, wit
 demo: $(STAMP)-demo  ## train NSA and its twins on this machine, judge them, write report.html
 	$(BIN)/nsa demo
 
+# A file of tests stays in one process; each keeps one core busy.
 test: $(STAMP)  ## every test that needs no GPU, and the examples
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(or $(PROCESSES),auto) --dist loadfile
 
 lint: $(STAMP)  ## the same checks as pre-commit
 	$(BIN)/ruff check .
