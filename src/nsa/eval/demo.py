@@ -74,7 +74,7 @@ def write_report(recipes: dict[str, TrainConfig], rows: dict[str, Rows], path: P
 
 def recipe(out: Path, twin: Attention, *, steps: int | None, seed: int) -> TrainConfig:
     """The demo preset for one twin; `steps` shortens or lengthens every stage of its curriculum alike."""
-    config = replace(preset("demo"), out=out / twin, attention=twin, seed=seed, save_every=200, keep_checkpoints=1)
+    config = replace(preset("demo"), out=out / twin, attention=twin, seed=seed, save_every=400, keep_checkpoints=1)
     if steps is None:
         return config
     if steps < 1:

@@ -43,7 +43,7 @@ def demo() -> TrainConfig:
         compressed_gate_bias=-2.0,
         learning_rate=2e-3,
         beta2=0.99,
-        eval_every=350,
+        eval_every=545,
         eval_tokens=8192,
         save_every=0,
         log_every=20,
