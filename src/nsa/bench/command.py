@@ -161,11 +161,11 @@ class GenerateArguments:
     batches: tuple[int, ...] = (1, 8)
     """Rows."""
     generate_at: tuple[int, ...] = (65536,)
-    """Lengths at which generate() runs from the prompt on, with the largest batch."""
+    """Lengths at which generate() runs from the prompt on, with the largest batch; none to leave it out."""
     new_tokens: int = 64
     """Tokens that generate() makes."""
     prompts: tuple[int, ...] = (8192, 65536, 131072)
-    """Lengths of prompts of which the first token is timed."""
+    """Lengths of prompts of which the first token is timed; none to leave it out."""
     dense_prompt: int = 131072
     """The dense twin reads prompts up to this length."""
     prefill_chunk: int = 16384
@@ -192,7 +192,13 @@ class GenerateArguments:
     """Print the result as JSON instead of tables."""
 
     def run(self) -> None:
-        _check((*self.lengths, *self.generate_at, *self.prompts), self.repetitions)
+        lengths = (*self.lengths, *self.generate_at, *self.prompts)
+        if not lengths or min(lengths) < 1:
+            raise ValueError(
+                "--lengths, --generate-at and --prompts: expected positive numbers of tokens, or none to leave a part "
+                f"out; got {list(self.lengths)}, {list(self.generate_at)} and {list(self.prompts)}"
+            )
+        _check(lengths, self.repetitions)
         if not self.batches or min(*self.batches, self.new_tokens, self.prefill_chunk) < 1:
             raise ValueError(
                 "--batches, --new-tokens and --prefill-chunk: expected at least 1, got "

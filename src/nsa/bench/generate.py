@@ -103,7 +103,7 @@ def decoding_step(
         del dense_decoder
     for name, room_there in (("dense, transformers", None), ("dense, transformers, static", room)):
         past = filled_dense_cache(dense, batch, length, room_there)
-        timed(name, partial(dense.forward, ids, past_key_values=past, use_cache=True), 1)
+        timed(name, partial(dense.forward, ids, past_key_values=past, use_cache=True), STEPS)
         del past
     facts = {"rows": float(batch)}
     facts |= {f"{name}: bytes": float(p.step_bytes) for name, p in _plans(arguments, length, batch).items()}
