@@ -22,7 +22,7 @@ demo: $(STAMP)-demo  ## train NSA and its twins on this machine, judge them, wri
 
 # A file of tests stays in one process; each keeps one core busy.
 test: $(STAMP)  ## every test that needs no GPU, and the examples
-	$(BIN)/python -m pytest -n $(or $(PROCESSES),auto) --dist loadfile
+	$(BIN)/python -m pytest -n $(or $(PROCESSES),auto) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## the same checks as pre-commit
 	$(BIN)/ruff check .
