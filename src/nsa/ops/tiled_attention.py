@@ -26,8 +26,9 @@ LARGEST_MASS = 1e25
 # little.
 TILE_ELEMENTS = 1 << 19
 MAX_THREADS = 8  # that make a tile larger
-# A long row of keys is scored in pieces, so that scores and keys stay in the cache of a core from step to step.
-PIECE = 512
+# A long row of keys is scored in pieces, so that scores and keys stay in the cache of a core from step to step: of so
+# many keys at least, and so many scores.
+PIECE, PIECE_SCORES = 512, 1 << 17
 
 
 def tile_elements() -> int:
@@ -284,7 +285,8 @@ def _attend_whole(
     and the search for the maximum is saved. Rows in which it proves too far off are done again with their maximum.
     What happens in a row depends on no other row.
     """
-    pieces = [(piece, k_tile[:, :, piece].transpose(-1, -2)) for piece in _pieces(tile, k_tile.shape[2])]
+    slices = _pieces(tile, q_tile.shape[:4].numel(), k_tile.shape[2])
+    pieces = [(piece, k_tile[:, :, piece].transpose(-1, -2)) for piece in slices]
     reference = _typical_scores(tile, q_tile, k_tile, scratch)
 
     def exponentials() -> tuple[list[Tensor], Tensor]:
@@ -306,10 +308,11 @@ def _attend_whole(
     return out.mul_(share.unsqueeze(-1)), mass.log_().add_(reference), share, ps
 
 
-def _pieces(tile: Tile, num_keys: int) -> list[slice]:
+def _pieces(tile: Tile, num_rows: int, num_keys: int) -> list[slice]:
     """Stretches of the tile's keys; all that is masked is in the last."""
+    size = max(PIECE, PIECE_SCORES // num_rows)
     free = min([num_keys - 1, *(mask.first for mask in tile.masks)])
-    starts = [0, *range(PIECE, free + 1, PIECE)]
+    starts = [0, *range(size, free + 1, size)]
     return [slice(start, stop) for start, stop in pairwise([*starts, num_keys])]
 
 
