@@ -5,8 +5,6 @@ and block sizes that are no powers of two, ties, empty rows. What it cannot show
 to `tests/gpu` and `test_compile.py`.
 """
 
-# ruff: noqa: E402 (the path to the cases comes first)
-
 import sys
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,6 @@ As in interpreted.py, sizes are tiny. Programs run one after another here, so th
 what another order does is left to `tests/gpu`.
 """
 
-# ruff: noqa: E402 (the path to the checks comes first)
-
 import sys
 from dataclasses import replace
 from pathlib import Path

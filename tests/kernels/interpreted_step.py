@@ -1,7 +1,5 @@
 """The products and norms of a decoding step in Triton's interpreter; `test_interpreter.py` runs this file."""
 
-# ruff: noqa: E402 (the path to the checks comes first)
-
 import sys
 from pathlib import Path
 

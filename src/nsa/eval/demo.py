@@ -62,7 +62,7 @@ def demo(arguments: DemoArguments) -> None:
 def write_report(recipes: dict[str, TrainConfig], rows: dict[str, Rows], path: Path, processes: int) -> dict[str, Any]:
     """The report and the summary; by a worker if workers have done all the rest."""
     if processes > 1:
-        worker = Worker.start(WORK, "write_report", recipes, rows, path)
+        worker = Worker.start("the report", WORK, "write_report", recipes, rows, path)
         try:
             return worker.value()
         finally:

@@ -76,7 +76,9 @@ def _at_once(recipes: Mapping[str, TrainConfig], processes: int, console: Consol
                 while queue and len(running) < processes:
                     twin = queue.pop(0)
                     bar = progress.add_task(twin, total=recipes[twin].total_steps, news="")
-                    running[twin] = _Running(Worker.start(WORK, "finish_twin", twin, recipes[twin], processes), bar)
+                    running[twin] = _Running(
+                        Worker.start(twin, WORK, "finish_twin", twin, recipes[twin], processes), bar
+                    )
                 time.sleep(POLL_SECONDS)
                 for twin, one in list(running.items()):
                     progress.update(one.bar, **_news(recipes[twin]))

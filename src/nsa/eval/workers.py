@@ -38,15 +38,15 @@ def start_server(module: str) -> None:
 
 @dataclass
 class Worker:
-    """One call, under way."""
+    """One call, under way; its process bears its name."""
 
     process: BaseProcess
     result: Connection
 
     @classmethod
-    def start(cls, module: str, function: str, *arguments: Any) -> "Worker":
+    def start(cls, name: str, module: str, function: str, *arguments: Any) -> "Worker":
         receive, send = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_call, args=(module, function, arguments, send), daemon=True)
+        process = CONTEXT.Process(target=_call, args=(module, function, arguments, send), name=name, daemon=True)
         process.start()
         send.close()
         return cls(process, receive)
@@ -67,7 +67,8 @@ class Worker:
         if isinstance(sent, Exception):
             raise sent
         if sent is None:
-            raise OSError(f"a process ended with exit code {self.process.exitcode} before its work was done")
+            code = self.process.exitcode
+            raise OSError(f"the process of {self.process.name} ended with exit code {code} before its work was done")
         return sent
 
     def stop(self) -> None:
