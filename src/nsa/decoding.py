@@ -8,7 +8,7 @@ from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.ops import decode as ops
 
-# Queries of a row in one call of the kernels; more are a chunk of prefill.
+# New tokens, or queries, of a row in one call of the kernels; more are a chunk of prefill.
 MAX_QUERIES = 16
 
 
@@ -37,7 +37,7 @@ def append_tokens(
     not written, which the caller has to rule out beforehand.
     """
     given = (k, v, k_win, v_win, k_raw, v_raw, config, phi_k, phi_v, cos_cmp, sin_cmp)
-    if _on_kernels(k, tensors, backend):
+    if k.shape[1] <= MAX_QUERIES and _on_kernels(k, tensors, backend):
         from nsa.kernels import decode as kernels  # only where triton is installed
 
         kernels.append_tokens(tensors, *given, counts=counts, cos=cos, sin=sin)

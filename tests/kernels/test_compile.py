@@ -31,7 +31,6 @@ DECODING = {
     "decode_split_kernel",
     "decode_finish_kernel",
     "decode_append_kernel",
-    "decode_compress_kernel",
     "project_kernel",
 }
 # On Hopper, for the paper's heads, these take the place of those.

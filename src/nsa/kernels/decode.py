@@ -1,4 +1,4 @@
-"""Decoding over a cache on the kernels: `nsa.ops.decode`, in two launches each for attention and for appending.
+"""Decoding over a cache on the kernels: `nsa.ops.decode`, in two launches for attention and one for appending.
 
 Grids and memory follow from shapes alone, and nothing reads a length on the host, so both may be captured in a CUDA
 graph. Lengths, block tables and counts are trusted.
@@ -14,7 +14,7 @@ from torch import Tensor
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.kernels import launch
-from nsa.kernels.decode_append import decode_append_kernel, decode_compress_kernel
+from nsa.kernels.decode_append import decode_append_kernel
 from nsa.kernels.decode_finish import decode_finish_kernel
 from nsa.kernels.decode_split import decode_split_kernel
 from nsa.kernels.launch import Heads
@@ -248,11 +248,13 @@ KINDS = {"mean": 0, "linear": 1, "mlp": 2}
 
 @torch.library.custom_op(
     "nsa::append_tokens",
-    mutates_args=("to_k", "to_v", "to_k_cmp", "to_v_cmp", "to_k_win", "to_v_win", "to_k_raw", "to_v_raw", "lengths"),
-)
+    mutates_args=(
+        "to_k", "to_v", "to_k_cmp", "to_v_cmp", "to_k_win", "to_v_win", "to_k_raw", "to_v_raw", "lengths", "arrivals",
+    ),
+)  # fmt: skip
 def _append_tokens(
     to_k: Tensor, to_v: Tensor, to_k_cmp: Tensor, to_v_cmp: Tensor, to_k_win: Tensor | None, to_v_win: Tensor | None,
-    to_k_raw: Tensor, to_v_raw: Tensor, block_table: Tensor, lengths: Tensor, k: Tensor, v: Tensor,
+    to_k_raw: Tensor, to_v_raw: Tensor, block_table: Tensor, lengths: Tensor, arrivals: Tensor, k: Tensor, v: Tensor,
     k_win: Tensor | None, v_win: Tensor | None, k_raw: Tensor, v_raw: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
     cos_cmp: Tensor, sin_cmp: Tensor, counts: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     sizes: list[int], kind: str,
@@ -260,7 +262,7 @@ def _append_tokens(
     from nsa.kernels.library import _config, _serving
 
     memory = (to_k, to_v, to_k_cmp, to_v_cmp, to_k_win, to_v_win, to_k_raw, to_v_raw)
-    tensors = CacheTensors(*memory, block_table, lengths, lengths)
+    tensors = CacheTensors(*memory, block_table, lengths, arrivals)
     with _serving(k, v, to_k, to_v, k_raw, v_raw, scale=1.0):
         append(
             tensors, k, v, k_win, v_win, k_raw, v_raw, _config(sizes), kind, phi_k, phi_v, cos_cmp, sin_cmp, counts,
@@ -314,6 +316,8 @@ def append_tokens(
             f"append_tokens: expected at most {ring - config.compress_block_size + 1} tokens at a time, "
             f"got {found['t']}"
         )
+    if found["t"] > tensors.arrivals.shape[2]:
+        raise ValueError(f"append_tokens: expected at most {tensors.arrivals.shape[2]} tokens, got {found['t']}")
     if not torch.compiler.is_compiling():
         with _serving(k, v, tensors.k, tensors.v, k_raw, v_raw, scale=1.0):
             append(
@@ -323,8 +327,8 @@ def append_tokens(
         return
     _append_tokens(
         tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw,
-        tensors.block_table, tensors.lengths, k, v, k_win, v_win, k_raw, v_raw, list(phi_k), list(phi_v),
-        cos_cmp, sin_cmp, counts, cos, sin, sizes_of(config), config.compression,
+        tensors.block_table, tensors.lengths, tensors.arrivals, k, v, k_win, v_win, k_raw, v_raw, list(phi_k),
+        list(phi_v), cos_cmp, sin_cmp, counts, cos, sin, sizes_of(config), config.compression,
     )  # fmt: skip
 
 
@@ -343,6 +347,7 @@ def append(
     memory = [tensors.k, tensors.v, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw]
     if not has_window:
         memory[2:4] = memory[:2]
+    memory += [tensors.k_cmp, tensors.v_cmp]
     cos, sin, cos_cmp, sin_cmp = (None if x is None else x.contiguous() for x in (cos, sin, cos_cmp, sin_cmp))
     # Position encoding, first layer, its bias, last layer, its bias; None what this kind of phi has not.
     layers = [[x.contiguous() for x in phi] for phi in (phi_k, phi_v)]
@@ -352,40 +357,33 @@ def append(
         layers_k, layers_v = ([None, weight, None, None, None] for (weight,) in layers)
     else:
         layers_k = layers_v = [None] * 5
-    units_k, units_v = (0 if x[1] is None else x[1].shape[0] for x in (layers_k, layers_v))
+    units = [0 if x[1] is None else x[1].shape[0] for x in (layers_k, layers_v)]
+    # The first layer's units, and the mean, which the linear kind has not.
+    has_mean = kind != "linear"
+    parts = [triton.cdiv(x, UNITS) + has_mean for x in units]
     num_new = triton.cdiv(t, config.compress_stride)
     flat = b * num_new * g
-    row_tiles = triton.cdiv(flat, ROWS)
-    tiles_k, tiles_v = triton.cdiv(units_k, UNITS), triton.cdiv(units_v, UNITS)
-    hidden_k, hidden_v, before = (
-        torch.empty(size, dtype=dtype, device=k.device)
-        for size, dtype in ((flat * units_k, torch.float32), (flat * units_v, torch.float32), (b, torch.int32))
-    )
+    hidden = [
+        torch.empty(flat * (x + width * has_mean), dtype=torch.float32, device=k.device)
+        for x, width in zip(units, (d, e), strict=True)
+    ]
     pages, page_size = tensors.block_table.shape[1], tensors.k.shape[1]
     pdl = PLAN.pdl and launch.is_hopper(k.device)
-    launch_pdl = {"launch_pdl": True} if pdl else {}
-    common = {
-        "D": d, "DP": max(16, triton.next_power_of_2(d)), "E": e, "EP": max(16, triton.next_power_of_2(e)),
-        "BLOCK": config.compress_block_size, "STRIDE": config.compress_stride, "PAGE_SIZE": page_size,
-        "RAW_RING": tensors.k_raw.shape[1], "HAS_COUNTS": counts is not None, "ROWS": ROWS,
-        "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32", "PDL": pdl,
-    }  # fmt: skip
-    # Columns of a token that a step multiplies; short sums in fp32.
-    chunks = [min(32, x) if k.dtype == torch.float32 else x for x in (common["DP"], common["EP"])]
-    stages = 3 if max(chunks) * k.element_size() <= 256 else 1
-    decode_append_kernel[(b * t + row_tiles * (tiles_k + tiles_v),)](
-        *new, cos, sin, *memory, *layers_k[:3], *layers_v[:3], hidden_k, hidden_v, tensors.block_table,
-        tensors.lengths, counts, before, b, t, g, num_new, pages, units_k, units_v, tiles_k, tiles_v,
+    padded_d, padded_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
+    # Numbers of a token that a warp multiplies at once, and units of the last layer; short sums in fp32.
+    is_fp32 = k.dtype == torch.float32
+    slices = [min(32 if is_fp32 else 64, x) for x in (padded_d, padded_e)]
+    inner = 16 if is_fp32 else min(64, 8192 // max(padded_d, padded_e))
+    decode_append_kernel[(b * t + triton.cdiv(flat, ROWS) * sum(parts),)](
+        *new, cos, sin, *memory, *layers_k, *layers_v, cos_cmp, sin_cmp, *hidden, tensors.block_table,
+        tensors.lengths, counts, tensors.arrivals, b, t, g, num_new, pages, pages * page_size, *units,
+        *parts,
         *(stride for x in new for stride in x.stride()[:3]), *(stride for x in memory for stride in x.stride()[:3]),
-        GROUPS=triton.next_power_of_2(g), PAGE_TOKENS=0 if pages == 1 else page_size,
-        RING=memory[2].shape[1], HAS_WINDOW=has_window, HAS_LAYER=kind != "mean", IS_MLP=kind == "mlp",
-        ROTATE=cos is not None, UNITS=UNITS, CHUNK_D=chunks[0], CHUNK_E=chunks[1],
-        STAGES=stages, num_warps=4, **common, **launch_pdl,
-    )  # fmt: skip
-    decode_compress_kernel[(row_tiles, 2)](
-        tensors.k_raw, tensors.v_raw, hidden_k, hidden_v, *layers_k[3:], *layers_v[3:], cos_cmp, sin_cmp,
-        tensors.k_cmp, tensors.v_cmp, tensors.block_table, tensors.lengths, counts, before, b, t, g, num_new, pages,
-        units_k, units_v, *tensors.k_raw.stride()[:3], *tensors.v_raw.stride()[:3], *tensors.k_cmp.stride()[:3],
-        *tensors.v_cmp.stride()[:3], PAGE_STRIDES=0 if pages == 1 else page_size // config.compress_stride,
-        KIND=KINDS[kind], UNITS=UNITS, num_warps=4, **common, **launch_pdl,
+        GROUPS=triton.next_power_of_2(g), D=d, DP=padded_d, E=e, EP=padded_e, BLOCK=config.compress_block_size,
+        STRIDE=config.compress_stride, PAGE_TOKENS=0 if pages == 1 else page_size,
+        PAGE_STRIDES=0 if pages == 1 else page_size // config.compress_stride, RING=memory[2].shape[1],
+        RAW_RING=tensors.k_raw.shape[1], HAS_WINDOW=has_window, ROTATE=cos is not None,
+        HAS_COUNTS=counts is not None, KIND=KINDS[kind], UNITS=UNITS, ROWS=ROWS, WARPS=4, SLICE_D=slices[0],
+        SLICE_E=slices[1], INNER=inner, STAGES=4, PRECISION="ieee" if is_fp32 else "tf32", PDL=pdl, num_warps=4,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -1,30 +1,45 @@
-"""Appending to a cache: write the new tokens, compress the blocks that they complete, advance the lengths.
+"""Appending to a cache in one launch: write the new tokens, compress the blocks they complete, advance the lengths.
 
-append      programs (rows x t): a token's keys and values to their pages and rings, rotated on the way; and, for
-            phi = mlp or linear, programs (row tiles, units, k or v): the first layer of the blocks that complete, of 16
-            (row, block, head) together, so that the weights are read once for them
-compress    programs (row tiles, k or v): the rest of phi, the rotation at the block's first position, the length
+Grid: rows x t tokens, then row tiles x parts of phi.
 
-A block's tokens are in the ring but for the new ones, which the first launch reads from its arguments. Whether a block
-completes is known from the length on the device; programs without one end at once. The lengths are read by all of the
-first launch and written by the second.
+token   its keys and values to their pages and rings, rotated on the way
+part    of 16 (row, block, head) that may complete a block, keys or values: some units of phi's first layer, so that
+        its weights are read once for them, or the mean. The last of a tile's parts to arrive does the rest of phi,
+        the rotation at the block's first position, and writes the compressed keys or values
+
+No program waits for another: parts read new tokens from the arguments and older ones from the ring. All programs read
+the lengths before they arrive at a counter, where the last one writes the new lengths, and a part whose tile completes
+nothing ends there. No sum depends on who is last.
+
+The counters are the first of the cache's `arrivals`, which belong to the attention at other times: every launch waits
+for what came before it, and only then arrives.
 """
 
 import triton
 import triton.language as tl
 
 from nsa.kernels.decode_tiles import let_next_begin, page_of, wait_for_last
-from nsa.kernels.tiles import load_rows, wide
+from nsa.kernels.tiles import wide
 
 
 @triton.jit
-def _write_token(
-    x, cos, sin, memory, page, place, there, row, column, t, groups, stride_xb, stride_xt, stride_xg,
-    stride_p, stride_s, stride_g, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr,
+def _arrive(counter, number):
+    """Whether this program is the last of so many, for which all that the others did before is done."""
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == number - 1
+    if is_last:
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def _token(
+    x, cos, sin, row, column, t, groups, stride_xb, stride_xt, stride_xg,
+    GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """A token's heads x [groups, D] to their place."""
+    """A new token's heads [GROUPS, DP] as they are kept."""
     group, d = tl.arange(0, GROUPS), tl.arange(0, DP)
-    mask = there & (group < groups)[:, None] & (d < D)[None, :]
+    mask = (group < groups)[:, None] & (d < D)[None, :]
     rows = x + wide(row) * stride_xb + wide(column) * stride_xt + (wide(group) * stride_xg)[:, None]
     token = tl.load(rows + d[None, :], mask=mask, other=0.0)
     if ROTATE:
@@ -34,9 +49,18 @@ def _write_token(
         at = (wide(row) * t + column) * D + d
         c = tl.load(cos + at, mask=d < D, other=0.0).to(tl.float32)[None, :]
         s = tl.load(sin + at, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        token = (token.to(tl.float32) * c + y * s).to(memory.dtype.element_ty)
-    to = memory + page * stride_p + wide(place) * stride_s + (wide(group) * stride_g)[:, None]
-    tl.store(to + d[None, :], token, mask=mask)
+        token = (token.to(tl.float32) * c + y * s).to(x.dtype.element_ty)
+    return token
+
+
+@triton.jit
+def _keep(
+    memory, token, page, place, there, groups, stride_p, stride_s, stride_g,
+    GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    group, d = tl.arange(0, GROUPS), tl.arange(0, DP)
+    rows = memory + wide(page) * stride_p + wide(place) * stride_s + (wide(group) * stride_g)[:, None]
+    tl.store(rows + d[None, :], token, mask=there & (group < groups)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -55,6 +79,18 @@ def _blocks(
 
 
 @triton.jit
+def _token_rows(
+    x, ring, row, head, position, length, new, t, stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
+    RING: tl.constexpr,
+):  # fmt: skip
+    """Where a row's token at `position` begins: among the new ones, or in the ring."""
+    old_row = ring + wide(row) * stride_r + wide(head) * stride_g + wide(position % RING) * stride_s
+    column = position - length + t - new
+    new_row = x + wide(row) * stride_xb + wide(head) * stride_xg + wide(column) * stride_xt
+    return tl.where(position >= length, new_row, old_row)
+
+
+@triton.jit
 def _add(acc, lost, part, PRECISION: tl.constexpr):
     """acc + part. In fp32 what a sum of many terms loses goes into the next, or it would round more than PyTorch's."""
     if PRECISION == "ieee":
@@ -69,60 +105,187 @@ def _add(acc, lost, part, PRECISION: tl.constexpr):
 
 @triton.jit
 def _first_layer(
-    x, ring, position_encoding, weight, bias, out, flat, row, head, length, new, last, complete, first_unit, t,
-    stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, units,
+    x, ring, position_encoding, weight, bias, hidden, row, head, length, new, last, complete, first_unit, t, units,
+    stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
-    IS_MLP: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    IS_MLP: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`units` outputs of the blocks' first layer, fp32, to out [flat, units]; activated for the MLP."""
+    """Some outputs of the blocks' first layer, fp32, to the rows `hidden`; activated for the MLP.
+
+    Each warp has slices of the tokens, and sums, of its own: see step.py.
+    """
     unit = first_unit + tl.arange(0, UNITS)
-    x_rows = x + wide(row) * stride_xb + wide(head) * stride_xg
-    ring_rows = ring + wide(row) * stride_r + wide(head) * stride_g
-    first = (last + 1) * STRIDE - BLOCK
-    acc = tl.zeros([ROWS, UNITS], tl.float32)
-    lost = tl.zeros([ROWS, UNITS], tl.float32)
-    for step in tl.range(0, BLOCK * (DP // CHUNK), num_stages=STAGES):
-        token = step // (DP // CHUNK)
-        d = step % (DP // CHUNK) * CHUNK + tl.arange(0, CHUNK)
-        position = first + token
-        is_new = position >= length
-        column = position - length + t - new
-        old_row = ring_rows + wide(position % RING) * stride_s
-        old = load_rows(old_row[:, None] + d[None, :], complete & ~is_new, d < D, True, D != DP)
-        new_row = x_rows + wide(column) * stride_xt
-        fresh = load_rows(new_row[:, None] + d[None, :], complete & is_new, d < D, True, D != DP)
-        tokens = tl.where(is_new[:, None], fresh, old)
+    # Units past the end compute the last one again, and are not stored.
+    weight_rows = weight + (wide(tl.minimum(unit, units - 1)) * (BLOCK * D))[None, :, None]
+    row, head, length, new = row[None, :, None], head[None, :, None], length[None, :, None], new[None, :, None]
+    first, is_row = ((last + 1) * STRIDE - BLOCK)[None, :, None], complete[None, :, None]
+    warp, number = tl.arange(0, WARPS)[:, None, None], tl.arange(0, SLICE)[None, None, :]
+    MASK: tl.constexpr = (D != DP) or (BLOCK * DP % (WARPS * SLICE) != 0)
+    acc = tl.zeros([WARPS, ROWS, UNITS], tl.float32)
+    lost = tl.zeros([WARPS, ROWS, UNITS], tl.float32)
+    for start in tl.range(0, BLOCK * DP, WARPS * SLICE, num_stages=STAGES):
+        first_number = start + warp * SLICE
+        token = first_number // DP
+        d = first_number - token * DP + number
+        rows = _token_rows(
+            x, ring, row, head, first + token, length, new, t, stride_xb, stride_xt, stride_xg,
+            stride_r, stride_s, stride_g, RING,
+        )  # fmt: skip
+        at = token * D + d
+        if MASK:
+            inside = (d < D) & (token < BLOCK)
+            tokens = tl.load(rows + d, mask=is_row & inside, other=0.0)
+            w = tl.load(weight_rows + at, mask=inside, other=0.0)
+        else:
+            tokens = tl.load(rows + d, mask=is_row, other=0.0)
+            w = tl.load(weight_rows + at)
         if IS_MLP:
-            encoding = tl.load(position_encoding + token * D + d, mask=d < D, other=0.0).to(tl.float32)
-            tokens = (tokens.to(tl.float32) + encoding[None, :]).to(x.dtype.element_ty)
-        w = load_rows(
-            weight + (wide(unit) * (BLOCK * D) + token * D)[:, None] + d[None, :], unit < units, d < D, True, D != DP
-        )
-        part = tl.dot(tokens, tl.trans(w.to(tokens.dtype)), input_precision=PRECISION)
+            if MASK:
+                encoding = tl.load(position_encoding + at, mask=inside, other=0.0)
+            else:
+                encoding = tl.load(position_encoding + at)
+            tokens = (tokens.to(tl.float32) + encoding.to(tl.float32)).to(x.dtype.element_ty)
+        part = tl.dot(tokens, tl.permute(w.to(tokens.dtype), (0, 2, 1)), input_precision=PRECISION)
         acc, lost = _add(acc, lost, part, PRECISION)
+    y = tl.sum(acc, 0)
     if IS_MLP:
-        acc += tl.load(bias + unit, mask=unit < units, other=0.0).to(tl.float32)[None, :]
-        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
-    tl.store(out + (wide(flat) * units)[:, None] + unit[None, :], acc, mask=complete[:, None] & (unit < units)[None, :])
+        y += tl.load(bias + unit, mask=unit < units, other=0.0).to(tl.float32)[None, :]
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    tl.store(hidden[:, None] + unit[None, :], y, mask=complete[:, None] & (unit < units)[None, :])
 
 
 @triton.jit
+def _mean(
+    x, ring, out, row, head, length, new, last, complete, t,
+    stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The blocks' means, fp32, to the rows `out`."""
+    d = tl.arange(0, DP)
+    mask = complete[:, None] & (d < D)[None, :]
+    first = (last + 1) * STRIDE - BLOCK
+    total = tl.zeros([ROWS, DP], tl.float32)
+    for token in tl.range(0, BLOCK, loop_unroll_factor=8):
+        rows = _token_rows(
+            x, ring, row, head, first + token, length, new, t, stride_xb, stride_xt, stride_xg,
+            stride_r, stride_s, stride_g, RING,
+        )  # fmt: skip
+        total += tl.load(rows[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out[:, None] + d[None, :], total / BLOCK, mask=mask)
+
+
+@triton.jit
+def _phi(
+    hidden, weight, bias, complete, column, mask, units, DP: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
+    INNER: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """phi of the blocks, fp32 [rows, DP], from its parts: the outputs numbered `column`, in any order."""
+    mean = column + (units if KIND == 2 else 0)
+    result = tl.load(
+        hidden[:, None] + mean[None, :], mask=complete[:, None] & mask[None, :], other=0.0, cache_modifier=".cg"
+    )
+    if KIND == 2:
+        acc = tl.zeros([ROWS, DP], tl.float32)
+        lost = tl.zeros([ROWS, DP], tl.float32)
+        for start in tl.range(0, units, INNER):
+            unit = start + tl.arange(0, INNER)
+            h = tl.load(
+                hidden[:, None] + unit[None, :], mask=complete[:, None] & (unit < units)[None, :], other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            w = tl.load(
+                weight + column[:, None] * units + unit[None, :], mask=mask[:, None] & (unit < units)[None, :],
+                other=0.0,
+            ).to(dtype)  # fmt: skip
+            acc, lost = _add(acc, lost, tl.dot(h.to(dtype), tl.trans(w), input_precision=PRECISION), PRECISION)
+        result += acc + tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return result
+
+
+@triton.jit
+def _compress(
+    x, ring, to, position_encoding, weight_in, bias_in, weight_out, bias_out, cos, sin, hidden, arrival, part, parts,
+    block_table, flat, row, number, head, length, new, last, complete, t, num_new, pages_per_row, room, units,
+    stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, stride_p, stride_c, stride_h,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
+    PAGE_STRIDES: tl.constexpr, ROTATE: tl.constexpr, KIND: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
+    WARPS: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of phi of a tile's blocks, keys or values; the last of them writes the compressed ones."""
+    # What the parts leave for a block: the first layer's units, then the mean; only the one for linear, or mean.
+    hidden += wide(flat) * (units + (0 if KIND == 1 else D))
+    if KIND > 0:  # noqa: SIM102 (this one is known when compiling)
+        if part * UNITS < units:
+            _first_layer(
+                x, ring, position_encoding, weight_in, bias_in, hidden, row, head, length, new, last, complete,
+                part * UNITS, t, units, stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
+                D, DP, BLOCK, STRIDE, RING, KIND == 2, UNITS, ROWS, WARPS, SLICE, STAGES, PRECISION,
+            )  # fmt: skip
+    if KIND != 1:  # noqa: SIM102
+        if part == parts - 1:
+            _mean(
+                x, ring, hidden + units, row, head, length, new, last, complete, t,
+                stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, D, DP, BLOCK, STRIDE, RING, ROWS,
+            )  # fmt: skip
+    if _arrive(arrival, parts):
+        there = complete & (last < room // STRIDE)
+        only_page = tl.load(block_table + wide(row) * pages_per_row, mask=there, other=0)
+        page, place = page_of(block_table, only_page, row, last, there, pages_per_row, PAGE_STRIDES)
+        there &= page >= 0
+        out = to + page * stride_p + wide(place) * stride_c + wide(head) * stride_h
+        dtype: tl.constexpr = to.dtype.element_ty
+        if ROTATE:
+            # The two halves, each padded, so that the partners of a pair lie half a row apart.
+            HALF: tl.constexpr = DP // 2
+            place_in = tl.arange(0, DP)
+            column = place_in // HALF * (D // 2) + place_in % HALF
+            y = _phi(
+                hidden, weight_out, bias_out, complete, column, place_in % HALF < D // 2, units,
+                DP, KIND, ROWS, INNER, PRECISION, dtype,
+            )  # fmt: skip
+            low, high = tl.split(tl.permute(tl.reshape(y, [ROWS, 2, HALF]), (0, 2, 1)))
+            d = tl.arange(0, HALF)
+            mask = there[:, None] & (d < D // 2)[None, :]
+            at = ((wide(row) * num_new + number) * D)[:, None] + d[None, :]
+            c, s = _factors(cos, sin, at, mask)
+            tl.store(out[:, None] + d[None, :], (low * c - high * s).to(dtype), mask=mask)
+            c, s = _factors(cos, sin, at + D // 2, mask)
+            tl.store(out[:, None] + (d + D // 2)[None, :], (high * c + low * s).to(dtype), mask=mask)
+        else:
+            e = tl.arange(0, DP)
+            y = _phi(hidden, weight_out, bias_out, complete, e, e < D, units, DP, KIND, ROWS, INNER, PRECISION, dtype)
+            tl.store(out[:, None] + e[None, :], y.to(dtype), mask=there[:, None] & (e < D)[None, :])
+
+
+@triton.jit
+def _factors(cos, sin, at, mask):
+    c = tl.load(cos + at, mask=mask, other=0.0).to(tl.float32)
+    return c, tl.load(sin + at, mask=mask, other=0.0).to(tl.float32)
+
+
+# One kernel for caches of every size.
+@triton.jit(do_not_specialize=["rows", "pages_per_row", "room"])
 def decode_append_kernel(
-    k, v, k_win, v_win, k_raw, v_raw, cos, sin, to_k, to_v, to_k_win, to_v_win, to_k_raw, to_v_raw,
-    position_encoding_k, weight_k, bias_k, position_encoding_v, weight_v, bias_v, hidden_k, hidden_v,
-    block_table, lengths, counts, before, rows, t, groups, num_new, pages_per_row, units_k, units_v, tiles_k, tiles_v,
+    k, v, k_win, v_win, k_raw, v_raw, cos, sin, to_k, to_v, to_k_win, to_v_win, to_k_raw, to_v_raw, to_k_cmp, to_v_cmp,
+    position_encoding_k, weight_in_k, bias_in_k, weight_out_k, bias_out_k,
+    position_encoding_v, weight_in_v, bias_in_v, weight_out_v, bias_out_v, cos_cmp, sin_cmp, hidden_k, hidden_v,
+    block_table, lengths, counts, arrivals,
+    rows, t, groups, num_new, pages_per_row, room, units_k, units_v, parts_k, parts_v,
     stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
     stride_kwb, stride_kwt, stride_kwg, stride_vwb, stride_vwt, stride_vwg,
     stride_krb, stride_krt, stride_krg, stride_vrb, stride_vrt, stride_vrg,
     stride_tkp, stride_tks, stride_tkg, stride_tvp, stride_tvs, stride_tvg,
     stride_tkwp, stride_tkws, stride_tkwg, stride_tvwp, stride_tvws, stride_tvwg,
     stride_tkrp, stride_tkrs, stride_tkrg, stride_tvrp, stride_tvrs, stride_tvrg,
+    stride_tkcp, stride_tkcs, stride_tkcg, stride_tvcp, stride_tvcs, stride_tvcg,
     GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE_TOKENS: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    RING: tl.constexpr, RAW_RING: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_LAYER: tl.constexpr,
-    IS_MLP: tl.constexpr, ROTATE: tl.constexpr, HAS_COUNTS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK_D: tl.constexpr, CHUNK_E: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE_TOKENS: tl.constexpr, PAGE_STRIDES: tl.constexpr,
+    RING: tl.constexpr, RAW_RING: tl.constexpr, HAS_WINDOW: tl.constexpr, ROTATE: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, KIND: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    SLICE_D: tl.constexpr, SLICE_E: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(PDL)
     wait_for_last(PDL)
@@ -133,147 +296,69 @@ def decode_append_kernel(
         new = t
         if HAS_COUNTS:
             new = tl.load(counts + row)
-        if column == 0:
-            tl.store(before + row, length)
-        position = length + column - (t - new)
-        there = (column >= t - new) & (position < pages_per_row * PAGE_SIZE)
         only_page = tl.load(block_table + wide(row) * pages_per_row)
+        # All loads before the first store, so that none waits for another.
+        k_token = _token(k, cos, sin, row, column, t, groups, stride_kb, stride_kt, stride_kg, GROUPS, D, DP, ROTATE)
+        v_token = _token(v, cos, sin, row, column, t, groups, stride_vb, stride_vt, stride_vg, GROUPS, E, EP, False)
+        if HAS_WINDOW:
+            k_win_token = _token(
+                k_win, cos, sin, row, column, t, groups, stride_kwb, stride_kwt, stride_kwg, GROUPS, D, DP, ROTATE
+            )
+            v_win_token = _token(
+                v_win, cos, sin, row, column, t, groups, stride_vwb, stride_vwt, stride_vwg, GROUPS, E, EP, False
+            )
+        k_raw_token = _token(
+            k_raw, cos, sin, row, column, t, groups, stride_krb, stride_krt, stride_krg, GROUPS, D, DP, False
+        )
+        v_raw_token = _token(
+            v_raw, cos, sin, row, column, t, groups, stride_vrb, stride_vrt, stride_vrg, GROUPS, E, EP, False
+        )
+        is_last = _arrive(arrivals, tl.num_programs(0))
+        position = length + column - (t - new)
+        there = (column >= t - new) & (position < room)
         page, place = page_of(block_table, only_page, row, position, there, pages_per_row, PAGE_TOKENS)
         there &= page >= 0
-        _write_token(
-            k, cos, sin, to_k, page, place, there, row, column, t, groups, stride_kb, stride_kt, stride_kg,
-            stride_tkp, stride_tks, stride_tkg, GROUPS, D, DP, ROTATE,
-        )  # fmt: skip
-        _write_token(
-            v, cos, sin, to_v, page, place, there, row, column, t, groups, stride_vb, stride_vt, stride_vg,
-            stride_tvp, stride_tvs, stride_tvg, GROUPS, E, EP, False,
-        )  # fmt: skip
+        _keep(to_k, k_token, page, place, there, groups, stride_tkp, stride_tks, stride_tkg, GROUPS, D, DP)
+        _keep(to_v, v_token, page, place, there, groups, stride_tvp, stride_tvs, stride_tvg, GROUPS, E, EP)
         if HAS_WINDOW:
-            _write_token(
-                k_win, cos, sin, to_k_win, wide(row), position % RING, there, row, column, t, groups,
-                stride_kwb, stride_kwt, stride_kwg, stride_tkwp, stride_tkws, stride_tkwg, GROUPS, D, DP, ROTATE,
-            )  # fmt: skip
-            _write_token(
-                v_win, cos, sin, to_v_win, wide(row), position % RING, there, row, column, t, groups,
-                stride_vwb, stride_vwt, stride_vwg, stride_tvwp, stride_tvws, stride_tvwg, GROUPS, E, EP, False,
-            )  # fmt: skip
-        _write_token(
-            k_raw, cos, sin, to_k_raw, wide(row), position % RAW_RING, there, row, column, t, groups,
-            stride_krb, stride_krt, stride_krg, stride_tkrp, stride_tkrs, stride_tkrg, GROUPS, D, DP, False,
-        )  # fmt: skip
-        _write_token(
-            v_raw, cos, sin, to_v_raw, wide(row), position % RAW_RING, there, row, column, t, groups,
-            stride_vrb, stride_vrt, stride_vrg, stride_tvrp, stride_tvrs, stride_tvrg, GROUPS, E, EP, False,
-        )  # fmt: skip
-    elif HAS_LAYER:
+            slot = position % RING
+            _keep(to_k_win, k_win_token, row, slot, there, groups, stride_tkwp, stride_tkws, stride_tkwg, GROUPS, D, DP)
+            _keep(to_v_win, v_win_token, row, slot, there, groups, stride_tvwp, stride_tvws, stride_tvwg, GROUPS, E, EP)
+        slot = position % RAW_RING
+        _keep(to_k_raw, k_raw_token, row, slot, there, groups, stride_tkrp, stride_tkrs, stride_tkrg, GROUPS, D, DP)
+        _keep(to_v_raw, v_raw_token, row, slot, there, groups, stride_tvrp, stride_tvrs, stride_tvrg, GROUPS, E, EP)
+    else:
         pid -= rows * t
-        tile, unit_tile = pid // (tiles_k + tiles_v), pid % (tiles_k + tiles_v)
+        tile, part = pid // (parts_k + parts_v), pid % (parts_k + parts_v)
         flat = tile * ROWS + tl.arange(0, ROWS)
-        of_row, _, of_head, of_length, of_new, last, complete = _blocks(
+        of_row, number, head, of_length, of_new, last, complete = _blocks(
             flat, rows * num_new * groups, lengths, counts, t, groups, num_new, BLOCK, STRIDE, HAS_COUNTS
         )
+        is_last = _arrive(arrivals, tl.num_programs(0))
         if tl.sum(complete.to(tl.int32), 0) > 0:
-            if unit_tile < tiles_k:
-                _first_layer(
-                    k_raw, to_k_raw, position_encoding_k, weight_k, bias_k, hidden_k, flat, of_row, of_head,
-                    of_length, of_new, last, complete, unit_tile * UNITS, t, stride_krb, stride_krt, stride_krg,
-                    stride_tkrp, stride_tkrs, stride_tkrg, units_k,
-                    D, DP, BLOCK, STRIDE, RAW_RING, IS_MLP, UNITS, ROWS, CHUNK_D, STAGES, PRECISION,
+            if part < parts_k:
+                _compress(
+                    k_raw, to_k_raw, to_k_cmp, position_encoding_k, weight_in_k, bias_in_k, weight_out_k, bias_out_k,
+                    cos_cmp, sin_cmp, hidden_k, arrivals + 1 + 2 * tile, part, parts_k, block_table, flat, of_row,
+                    number, head, of_length, of_new, last, complete, t, num_new, pages_per_row, room, units_k,
+                    stride_krb, stride_krt, stride_krg, stride_tkrp, stride_tkrs, stride_tkrg,
+                    stride_tkcp, stride_tkcs, stride_tkcg, D, DP, BLOCK, STRIDE, RAW_RING, PAGE_STRIDES,
+                    True, KIND, UNITS, ROWS, WARPS, SLICE_D, INNER, STAGES, PRECISION,
                 )  # fmt: skip
             else:
-                _first_layer(
-                    v_raw, to_v_raw, position_encoding_v, weight_v, bias_v, hidden_v, flat, of_row, of_head,
-                    of_length, of_new, last, complete, (unit_tile - tiles_k) * UNITS, t,
-                    stride_vrb, stride_vrt, stride_vrg, stride_tvrp, stride_tvrs, stride_tvrg, units_v,
-                    E, EP, BLOCK, STRIDE, RAW_RING, IS_MLP, UNITS, ROWS, CHUNK_E, STAGES, PRECISION,
+                _compress(
+                    v_raw, to_v_raw, to_v_cmp, position_encoding_v, weight_in_v, bias_in_v, weight_out_v, bias_out_v,
+                    cos_cmp, sin_cmp, hidden_v, arrivals + 2 + 2 * tile, part - parts_k, parts_v, block_table, flat,
+                    of_row, number, head, of_length, of_new, last, complete, t, num_new, pages_per_row, room, units_v,
+                    stride_vrb, stride_vrt, stride_vrg, stride_tvrp, stride_tvrs, stride_tvrg,
+                    stride_tvcp, stride_tvcs, stride_tvcg, E, EP, BLOCK, STRIDE, RAW_RING, PAGE_STRIDES,
+                    False, KIND, UNITS, ROWS, WARPS, SLICE_E, INNER, STAGES, PRECISION,
                 )  # fmt: skip
-
-
-@triton.jit
-def _phi_columns(
-    ring, hidden, weight, bias, flat, row, head, last, complete, column, units,
-    stride_r, stride_s, stride_g, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    RING: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """phi of the blocks, fp32 [rows, DP]: the outputs numbered `column`, in any order."""
-    mask = complete[:, None] & (column < D)[None, :]
-    if KIND == 1:
-        return tl.load(hidden + (wide(flat) * D)[:, None] + column[None, :], mask=mask, other=0.0)
-    rows = ring + wide(row) * stride_r + wide(head) * stride_g
-    first = (last + 1) * STRIDE - BLOCK
-    result = tl.zeros([ROWS, DP], tl.float32)
-    for token in tl.range(0, BLOCK, loop_unroll_factor=4):
-        at = rows + wide((first + token) % RING) * stride_s
-        result += tl.load(at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    result = result / BLOCK
-    if KIND == 2:
-        acc = tl.zeros([ROWS, DP], tl.float32)
-        lost = tl.zeros([ROWS, DP], tl.float32)
-        for start in tl.range(0, units, UNITS):
-            unit = start + tl.arange(0, UNITS)
-            h = tl.load(
-                hidden + (wide(flat) * units)[:, None] + unit[None, :],
-                mask=complete[:, None] & (unit < units)[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                weight + column[:, None] * units + unit[None, :],
-                mask=(column < D)[:, None] & (unit < units)[None, :],
-                other=0.0,
-            ).to(ring.dtype.element_ty)
-            acc, lost = _add(acc, lost, tl.dot(h.to(w.dtype), tl.trans(w), input_precision=PRECISION), PRECISION)
-        result += acc + tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
-    return result
-
-
-@triton.jit
-def decode_compress_kernel(
-    k_raw, v_raw, hidden_k, hidden_v, weight_k, bias_k, weight_v, bias_v, cos, sin, k_cmp, v_cmp,
-    block_table, lengths, counts, before, rows, t, groups, num_new, pages_per_row, units_k, units_v,
-    stride_krp, stride_krs, stride_krg, stride_vrp, stride_vrs, stride_vrg,
-    stride_kcp, stride_kcs, stride_kcg, stride_vcp, stride_vcs, stride_vcg,
-    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    PAGE_STRIDES: tl.constexpr, PAGE_SIZE: tl.constexpr, RAW_RING: tl.constexpr, KIND: tl.constexpr,
-    HAS_COUNTS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    let_next_begin(PDL)
-    wait_for_last(PDL)
-    flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = rows * num_new * groups
-    row, number, head, length, new, last, complete = _blocks(
-        flat, total, before, counts, t, groups, num_new, BLOCK, STRIDE, HAS_COUNTS
-    )
-    is_k = tl.program_id(1) == 0
-    tl.store(lengths + row, length + new, mask=(flat < total) & (number == 0) & (head == 0) & is_k)
-    if tl.sum(complete.to(tl.int32), 0) > 0:
-        complete &= last < pages_per_row * (PAGE_SIZE // STRIDE)
-        only_page = tl.load(block_table + wide(row) * pages_per_row, mask=complete, other=0)
-        page, place = page_of(block_table, only_page, row, last, complete, pages_per_row, PAGE_STRIDES)
-        complete &= page >= 0
-        if is_k:
-            d = tl.arange(0, DP)
-            partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
-            x = _phi_columns(
-                k_raw, hidden_k, weight_k, bias_k, flat, row, head, last, complete, d, units_k,
-                stride_krp, stride_krs, stride_krg, D, DP, BLOCK, STRIDE, RAW_RING, KIND, ROWS, UNITS, PRECISION,
-            )  # fmt: skip
-            y = _phi_columns(
-                k_raw, hidden_k, weight_k, bias_k, flat, row, head, last, complete, partner, units_k,
-                stride_krp, stride_krs, stride_krg, D, DP, BLOCK, STRIDE, RAW_RING, KIND, ROWS, UNITS, PRECISION,
-            )  # fmt: skip
-            mask_d = complete[:, None] & (d < D)[None, :]
-            at = ((wide(row) * num_new + number) * D)[:, None] + d[None, :]
-            c = tl.load(cos + at, mask=mask_d, other=0.0).to(tl.float32)
-            s = tl.load(sin + at, mask=mask_d, other=0.0).to(tl.float32)
-            x = x * c + tl.where((d < D // 2)[None, :], -y, y) * s
-            to = k_cmp + page * stride_kcp + wide(place) * stride_kcs + wide(head) * stride_kcg
-            tl.store(to[:, None] + d[None, :], x.to(k_cmp.dtype.element_ty), mask=mask_d)
-        else:
-            e = tl.arange(0, EP)
-            values = _phi_columns(
-                v_raw, hidden_v, weight_v, bias_v, flat, row, head, last, complete, e, units_v,
-                stride_vrp, stride_vrs, stride_vrg, E, EP, BLOCK, STRIDE, RAW_RING, KIND, ROWS, UNITS, PRECISION,
-            )  # fmt: skip
-            v_to = v_cmp + page * stride_vcp + wide(place) * stride_vcs + wide(head) * stride_vcg
-            mask_e = complete[:, None] & (e < E)[None, :]
-            tl.store(v_to[:, None] + e[None, :], values.to(v_cmp.dtype.element_ty), mask=mask_e)
+    if is_last:
+        for first in tl.range(0, rows, 128):
+            row_of = first + tl.arange(0, 128)
+            mask = row_of < rows
+            more = t
+            if HAS_COUNTS:
+                more = tl.load(counts + row_of, mask=mask, other=0)
+            tl.store(lengths + row_of, tl.load(lengths + row_of, mask=mask, other=0) + more, mask=mask)
