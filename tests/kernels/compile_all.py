@@ -25,7 +25,7 @@ from triton.runtime import JITFunction
 
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
-from nsa.kernels import decode, launch, rows
+from nsa.kernels import decode, launch, rotary, rows
 from nsa.kernels import step as steps
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
@@ -116,12 +116,14 @@ def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096
     contiguous_backward(q, k, v, d_out, lse, lse, raw, window, scale)
     select_top_blocks(q, k_cmp, lse, compressed, config, scale)
     selected_forward(q, k, v, block_indices, raw, config, scale)
+    selected_forward(q[:, :, : 4 * g], k, v, block_indices, raw, config, scale)  # groups of four heads
     selected_dq(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
     selected_dkdv(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
     rows.combine(d_out, d_out, d_out, gates)
     rows.combine_backward(d_out, d_out, d_out, gates, d_out)
     rows.gates_backward((d_out,) * 3, (lse,) * 3, gates, d_out)
     rows.rowsum_delta(d_out, d_out, lse)
+    rotary.rotate(q, tensor(1, t, d), tensor(1, t, d))
 
 
 def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:

@@ -22,9 +22,13 @@ from poison import poisoned_memory
 from nsa.backend import resolve, use_backend
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention
-from nsa.kernels import library
+from nsa.kernels import library, selected_by_block
+from nsa.kernels.launch import Heads
+from nsa.kernels.selected_forward import selected_forward
 from nsa.modules.attention import NativeSparseAttention
+from nsa.modules.rotary import rotate
 from nsa.ops.selected_attention import selected_attention as op_selected_attention
+from nsa.ops.selection import select_blocks
 from nsa.ops.window_attention import window_attention
 from nsa.testing import assert_close_to_fp64
 
@@ -66,6 +70,39 @@ LAYOUTS_HERE = {
 def test_every_layout_is_within_the_budget(name: str, check: str) -> None:
     case = Case(layout=LAYOUTS_HERE[name], config=SMALL, dtype=torch.float32, h=4, g=2, d=8, e=16)
     getattr(Run(case, "cpu"), check)()
+
+
+@pytest.mark.parametrize("name", LAYOUTS_HERE)
+def test_small_groups_attend_block_by_block_in_every_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selected_by_block, "PARTS_BYTES", 4096)  # several passes
+    monkeypatch.setattr(selected_by_block, "ITEM_ROWS", 32)  # several work items to a list
+    case = Case(layout=LAYOUTS_HERE[name], config=ODD, dtype=torch.float16, h=6, g=2, d=8, e=24)
+    run = Run(case, "cpu")
+    assert selected_by_block.serves(run.q, Heads.of(run.q, run.k, run.v), case.config)
+    run.selected()
+
+
+def test_what_shares_a_tile_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(layout=whole(66), config=SMALL, dtype=torch.float16, h=4, g=2, d=8, e=8)
+    run, found = Run(case, "cpu"), []
+    indices = select_blocks(run.q.float(), run.k_cmp.float(), case.config).int()
+    for counters, item_rows in ((1, 16), (1 << 14, 512)):  # lists in another order, other work items
+        monkeypatch.setattr(selected_by_block, "COUNTERS", counters)
+        monkeypatch.setattr(selected_by_block, "ITEM_ROWS", item_rows)
+        found.append(selected_forward(run.q, run.k, run.v, indices, run.raw, case.config, run.scale))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotation_is_that_of_pytorch(rows: int, generator: torch.Generator) -> None:
+    b, t, h, d = 2, 19, 3, 24
+    x = torch.randn(b, h, t, d, generator=generator).transpose(1, 2)
+    angles = torch.randn(rows, t, d, generator=generator)  # not the same in both halves of a head
+    cos, sin = angles.cos(), angles.sin()
+    truth, plain = rotate(x.double(), cos.double(), sin.double()), rotate(x, cos, sin)
+    with torch.no_grad():
+        found = rotate(x, cos, sin)
+    assert_close_to_fp64(found, plain, truth, "rotated", largest_score=1.0)
 
 
 @pytest.mark.parametrize("check", ["compressed", "window", "selected"])

@@ -17,6 +17,11 @@ KERNELS = {
     "top_blocks_kernel",
     "union_kernel",
     "selected_forward_kernel",
+    "count_picks_kernel",
+    "segment_starts_kernel",
+    "list_picks_kernel",
+    "selected_parts_kernel",
+    "merge_parts_kernel",
     "selected_dq_kernel",
     "selected_dkdv_kernel",
     "sum_items_kernel",
@@ -24,6 +29,7 @@ KERNELS = {
     "combine_backward_kernel",
     "gates_backward_kernel",
     "delta_kernel",
+    "rotate_kernel",
     "rms_norm_kernel",
 }
 # Decoding has 16 rows, so its products are mma everywhere.

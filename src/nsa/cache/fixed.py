@@ -164,14 +164,17 @@ class FixedNSACache(LayerCache):
                     _write_ring(tensors.v_win, run, start, v_win[run, new])
                 _write_ring(tensors.k_raw, run, start, k_raw[run, new])
                 _write_ring(tensors.v_raw, run, start, v_raw[run, new])
-        tensors.lengths.copy_(torch.tensor(ends, dtype=torch.int32))
+        _write_lengths(tensors.lengths, ends)
         self.know_lengths(ends)
         self._longest = [max(pair) for pair in zip(self._longest, ends, strict=True)]
 
         longest = max(ends, default=0)
         uniform = len(set(ends)) <= 1 and min(counts, default=t) == t
         seqlens = None if uniform else torch.tensor(ends, device=k.device)
-        k_slc, v_slc = self._read_tokens(tensors, longest)
+        if uniform and longest == t and k.dtype == tensors.k.dtype:
+            k_slc, v_slc = k, v  # all that there is
+        else:
+            k_slc, v_slc = self._read_tokens(tensors, longest)
         if k.is_cuda and t >= COPY_FROM:
             k_slc, v_slc = k_slc.contiguous(), v_slc.contiguous()
         k_cmp, v_cmp = self._read_compressed(tensors, longest)
@@ -191,8 +194,7 @@ class FixedNSACache(LayerCache):
             return k[run, :0], v[run, :0]
         first = max(0, start - self.config.window_size + 1)
         k_near, v_near = (
-            torch.cat([_read_ring(ring, run, first, start), x[run, t - count :]], dim=1)
-            for ring, x in ((tensors.k_win, k), (tensors.v_win, v))
+            _after(ring, run, first, start, x[run, t - count :]) for ring, x in ((tensors.k_win, k), (tensors.v_win, v))
         )
         return k_near, v_near
 
@@ -206,7 +208,7 @@ class FixedNSACache(LayerCache):
         first = have * self.config.compress_stride
         until = (want - 1) * self.config.compress_stride + self.config.compress_block_size
         k, v = (
-            torch.cat([_read_ring(ring, run, first, start), x], dim=1)[:, : until - first]
+            _after(ring, run, first, start, x)[:, : until - first]
             for ring, x in ((tensors.k_raw, k), (tensors.v_raw, v))
         )
         k_cmp, v_cmp = compress_run(k, v, have)
@@ -282,7 +284,7 @@ class FixedNSACache(LayerCache):
         lengths, first_window, first_raw = (
             [values[row] if row >= 0 else 0 for row in chosen] for values in (lengths, first_window, first_raw)
         )
-        fresh.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        _write_lengths(fresh.lengths, lengths)
         self._tensors = fresh
         longest = [self._longest[row] if row >= 0 else 0 for row in chosen]
         self._set_rows(lengths, first_window, first_raw)
@@ -342,7 +344,7 @@ class FixedNSACache(LayerCache):
             self._write_pages(tensors.k_cmp, tensors.v_cmp, run, self._first_place, *compressed)
             for ring, x, kept in rings:
                 _write_ring(ring, run, length - kept[row], x[run, : kept[row]])
-        tensors.lengths.copy_(torch.tensor(c.lengths, dtype=torch.int32))
+        _write_lengths(tensors.lengths, c.lengths)
         firsts = [
             [length - kept for length, kept in zip(c.lengths, lengths, strict=True)]
             for lengths in (c.window_lengths, c.raw_lengths)
@@ -360,16 +362,42 @@ def _runs(starts: Sequence[int], counts: Sequence[int]) -> list[slice]:
 
 def _write_ring(ring: Tensor, run: slice, start: int, x: Tensor) -> None:
     """Put x [rows, t, g, .] at positions start .. start + t - 1; what does not fit, its first tokens, is left out."""
-    size, t = ring.shape[1], x.shape[1]
-    kept = min(size, t)
-    slots = torch.arange(start + t - kept, start + t, device=x.device) % size
-    ring[run, slots] = x[:, t - kept :]
+    end, t = start + x.shape[1], x.shape[1]
+    first = end - min(ring.shape[1], t)
+    for slots, count in _slots(ring, first, end):
+        ring[run, slots] = x[:, first - start : first - start + count]
+        first += count
 
 
 def _read_ring(ring: Tensor, run: slice, first: int, until: int) -> Tensor:
-    """[rows, until - first, g, .]"""
-    slots = torch.arange(first, max(first, until), device=ring.device) % ring.shape[1]
-    return ring[run, slots]
+    """[rows, until - first, g, .], in memory of its own."""
+    return torch.cat([ring[run, slots] for slots, _ in _slots(ring, first, until)] or [ring[run, :0]], dim=1)
+
+
+def _after(ring: Tensor, run: slice, first: int, start: int, x: Tensor) -> Tensor:
+    """The ring's positions first .. start - 1, then x, whose first position is start; x itself if that is all."""
+    before = [ring[run, slots] for slots, _ in _slots(ring, first, start)]
+    return torch.cat([*before, x], dim=1) if before else x
+
+
+def _slots(ring: Tensor, first: int, until: int) -> list[tuple[slice, int]]:
+    """Where the positions first .. until - 1 lie, no more than the ring is long: runs of slots, and how many each."""
+    size = ring.shape[1]
+    runs = []
+    while first < until:
+        slot = first % size
+        count = min(until - first, size - slot)
+        runs.append((slice(slot, slot + count), count))
+        first += count
+    return runs
+
+
+def _write_lengths(lengths: Tensor, values: Sequence[int]) -> None:
+    """Numbers of the host; where all rows have one, nothing waits for the device."""
+    if values and len(set(values)) == 1:
+        lengths.fill_(values[0])
+    else:
+        lengths.copy_(torch.tensor(values, dtype=torch.int32))
 
 
 def _read_rings(ring: Tensor, firsts: list[int], lengths: list[int]) -> Tensor:

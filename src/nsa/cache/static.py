@@ -39,7 +39,7 @@ class StaticNSACache(FixedNSACache):
             pages_per_row=1, num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim,
             max_new=self.max_new, max_crop=self.max_crop, dtype=dtype, device=device,
         )  # fmt: skip
-        tensors.block_table.copy_(torch.arange(rows)[:, None])
+        tensors.block_table.copy_(torch.arange(rows, device=device)[:, None])
         return tensors
 
     def _give_room(self, starts: list[int], ends: list[int]) -> None:
@@ -48,6 +48,10 @@ class StaticNSACache(FixedNSACache):
 
     def _read_pages(self, pages: Tensor, places: int) -> Tensor:
         return pages  # page r is row r
+
+    def _write_pages(self, k_pages: Tensor, v_pages: Tensor, run: slice, start: int, k: Tensor, v: Tensor) -> None:
+        places = slice(start, start + k.shape[1])
+        k_pages[run, places], v_pages[run, places] = k, v
 
     def _with_rows(self, tensors: CacheTensors, rows: int) -> CacheTensors:
         g, d, e = tensors.k.shape[2], tensors.k.shape[3], tensors.v.shape[3]

@@ -1,9 +1,10 @@
 """`nsa.functional.native_sparse_attention` on the kernels, once the keys and values are compressed."""
 
+import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.library import sizes_of, whole
+from nsa.kernels.library import sizes_of, whole, whole_forward
 from nsa.shapes import bind
 
 
@@ -38,7 +39,9 @@ def native_sparse_attention(
     lengths = (cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win)
     _check(q, *keys, gates, *lengths, config)
     on_device = [None if x is None else x.to(q.device) for x in lengths]
-    return whole(q, *keys, gates, *on_device, sizes_of(config), scale, nonnegative_gates)[0]
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys, gates))
+    attend = whole if needs_gradients or torch.compiler.is_compiling() else whole_forward
+    return attend(q, *keys, gates, *on_device, sizes_of(config), scale, nonnegative_gates)[0]
 
 
 def _check(

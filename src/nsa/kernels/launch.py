@@ -59,6 +59,12 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (256, (64, 32, 4, 2)),
         (256, (32, 32, 4, 2)),
     ],
+    "selected_parts": [
+        (64, (64, 128, 4, 3)),
+        (128, (64, 128, 4, 1)),
+        (128, (32, 128, 4, 1)),
+        (128, (16, 128, 4, 1)),
+    ],
     "selected_dq": [
         (128, (64, 64, 4, 2)),
         (256, (64, 32, 4, 2)),
@@ -174,6 +180,7 @@ def needed(kernel: str, candidate: Candidate, heads: Heads, bytes_each: int) -> 
     stays, streams = {
         "contiguous_forward": (rows * d, block_n * both),
         "selected_forward": (rows * d, block_n * both),
+        "selected_parts": (block_n * both, rows * d),
         "contiguous_dq": (rows * both, block_n * both),
         "selected_dq": (rows * both, block_n * both),
         "contiguous_dkdv": (block_n * both, rows * both),

@@ -207,19 +207,24 @@ def _layouts(
     )
 
 
-@torch.library.custom_op("nsa::native_sparse_attention", mutates_args=())
-def whole(
+def whole_forward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
     sizes: list[int], scale: float, nonnegative_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out; then what backward needs: the branches' outputs and log-sum-exps (cmp, slc, win), block_indices."""
+    """out; then what backward needs: the branches' outputs and log-sum-exps (cmp, slc, win), block_indices.
+
+    As an operator (`whole`) it costs the host half a millisecond more, and is needed for gradients and for tracing.
+    """
     config = _config(sizes)
     layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
     pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
     with _serving(q, *(x for pair in pairs for x in pair), scale=scale):
         out, saved = attention_forward(_rows(q), *pairs, gates.contiguous(), layouts, config, scale)
     return out, *saved.outs, *saved.lses, saved.block_indices
+
+
+whole = torch.library.custom_op("nsa::native_sparse_attention", whole_forward, mutates_args=())
 
 
 @whole.register_fake

@@ -74,7 +74,7 @@ def invert(block_indices: Tensor, layout: Layout, config: NSAConfig) -> InverseI
 
 
 @triton.jit
-def _keys_of(segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, num_queries, num_keys, num_rows,
+def keys_of(segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, num_queries, num_keys, num_rows,
              LAYOUT: tl.constexpr):  # fmt: skip
     """KV head, row, block in its sequence; the sequence's first query row, queries, first key row, keys."""
     group, block = wide(segment // blocks), segment % blocks
@@ -159,7 +159,7 @@ def selected_dkdv_kernel(
     # Queries inside the block are the first of its list, and at most as many as it has keys; the others see all of it.
     past = begin + tl.cdiv(tl.maximum(tl.minimum(first + SELECT, end) - begin, 0), BLOCK_Q) * BLOCK_Q
     past = tl.minimum(past, end)
-    group, row, block, q_start, t, k_start, s = _keys_of(
+    group, row, block, q_start, t, k_start, s = keys_of(
         segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, num_queries, num_keys, num_rows, LAYOUT
     )
     in_block = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -205,7 +205,7 @@ def sum_items_kernel(
     SELECT: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
-    group, row, block, _, _, k_start, s = _keys_of(
+    group, row, block, _, _, k_start, s = keys_of(
         segment, blocks, block_sequence, block_start, cu_q, cu_k, lengths, num_queries, num_keys, num_rows, LAYOUT
     )
     in_block = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels import hopper
+from nsa.kernels import selected_by_block as by_block
 from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
 from nsa.kernels.tiles import load_log2_lse, load_rows, locate, softmax_end, softmax_step, softmax_step_rows, wide
@@ -205,15 +206,18 @@ def selected_forward(
     """out [b, t, h, e] and lse [b, t, h] (fp32)."""
     heads = Heads.of(q, k, v)
     select, n = config.select_block_size, block_indices.shape[3]
+    out = empty(layout, (*q.shape[:3], heads.e), q.dtype, q.device)
+    lse = empty(layout, q.shape[:3], torch.float32, q.device, fill=float("-inf"))
+    if out.numel() == 0 or k.shape[1] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    if by_block.serves(q, heads, config):
+        by_block.selected_forward_by_block(q, k, v, block_indices, out, lse, layout, config, scale)
+        return out, lse
     on_hopper = hopper.serves_selected(q, k, v, heads, select)
     if on_hopper:
         tile = hopper.tile_of(hopper.ATTENTION, heads.padded_group)
     else:
         tile = selected_tile("selected_forward", heads, q, config)
-    out = empty(layout, (*q.shape[:3], heads.e), q.dtype, q.device)
-    lse = empty(layout, q.shape[:3], torch.float32, q.device, fill=float("-inf"))
-    if out.numel() == 0 or k.shape[1] == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
     tiles = layout.query_tiles(tile.block_q)
     items, counts = unions(block_indices, layout, tiles, tile.block_q, select)
     if on_hopper:

@@ -29,7 +29,7 @@ from nsa.models.cache import Layout, NSALlamaCache
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.decoding import Decoder
 from nsa.models.step import StepDecoder
-from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention, step_padding
+from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention, RotaryFactors, step_padding
 from nsa.modules.compression import Compression
 
 
@@ -70,6 +70,7 @@ class NSALlamaAttention(NativeSparseAttention):
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         decode_step: DecodeStep | None = None,
+        rotary_factors: RotaryFactors | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         cache = None
@@ -81,7 +82,9 @@ class NSALlamaAttention(NativeSparseAttention):
             cache = layer.nsa
             if decode_step is not None:
                 return self.decode(hidden_states, cache.tensors, decode_step), None
-        out = super().forward(hidden_states, cache=cache, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q)
+        out = super().forward(
+            hidden_states, cache=cache, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q, factors=rotary_factors
+        )
         if cache is not None:
             layer.num_columns += hidden_states.shape[1]
         return out, None
@@ -172,6 +175,8 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             if fixed and given is not None and fixed[0].can_step(given.shape[1]):
                 embeds = self.embed_tokens(given) if inputs_embeds is None else given
                 return self._forward_step(embeds, attention_mask, past_key_values, use_cache=use_cache, **kwargs)
+        if isinstance(past_key_values, NSALlamaCache):
+            kwargs["rotary_factors"] = RotaryFactors()
         return super().forward(
             input_ids,
             attention_mask=attention_mask,

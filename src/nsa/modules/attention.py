@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -34,6 +36,23 @@ class Gates(nn.Linear):
 
 
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class RotaryFactors:
+    """cos and sin of evenly spaced positions, each run of them computed once for all layers of one forward pass."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+    def evenly_spaced(
+        self, rotary: Rotary, like: Tensor, first: int, count: int, stride: int = 1
+    ) -> tuple[Float[Tensor, "1 count d"], Float[Tensor, "1 count d"]]:
+        """Of the positions first, first + stride, .. in like's dtype, on its device."""
+        key = (first, count, stride, like.dtype, like.device)
+        if key not in self._known:
+            positions = torch.arange(first, first + count * stride, stride, device=like.device)
+            self._known[key] = rotary(like, positions[None])
+        return self._known[key]
 
 
 @dataclass(frozen=True)
@@ -145,6 +164,7 @@ class NativeSparseAttention(nn.Module):
         cache: LayerCache | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
+        factors: RotaryFactors | None = None,
     ) -> Float[Tensor, "b t hidden"]:
         """Attention output of new tokens, after those that the cache remembers.
 
@@ -156,6 +176,7 @@ class NativeSparseAttention(nn.Module):
             attention_mask: [b, at least t], nonzero where a token is; only the last t columns matter, and padding
                 may lie anywhere among them.
             cu_seqlens: packed sequences (b == 1, no cache).
+            factors: of the rotary embedding, for layers that share it: what one computes the next ones take.
 
         Returns:
             [b, t, hidden_size]; rows of padding carry only the output projection's bias.
@@ -177,14 +198,18 @@ class NativeSparseAttention(nn.Module):
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
 
         past = cache.lengths if cache is not None and cache.lengths else [0] * b
-        positions = _positions(past, counts, t, cu_seqlens, x.device)
-        cos, sin = self.rotary(x, positions)
+        factors = RotaryFactors() if factors is None else factors
+        if counts is None and cu_seqlens is None and len(set(past)) <= 1:
+            cos, sin = factors.evenly_spaced(self.rotary, x, past[0] if past else 0, t)
+        else:
+            cos, sin = self.rotary(x, _positions(past, counts, t, cu_seqlens, x.device))
         q = rotate(self._heads(self.q_proj, x), cos, sin)
         k, v, k_win, v_win, k_raw, v_raw = self._keys_and_values(x, cos, sin)
         gates = self.gate_proj(x)
 
         if cache is not None:
-            views = cache.append(k, v, k_win, v_win, k_raw, v_raw, self._compress_run, counts=counts)
+            compress_run = partial(self._compress_run, factors=factors)
+            views = cache.append(k, v, k_win, v_win, k_raw, v_raw, compress_run, counts=counts)
             k, v, k_win, v_win = views.k, views.v, views.k_win, views.v_win
             k_cmp, v_cmp = views.k_cmp, views.v_cmp
             seqlens_k, seqlens_win = views.seqlens_k, views.seqlens_win
@@ -301,12 +326,14 @@ class NativeSparseAttention(nn.Module):
         k_raw, v_raw = self._heads(self.k_proj_cmp, x), self._heads(self.v_proj_cmp, x)
         return rotate(k, cos, sin), v, rotate(k_win, cos, sin), v_win, k_raw, v_raw
 
-    def _compress_run(self, k_raw: Tensor, v_raw: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    def _compress_run(
+        self, k_raw: Tensor, v_raw: Tensor, first: int, factors: RotaryFactors | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compress raw tokens that begin at block `first`; the keys are rotated at their blocks' first positions."""
         k_cmp = compress(k_raw, self.compress_k, self.config)
         v_cmp = compress(v_raw, self.compress_v, self.config)
-        blocks = torch.arange(first, first + k_cmp.shape[1], device=k_cmp.device)
-        cos, sin = self.rotary(k_cmp, blocks[None] * self.config.compress_stride)
+        factors, stride = factors or RotaryFactors(), self.config.compress_stride
+        cos, sin = factors.evenly_spaced(self.rotary, k_cmp, first * stride, k_cmp.shape[1], stride)
         return rotate(k_cmp, cos, sin), v_cmp
 
     def _compress_whole(self, k_raw: Tensor, v_raw: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -352,8 +379,6 @@ def _positions(
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(device)
         return (columns - bounds[torch.searchsorted(bounds, columns, right=True) - 1])[None]
-    if counts is None and len(set(past)) <= 1:
-        return columns[None] + (past[0] if past else 0)
     counts = [t] * len(past) if counts is None else counts
     first = torch.tensor([p + n - t for p, n in zip(past, counts, strict=True)], device=device)
     return (first[:, None] + columns).clamp(min=0)

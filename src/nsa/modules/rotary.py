@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nsa.backend import resolve
+
 
 class RotaryEmbedding(nn.Module):
     """cos and sin of position * theta^(-2i/d), for any positions; called as in transformers: rotary(x, positions)."""
@@ -28,6 +30,11 @@ class RotaryEmbedding(nn.Module):
 def rotate(
     x: Float[Tensor, "b t h d"], cos: Float[Tensor, "_ t d"], sin: Float[Tensor, "_ t d"]
 ) -> Float[Tensor, "b t h d"]:
-    """Rotate the pairs (i, i + d/2) of x, as Llama does."""
+    """Rotate the pairs (i, i + d/2) of x, as Llama does; without gradients on the kernel, where it serves."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not cos.dtype == sin.dtype == x.dtype
+    if not plain and x.stride(-1) == 1 and resolve(x, x) == "triton":
+        from nsa.kernels.rotary import rotate as on_kernel  # only where triton is installed
+
+        return on_kernel(x, cos, sin)
     low, high = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(2) + torch.cat([-high, low], dim=-1) * sin.unsqueeze(2)
