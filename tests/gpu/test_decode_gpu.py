@@ -102,6 +102,19 @@ def test_a_row_does_not_depend_on_its_batch(t: int) -> None:
         assert torch.equal(attention(scene, of_rows(tensors, alone), alone), together[alone])
 
 
+def test_a_long_row_alone_does_as_in_a_batch_that_fills_the_device() -> None:
+    # Alone, its programs wait for each other and score blocks together; in the batch, programs have several shares.
+    lengths = (40000, 0, 64, 2500, 700, 17000) * 4
+    case = DecodeCase(lengths=lengths, config=DEFAULT, dtype=torch.bfloat16, h=16, g=4, d=64, e=64)
+    scene = Scene(case, "cuda")
+    tensors = scene.cache(lengths)
+    together = attention(scene, tensors)
+    for row in range(6):
+        alone = slice(row, row + 1)
+        for _ in range(5):
+            assert torch.equal(attention(scene, of_rows(tensors, alone), alone), together[alone]), row
+
+
 def test_it_repeats_bit_by_bit_and_pages_and_room_change_nothing() -> None:
     scene = Scene(WHOLE, "cuda")
     tensors = scene.cache(LENGTHS)

@@ -56,9 +56,21 @@ def test_attention_is_within_the_budget(case: DecodeCase) -> None:
 
 def test_many_splits_and_steps_of_the_top_n(monkeypatch: pytest.MonkeyPatch) -> None:
     # With runs of one tile and steps of 64 blocks, 600 tokens are what 40,000 are otherwise.
-    monkeypatch.setattr(decode, "PLAN", replace(decode.PLAN, block_n=16, least_tiles=1, splits=4, select_blocks=16))
+    plan = replace(decode.PLAN, block_n=16, least_tiles=1, splits=4, chunk=16, select_blocks=16)
+    monkeypatch.setattr(decode, "PLAN", plan)
     config = replace(SMALL, num_selected_blocks=5)
     check_attention(DecodeCase(lengths=(600, 299), config=config, h=2, g=1, d=8, e=8), "cpu")
+
+
+@pytest.mark.parametrize("together", [2, 4])
+def test_programs_of_several_shares_change_no_bit(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(DecodeCase(lengths=(70, 0, 9, 33, 2), t=2, config=SMALL, page_size=16, h=6, g=2, d=8, e=16))
+    tensors = scene.cache(scene.case.lengths)
+    alone, _ = decode.attend(scene.q, scene.gates, tensors, SMALL, scene.scale)
+    monkeypatch.setattr(decode, "PLAN", replace(decode.PLAN, together=together))
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: 1)
+    found, _ = decode.attend(scene.q, scene.gates, tensors, SMALL, scene.scale)
+    assert torch.equal(found, alone)
 
 
 def test_ties_go_to_the_lower_block() -> None:

@@ -25,7 +25,7 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the programs: none depends on the batch or on the cache's length."""
+    """Sizes of the programs: none that a sum depends on depends on the batch or on the cache's length."""
 
     block_n: int = 128  # keys of a tile, at most
     warps: int = 4
@@ -33,14 +33,17 @@ class Plan:
     splits: int = 16  # runs that a row's compressed keys are cut into, at most
     least_tiles: int = 2  # tiles in such a run, at least
     window_tiles: int = 4  # tiles in a run of the window
-    select_blocks: int = 1024  # blocks that one step of the top n looks at, at most
-    shares: int = 4  # programs that divide the selected blocks of a query between them
-    merges: int = 4  # programs that divide the columns of v between them to merge the first launch's splits
+    chunk: int = 256  # blocks that one step of scoring takes: four of a head's sums for each of 128 threads
+    select_blocks: int = 1024  # blocks that one step of the top n looks at, where there is more than a chunk
+    shares: int = 4  # parts that the selected blocks of a query are cut into
+    merges: int = 2  # programs that divide the columns of v between them to merge the first launch's splits
     finish_n: int = 128
     finish_warps: int = 4
     finish_stages: int = 3
+    together: int = 2  # shares of a program where there are more than the device holds at once
+    together_stages: int = 4
     registers: int = 168  # of a thread: three programs of four warps share a multiprocessor
-    prefetch: int = 3  # programs for each multiprocessor up to which keys are asked for ahead
+    at_once: int = 2  # programs that a multiprocessor certainly holds, where its shared memory allows
     pdl: bool = True  # on Hopper and later, a launch may begin while the one before ends
 
 
@@ -82,6 +85,7 @@ class Workspace:
     part_total: Tensor
     sums: Tensor
     tops: Tensor
+    scores: Tensor
     others: Tensor
     slc_acc: Tensor
     slc_top: Tensor
@@ -187,7 +191,7 @@ def attend(
     rows, slots = b * t * h, 2 if config.compress_block_size > stride else 1
     work = Workspace.of(
         q.device, rows * parts * heads.e, rows * parts, rows * parts, rows * num_blocks * slots,
-        rows * num_tops, rows * heads.e,
+        rows * num_tops, b * t * heads.g * num_blocks, rows * heads.e,
         rows * PLAN.shares * heads.e, rows * PLAN.shares, rows * PLAN.shares,
         *[b * t * heads.g * padded_n] * 2,
     )  # fmt: skip
@@ -205,28 +209,32 @@ def attend(
     # Wide heads fill a multiprocessor's shared memory with one program, which may then have all registers.
     wide = (heads.padded_d + heads.padded_e) * q.element_size() > 512
     registers = {"maxnreg": PLAN.registers} if PLAN.registers and not wide else {}
-    # Programs that all wait at once for the kernel before them have the time to.
-    ahead = int(pdl and parts * heads.g * b * tiles <= PLAN.prefetch * multiprocessors(q.device))
-    # No fewer than make the sums of a head four for each of 128 threads, so that no two have the same.
-    blocks = min(triton.next_power_of_2(max(num_blocks, 512 // slots)), PLAN.select_blocks)
+    stages = tile_stages(heads, q, keys, PLAN.stages)
+    held = (stages - 1) * keys * (heads.padded_d + heads.padded_e) * q.element_size()
+    at_once = min(PLAN.at_once, max(1, launch.shared_memory(q.device) // held)) * multiprocessors(q.device)
+    # Programs that all run at the same time may wait for each other; and while all of them wait for the kernel before,
+    # they have the time to ask for their keys.
+    is_small = parts * heads.g * b * tiles <= at_once
+    chunk = max(PLAN.chunk * (2 // slots), padded_n, tile_blocks)
     decode_split_kernel[(parts * heads.g * b * tiles,)](
         q, cos, sin, tensors.k_cmp, tensors.v_cmp, k_win, v_win, tensors.block_table, tensors.lengths,
         tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.sums, work.tops,
-        work.picks, work.bits, t, heads.g, b * tiles, pages, config.window_size, runs, ahead, num_blocks, num_tops,
-        scale * LOG2E,
+        work.scores, work.picks, work.bits, t, heads.g, b * tiles, pages, config.window_size, runs,
+        int(is_small), num_blocks, num_tops, scale * LOG2E,
         *q.stride()[:3], *(x.stride(i) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win) for i in (0, 2)),
         *(x.stride(1) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win)), GP=group,
         REACH=config.compress_block_size // stride, PER_BLOCK=per_block,
         PER_BLOCK_PADDED=per_block_padded, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
         PAGE_STRIDES=0 if pages == 1 else page_size // stride, RING=0 if shared else k_win.shape[1],
         TILES=tiles, WINDOW_TILES=PLAN.window_tiles,
-        BLOCKS=max(blocks, padded_n, tile_blocks),
-        BLOCK_N=keys, STAGES=tile_stages(heads, q, keys, PLAN.stages), num_warps=PLAN.warps, **common, **launch_pdl,
-        **registers,
+        CHUNK=chunk, BLOCKS=max(PLAN.select_blocks, chunk), BLOCK_N=keys, STAGES=stages, num_warps=PLAN.warps,
+        **common, **launch_pdl, **registers,
     )  # fmt: skip
     per_share, merges = triton.cdiv(n, PLAN.shares), min(PLAN.merges, heads.padded_e)
     finish_n = tile_keys(heads, q, PLAN.finish_n)
-    decode_finish_kernel[((PLAN.shares + merges) * heads.g * b * t * head_tiles,)](
+    is_crowded = PLAN.shares * heads.g * b * t * head_tiles > at_once > 0
+    together, stages = (PLAN.together, PLAN.together_stages) if is_crowded else (1, PLAN.finish_stages)
+    decode_finish_kernel[((PLAN.shares // together + merges) * heads.g * b * t * head_tiles,)](
         q, cos, sin, tensors.k, tensors.v, gates, out, tensors.block_table, tensors.lengths, counts,
         tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.others, work.slc_acc, work.slc_top,
         work.slc_total, work.picks, t, heads.g, b * t * head_tiles, pages, config.window_size, runs, scale * LOG2E,
@@ -234,9 +242,9 @@ def attend(
         tensors.k.stride(1), tensors.v.stride(1),
         ROWS=TILE_ROWS, HAS_COUNTS=counts is not None, TILE_STRIDES=tile_strides,
         WINDOW_SPLITS_PADDED=triton.next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
-        PER_SHARE=per_share, SELECT_PADDED=max(16, triton.next_power_of_2(select)),
-        PICKS=triton.next_power_of_2(per_share),
-        MERGES=merges, BLOCK_N=finish_n, STAGES=tile_stages(heads, q, finish_n, PLAN.finish_stages),
+        PER_SHARE=per_share, TOGETHER=together, SELECT_PADDED=max(16, triton.next_power_of_2(select)),
+        PICKS=triton.next_power_of_2(per_share * together),
+        MERGES=merges, BLOCK_N=finish_n, STAGES=tile_stages(heads, q, finish_n, stages),
         num_warps=PLAN.finish_warps, **common, **launch_pdl,
         **registers,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Second launch of decoding: the selected blocks, the merge of all parts, gates and their sum.
 
-Grid: shares + merges x KV heads x rows x queries. A share attends to some of the selected blocks; a merge puts the
-splits of the first launch together for some columns of v. The last of a query's programs to finish adds the parts in
-their order and writes the output: which program that is changes no sum.
+Grid: shares + merges x KV heads x rows x queries. A share attends to some of the selected blocks; with many rows a
+program has several shares, one after the other. A merge puts the splits of the first launch together for some columns
+of v. The last of a query's programs to finish adds the parts in their order and writes the output: which program that
+is changes no sum.
 """
 
 import triton
@@ -44,7 +45,14 @@ def _merge(
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
-@triton.jit(do_not_specialize=["row_tiles", "window", "runs"])
+@triton.jit
+def _store_share(slc_acc, slc_top, slc_total, acc, totals, top, to, mask, e, E: tl.constexpr):
+    tl.store(slc_top + to, top, mask=mask)
+    tl.store(slc_total + to, tl.sum(totals, 1), mask=mask)
+    tl.store(slc_acc + (to * E)[:, None] + e[None, :], acc, mask=mask[:, None] & (e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["row_tiles", "pages_per_row", "window", "runs"])
 def decode_finish_kernel(
     q, cos, sin, k, v, gates, out, block_table, lengths, counts, arrivals,
     part_acc, part_top, part_total, others, slc_acc, slc_top, slc_total, picks,
@@ -56,17 +64,18 @@ def decode_finish_kernel(
     PAGE_TOKENS: tl.constexpr, ROTATE: tl.constexpr, HAS_COUNTS: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, LEAST_TILES: tl.constexpr, TILE_STRIDES: tl.constexpr,
     WINDOW_SPLITS: tl.constexpr, WINDOW_SPLITS_PADDED: tl.constexpr, WINDOW_KEYS: tl.constexpr,
-    SHARES: tl.constexpr, PER_SHARE: tl.constexpr, PICKS: tl.constexpr, MERGES: tl.constexpr, HEAD_TILES: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARES: tl.constexpr, PER_SHARE: tl.constexpr, TOGETHER: tl.constexpr, PICKS: tl.constexpr, MERGES: tl.constexpr,
+    HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(PDL)
+    PROGRAMS: tl.constexpr = SHARES // TOGETHER
     # All shares come first: they take longest.
     pid = tl.program_id(0)
-    share, rest = pid % SHARES, pid // SHARES
+    part, rest = pid % PROGRAMS, pid // PROGRAMS
     if rest >= row_tiles * groups:
-        pid -= SHARES * row_tiles * groups
-        share, rest = SHARES + pid % MERGES, pid // MERGES
+        pid -= PROGRAMS * row_tiles * groups
+        part, rest = PROGRAMS + pid % MERGES, pid // MERGES
     group, rest = rest % groups, rest // groups
     head_tile, pair = rest % HEAD_TILES, rest // HEAD_TILES
     row, query = pair // t, pair % t
@@ -88,16 +97,16 @@ def decode_finish_kernel(
     if HAS_COUNTS:
         is_padding |= query < t - tl.load(counts + row)
     queries = load_queries(
-        q, cos, sin, row, query + head * 0, group * G + head, mask & (share < SHARES), t, stride_qb, stride_qt,
+        q, cos, sin, row, query + head * 0, group * G + head, mask & (part < PROGRAMS), t, stride_qb, stride_qt,
         stride_qh, D, DP, ROTATE,
     )  # fmt: skip
     wait_for_last(PDL)
     if is_padding:
-        if share == 0:
+        if part == 0:
             tl.store(out + out_at, tl.zeros([ROWS, EP], out.dtype.element_ty), mask=out_mask)
         return
 
-    if share < SHARES:
+    if part < PROGRAMS:
         own_block = position // SELECT
         acc = tl.zeros([ROWS, EP], tl.float32)
         totals = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -107,9 +116,9 @@ def decode_finish_kernel(
         v_head = v + wide(group) * stride_vg
         pick_row = (query_row * groups + group) * NP
         table = block_table + wide(row) * pages_per_row
-        first_pick = share * PER_SHARE
-        num_picks = tl.minimum(tl.minimum(PER_SHARE, N - first_pick), own_block + 1 - first_pick)
-        # The share's blocks and their pages, before the loop, whose loads then wait for no other. Up to n blocks, all
+        first_pick = part * TOGETHER * PER_SHARE
+        num_picks = tl.minimum(N, own_block + 1) - first_pick
+        # The program's blocks and their pages, before the loop, whose loads then wait for no other. Up to n blocks, all
         # are read, and the first launch has chosen none.
         slot = tl.arange(0, PICKS)
         pick = first_pick + slot
@@ -123,13 +132,16 @@ def decode_finish_kernel(
         PADDED: tl.constexpr = BLOCK_N if BLOCK_N < SELECT_PADDED else SELECT_PADDED
         AT_ONCE: tl.constexpr = BLOCK_N // PADDED
         STEPS: tl.constexpr = (SELECT + PADDED - 1) // PADDED
-        for step in tl.range(0, tl.cdiv(num_picks, AT_ONCE) * STEPS, num_stages=STAGES):
-            in_block = step % STEPS * PADDED + offsets % PADDED
+        TILES: tl.constexpr = (PER_SHARE + AT_ONCE - 1) // AT_ONCE * STEPS
+        for step in tl.range(0, TOGETHER * TILES, num_stages=STAGES):
+            share, tile = step // TILES, step % TILES
+            in_block = tile % STEPS * PADDED + offsets % PADDED
             there = in_block < SELECT
             k_rows = k_head + in_block * K_TOKEN
             v_rows = v_head + in_block * V_TOKEN
             for i in tl.static_range(AT_ONCE):
-                number = step // STEPS * AT_ONCE + i
+                in_share = tile // STEPS * AT_ONCE + i
+                number = share * PER_SHARE + in_share
                 is_this = slot == number
                 block = tl.sum(tl.where(is_this, blocks, 0), 0)
                 page = tl.sum(tl.where(is_this, pages, 0), 0).to(tl.int64)
@@ -139,7 +151,8 @@ def decode_finish_kernel(
                     place = start % PAGE_TOKENS
                 is_mine = offsets // PADDED == i
                 # So many keys of this block are there.
-                there &= ~is_mine | (in_block < tl.where(number < num_picks, position + 1 - start, 0))
+                is_pick = (in_share < PER_SHARE) & (number < num_picks)
+                there &= ~is_mine | (in_block < tl.where(is_pick, position + 1 - start, 0))
                 k_rows += tl.where(is_mine, page * stride_kp + wide(place) * K_TOKEN, 0)
                 v_rows += tl.where(is_mine, page * stride_vp + wide(place) * V_TOKEN, 0)
             keys = load_rows(k_rows[:, None] + d[None, :], there, d < D, True, D != DP)
@@ -147,17 +160,21 @@ def decode_finish_kernel(
             acc, totals, top, _, _ = attend_tile(
                 acc, totals, top, queries, keys, values, there[None, :], scale_log2, PRECISION
             )
-        part = head_row * SHARES + share
-        tl.store(slc_top + part, top, mask=mask)
-        tl.store(slc_total + part, tl.sum(totals, 1), mask=mask)
-        tl.store(slc_acc + (part * E)[:, None] + e[None, :], acc, mask=out_mask)
+            if TOGETHER > 1:  # noqa: SIM102 (this one is known when compiling)
+                if tile == TILES - 1:
+                    to = head_row * SHARES + part * TOGETHER + share
+                    _store_share(slc_acc, slc_top, slc_total, acc, totals, top, to, mask, e, E)
+                    # The next share begins anew: what was summed is rescaled to nothing.
+                    top = tl.full([ROWS], float("-inf"), tl.float32)
+        if TOGETHER == 1:
+            _store_share(slc_acc, slc_top, slc_total, acc, totals, top, head_row * SHARES + part, mask, e, E)
     else:
         COLUMNS: tl.constexpr = EP // MERGES
         first = query // BLOCK_Q * BLOCK_Q
         last = last_position(length, t, first, BLOCK_Q)
         _, _, _, active = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
         _, window_active = window_plan(length, t, first, last, window, WINDOW_KEYS)
-        columns = (share - SHARES) * COLUMNS + tl.arange(0, COLUMNS)
+        columns = (part - PROGRAMS) * COLUMNS + tl.arange(0, COLUMNS)
         gate_at = wide(group * G + head) * stride_gh
         gate_cmp = tl.load(gates + gate_at, mask=mask, other=0.0).to(tl.float32)
         gate_win = tl.load(gates + gate_at + 2, mask=mask, other=0.0).to(tl.float32)
@@ -173,7 +190,7 @@ def decode_finish_kernel(
 
     arrival = arrivals + (row * groups + group) * 16 + query
     tl.debug_barrier()
-    if tl.atomic_add(arrival, 1, sem="acq_rel") == (SHARES + MERGES) * HEAD_TILES - 1:
+    if tl.atomic_add(arrival, 1, sem="acq_rel") == (PROGRAMS + MERGES) * HEAD_TILES - 1:
         tl.store(arrival, 0)
         number = tl.arange(0, SHARES)[None, :]
         for tile in tl.static_range(HEAD_TILES):
@@ -186,11 +203,11 @@ def decode_finish_kernel(
             gate_slc = tl.load(gates + gate_at + 1, mask=mask, other=0.0).to(tl.float32)
             at = head_row[:, None] * SHARES + number
             there = mask[:, None] & (number >= 0)
-            tops = tl.load(slc_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-            totals = tl.load(slc_total + at, mask=there, other=0.0, cache_modifier=".cg")
-            highest = tl.max(tops, 1)
+            their_tops = tl.load(slc_top + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            their_totals = tl.load(slc_total + at, mask=there, other=0.0, cache_modifier=".cg")
+            highest = tl.max(their_tops, 1)
             highest = tl.where(highest == float("-inf"), 0.0, highest)
-            divisor = tl.sum(totals * tl.exp2(tops - highest[:, None]), 1)
+            divisor = tl.sum(their_totals * tl.exp2(their_tops - highest[:, None]), 1)
             result = tl.zeros([ROWS, EP], tl.float32)
             for i in tl.static_range(SHARES):
                 one = head_row * SHARES + i

@@ -1,9 +1,9 @@
-"""Top n of the block scores of one query, by the program that was the last to finish its share of the compressed keys.
+"""Scores of the selection blocks of one query, and the top n of them.
 
 The splits left, for each head and block, sums of exp(score - reference) with the tile's reference, side by side: of
 the compressed blocks whose last stride lies in the selection block (each times the strides it has there), and of those
 that end in the next block, times their strides in this one. With the log-sum-exp over all splits they become
-probabilities (eqs. 8 to 10), in fp32, which stay in registers up to the choice.
+probabilities (eqs. 8 to 10), in fp32.
 
 The n-th largest score is found by a search over the bits: what lies above it is taken, then ties from the lowest index
 up; the result comes out ascending. The search starts from a value that n scores are known to reach: the least of the
@@ -36,10 +36,10 @@ def merge_lse(
 
 @triton.jit
 def _scores(
-    sums, tops, lse, first_head, first_tile, tiles, num_blocks, num_tiles, TILE_BLOCKS: tl.constexpr,
+    sums, tops, lse, first_head, first_tile, end_tile, tiles, num_blocks, num_tiles, TILE_BLOCKS: tl.constexpr,
     SLOTS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCKS] of the blocks from `first_tile` on: probabilities of the group's heads, added in order.
+    """Scores [BLOCKS] of the blocks of the tiles first .. end - 1: probabilities of the group's heads, added in order.
 
     A head at a time: its few factors are then loaded as the sums need them, and no layout is converted.
     """
@@ -47,7 +47,7 @@ def _scores(
     COLUMNS: tl.constexpr = TILE_BLOCKS * SLOTS
     tile = first_tile + tl.arange(0, TILES)
     column = tl.arange(0, COLUMNS)[None, :]
-    there, next_there = tile < tiles, tile + 1 < tiles
+    there, next_there = tile < end_tile, tile + 1 < tiles
     # What reaches into a tile's last block was written with the next tile, relative to that one's reference.
     is_next = column == COLUMNS - 1
     at = (tile * COLUMNS)[:, None] + column
@@ -127,29 +127,61 @@ def _take(
 
 
 @triton.jit
-def select_blocks(
-    sums, tops, part_top, part_total, picks, bits, head_row, pick_row, active, parts, position, strides, num_blocks,
-    num_tiles, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, SLOTS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr, BLOCKS: tl.constexpr,
+def _bits(score, block, own_block, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+    """Scores as integers of the same order: infinity for forced blocks, -1 for those after the query's own."""
+    forced = (block < INITIAL) | (block > own_block - LOCAL)
+    score = tl.where(forced, float("inf"), score)
+    return tl.where(block <= own_block, score.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def select_few(
+    sums, tops, part_top, part_total, picks, bits, first_head, active, parts, position, num_blocks, num_tiles,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+    SLOTS: tl.constexpr, SPLITS_PADDED: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr,
+    NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The n blocks of the query at `position`, which has more than n: picks [NP of it], ascending."""
+    """The n blocks, ascending, of the query at `position`, which has more than n and at most CHUNK."""
     own_block = position // SELECT
+    tiles = tl.cdiv((position + 1) // STRIDE, PER_BLOCK * TILE_BLOCKS)
+    lse = merge_lse(part_top, part_total, first_head, active, parts, SPLITS_PADDED, G, GP)
+    score = _scores(
+        sums, tops, lse, first_head, 0, tiles, tiles, num_blocks, num_tiles, TILE_BLOCKS, SLOTS, G, GP, CHUNK
+    )
+    block = tl.arange(0, CHUNK)
+    new = _bits(score, block, own_block, INITIAL, LOCAL)
     FORCED: tl.constexpr = INITIAL + LOCAL
-    tiles = tl.cdiv(strides, PER_BLOCK * TILE_BLOCKS)
+    _take(new, new, block, block, tl.arange(0, NP), picks, bits, tiles * 0 + FORCED, False, FORCED, N, NP, CHUNK)
+
+
+@triton.jit
+def score_blocks(
+    sums, tops, part_top, part_total, scores, first_head, active, parts, first_tile, end_tile, tiles, num_blocks,
+    num_tiles, TILE_BLOCKS: tl.constexpr, SLOTS: tl.constexpr, SPLITS_PADDED: tl.constexpr, G: tl.constexpr,
+    GP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Scores of the blocks of the tiles first .. end - 1, to their places."""
+    lse = merge_lse(part_top, part_total, first_head, active, parts, SPLITS_PADDED, G, GP)
+    for first in tl.range(first_tile, end_tile, CHUNK // TILE_BLOCKS):
+        score = _scores(
+            sums, tops, lse, first_head, first, end_tile, tiles, num_blocks, num_tiles, TILE_BLOCKS, SLOTS, G, GP, CHUNK
+        )
+        block = first * TILE_BLOCKS + tl.arange(0, CHUNK)
+        tl.store(scores + block, score, mask=block < end_tile * TILE_BLOCKS)
+
+
+@triton.jit
+def choose_blocks(
+    scores, picks, bits, own_block, end, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The n best blocks up to `own_block`, ascending; those from `end` on have no compressed key, and score 0."""
+    FORCED: tl.constexpr = INITIAL + LOCAL
     slot = tl.arange(0, NP)
-    picks += pick_row * NP
-    bits += pick_row * NP
-    lse = merge_lse(part_top, part_total, head_row, active, parts, SPLITS_PADDED, G, GP)
     for first in tl.range(0, own_block + 1, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
-        score = _scores(
-            sums, tops, lse, head_row, first // TILE_BLOCKS, tiles, num_blocks, num_tiles, TILE_BLOCKS, SLOTS, G, GP,
-            BLOCKS,
-        )  # fmt: skip
-        forced = (block < INITIAL) | (block > own_block - LOCAL)
-        score = tl.where(forced, float("inf"), score)
-        new = tl.where(block <= own_block, score.to(tl.int32, bitcast=True), -1)
+        score = tl.load(scores + block, mask=block < end, other=0.0, cache_modifier=".cg")
+        new = _bits(score, block, own_block, INITIAL, LOCAL)
         # Forced blocks up to here; the first and the last are not the same ones, since there are more than n.
         infinite = INITIAL + tl.maximum(tl.minimum(first + BLOCKS, own_block + 1) - (own_block - LOCAL + 1), 0)
         if first == 0:

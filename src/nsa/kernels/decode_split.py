@@ -3,13 +3,14 @@
 Grid: splits x KV heads x rows x query tiles. A program runs over one split of one row's keys for one tile of queries
 x heads and leaves its un-normalised output, maximum and sum. K_cmp is read once: the exponentials that the output
 needs are also summed by selection block. The program that finishes a row's compressed keys last selects its blocks
-(decode_select.py); a counter in the cache says which one that is, and no sum depends on it.
+(decode_select.py). Where all programs run at the same time, those of a row wait for each other, so that each scores the
+blocks of its own run. A counter in the cache says who is last; no sum depends on it.
 """
 
 import triton
 import triton.language as tl
 
-from nsa.kernels.decode_select import select_blocks
+from nsa.kernels.decode_select import choose_blocks, score_blocks, select_few
 from nsa.kernels.decode_tiles import (
     attend_tile,
     compressed_plan,
@@ -27,12 +28,14 @@ from nsa.kernels.tiles import load_rows, wide
 
 @triton.jit
 def _store_part(
-    part_acc, part_top, part_total, acc, totals, top, part_row, split, parts, mask, e, E: tl.constexpr,
+    part_acc, part_top, part_total, acc, totals, top, part_row, split, parts, mask, e,
+    E: tl.constexpr,
 ):  # fmt: skip
     at = part_row * parts + split
     tl.store(part_top + at, top, mask=mask)
     tl.store(part_total + at, tl.sum(totals, 1), mask=mask)
-    tl.store(part_acc + (at * E)[:, None] + e[None, :], acc, mask=mask[:, None] & (e < E)[None, :])
+    to = part_acc + (at * E)[:, None] + e[None, :]
+    tl.store(to, acc, mask=mask[:, None] & (e < E)[None, :], eviction_policy="evict_last")
 
 
 @triton.jit
@@ -81,11 +84,71 @@ def _prefetch(
             prefetch_rows(v_rows, there, V_BYTES)
 
 
-@triton.jit(do_not_specialize=["row_tiles", "window", "runs", "ahead"])
+@triton.jit
+def _select(
+    sums, tops, part_top, part_total, scores, picks, bits, arrival, row, group, groups, t, first, length, last,
+    head_tile, split, active, per_split, parts, is_small, num_blocks, num_tops,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+    SLOTS: tl.constexpr, SPLITS_PADDED: tl.constexpr, HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The choice for the queries of a tile, by the last of the row's programs to arrive, or by all of them."""
+    programs = active * HEAD_TILES
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrival, 1, sem="acq_rel") + 1
+    end = tl.minimum(first + BLOCK_Q, t)
+    if last // SELECT < CHUNK:
+        if arrived == programs:
+            tl.store(arrival, 0)
+            for query in tl.range(first, end):
+                position = length - t + query
+                if position // SELECT >= N:
+                    pick_row = (wide(row) * t + query) * groups + group
+                    select_few(
+                        sums, tops, part_top, part_total, picks + pick_row * NP, bits + pick_row * NP, pick_row * G,
+                        active, parts, position, num_blocks, num_tops, STRIDE, SELECT, PER_BLOCK, TILE_BLOCKS, SLOTS,
+                        SPLITS_PADDED, G, GP, N, NP, INITIAL, LOCAL, CHUNK,
+                    )  # fmt: skip
+    else:
+        # Programs that all run at the same time may wait for each other, and score the blocks of their own run.
+        is_shared = (is_small != 0) & (head_tile == 0)
+        while is_shared & (arrived < programs):
+            arrived = tl.atomic_add(arrival, 0, sem="acquire")
+        if is_shared | ((is_small == 0) & (arrived == programs)):
+            for query in tl.range(first, end):
+                position = length - t + query
+                if position // SELECT >= N:
+                    pick_row = (wide(row) * t + query) * groups + group
+                    tiles = tl.cdiv((position + 1) // STRIDE, PER_BLOCK * TILE_BLOCKS)
+                    score_blocks(
+                        sums, tops, part_top, part_total, scores + pick_row * num_blocks, pick_row * G, active, parts,
+                        tl.where(is_shared, split * per_split, 0),
+                        tl.where(is_shared, tl.minimum((split + 1) * per_split, tiles), tiles), tiles, num_blocks,
+                        num_tops, TILE_BLOCKS, SLOTS, SPLITS_PADDED, G, GP, CHUNK,
+                    )  # fmt: skip
+            tl.debug_barrier()
+            if is_shared:
+                # What has arrived before is `programs`, or more.
+                arrived = tl.atomic_add(arrival, 1, sem="acq_rel") + 1 - active
+            if arrived == programs:
+                tl.store(arrival, 0)
+                for query in tl.range(first, end):
+                    position = length - t + query
+                    if position // SELECT >= N:
+                        pick_row = (wide(row) * t + query) * groups + group
+                        tiles = tl.cdiv((position + 1) // STRIDE, PER_BLOCK * TILE_BLOCKS)
+                        choose_blocks(
+                            scores + pick_row * num_blocks, picks + pick_row * NP, bits + pick_row * NP,
+                            position // SELECT, tiles * TILE_BLOCKS, N, NP, INITIAL, LOCAL, BLOCKS,
+                        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["row_tiles", "pages_per_row", "window", "runs", "is_small", "num_blocks", "num_tops"])
 def decode_split_kernel(
     q, cos, sin, k_cmp, v_cmp, k_win, v_win, block_table, lengths, arrivals,
-    part_acc, part_top, part_total, sums, tops, picks, bits,
-    t, groups, row_tiles, pages_per_row, window, runs, ahead, num_blocks, num_tops, scale_log2,
+    part_acc, part_top, part_total, sums, tops, scores, picks, bits,
+    t, groups, row_tiles, pages_per_row, window, runs, is_small, num_blocks, num_tops, scale_log2,
     stride_qb, stride_qt, stride_qh,
     stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg,
     KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
@@ -94,7 +157,7 @@ def decode_split_kernel(
     PER_BLOCK_PADDED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
     PAGE_STRIDES: tl.constexpr, RING: tl.constexpr, PAGE_TOKENS: tl.constexpr, ROTATE: tl.constexpr,
     TILES: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, LEAST_TILES: tl.constexpr,
-    WINDOW_SPLITS: tl.constexpr, WINDOW_TILES: tl.constexpr, BLOCKS: tl.constexpr,
+    WINDOW_SPLITS: tl.constexpr, WINDOW_TILES: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
     HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +171,7 @@ def decode_split_kernel(
     row, tile_of_row = rest // TILES, rest % TILES
     query_tile, head_tile = tile_of_row // HEAD_TILES, tile_of_row % HEAD_TILES
     if PDL:  # noqa: SIM102 (this one is known when compiling)
-        if ahead != 0:
+        if is_small != 0:
             _prefetch(
                 k_cmp, v_cmp, k_win, v_win, block_table, lengths, row, group, split, query_tile * BLOCK_Q,
                 t, pages_per_row, window, runs, stride_kcp, stride_kcg, stride_vcp, stride_vcg,
@@ -194,7 +257,7 @@ def decode_split_kernel(
             at = tile * (TILE_BLOCKS * SLOTS) + (1 - SLOTS) + tl.arange(0, TILE_BLOCKS * SLOTS)
             tl.store(
                 sums + (head_row * (num_blocks * SLOTS))[:, None] + at[None, :], found,
-                mask=mask[:, None] & (at >= 0)[None, :],
+                mask=mask[:, None] & (at >= 0)[None, :], eviction_policy="evict_last",
             )  # fmt: skip
             tl.store(tops + head_row * num_tops + tile, reference, mask=mask)
 
@@ -206,20 +269,12 @@ def decode_split_kernel(
         # With at most n blocks there is nothing to choose.
         if last // SELECT >= N:
             arrival = arrivals + (row * groups + group) * 16 + query_tile
-            tl.debug_barrier()
-            if tl.atomic_add(arrival, 1, sem="acq_rel") == active * HEAD_TILES - 1:
-                tl.store(arrival, 0)
-                for query in tl.range(first, tl.minimum(first + BLOCK_Q, t)):
-                    query_position = length - t + query
-                    if query_position // SELECT >= N:
-                        query_row = wide(row) * t + query
-                        first_head = query_row * heads + group * G
-                        select_blocks(
-                            sums, tops, part_top, part_total, picks, bits, first_head,
-                            query_row * groups + group, active, parts, query_position,
-                            (query_position + 1) // STRIDE, num_blocks, num_tops, SELECT, PER_BLOCK, TILE_BLOCKS,
-                            SLOTS, SPLITS_PADDED, G, GP, N, NP, INITIAL, LOCAL, BLOCKS,
-                        )  # fmt: skip
+            _select(
+                sums, tops, part_top, part_total, scores, picks, bits, arrival, row, group, groups, t, first, length,
+                last, head_tile, split, active, per_split, parts, is_small, num_blocks, num_tops, STRIDE, SELECT,
+                PER_BLOCK, TILE_BLOCKS, SLOTS, SPLITS_PADDED, HEAD_TILES, BLOCK_Q, G, GP, N, NP, INITIAL, LOCAL, CHUNK,
+                BLOCKS,
+            )  # fmt: skip
     else:
         k_head = k_win + wide(group) * stride_kwg
         v_head = v_win + wide(group) * stride_vwg
