@@ -8,10 +8,10 @@ import torch
 from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicCache
 
-from nsa.bench import dense_decoding
+from nsa.bench import dense_decoding, generate
 from nsa.bench.command import GenerateArguments
 from nsa.bench.dense_decoding import DenseDecoder
-from nsa.bench.generate import filled_cache, filled_dense_cache, random_model
+from nsa.bench.generate import Clock, filled_cache, filled_dense_cache, random_model, whole_generation
 from nsa.bench.result import Entry, Result
 from nsa.bench.show import markdown, tables, write
 from nsa.cli import main, parse
@@ -47,6 +47,21 @@ def test_a_filled_cache_is_full_of_finite_numbers_and_decodes():
         for _ in range(8):
             assert decoder(torch.randint(64, (3, 1))).isfinite().all()
     assert [layer.lengths for layer in cache.caches] == [[208] * 3] * 2
+
+
+def test_generate_is_timed_between_tokens_once_its_steps_are_captured(monkeypatch):
+    def generated(model, batch, length, new_tokens, **options):
+        clock = Clock()
+        clock.times = [1.5, 4.0, 5.0, 5.5, 6.25, 6.75] if length == 2000 else [9.0]
+        return 1.0, clock
+
+    monkeypatch.setattr(generate, "_generate", generated)
+    entry = whole_generation(SMALL, None, None, 2000, 3)
+    assert entry.ms == {"NSA": 500.0, "dense, transformers": 500.0}  # of 500, 750 and 500
+    facts = {name.removeprefix("NSA: "): value for name, value in entry.facts.items() if name.startswith("NSA: ")}
+    bytes_read = facts.pop("bytes")
+    assert facts == {"first token, s": 0.5, "second and third token, ms": 3500.0, "all tokens, s": 5.75}
+    assert bytes_read > 0
 
 
 @pytest.mark.parametrize("room", [None, 5])
@@ -100,7 +115,7 @@ def test_the_command_has_its_options_and_one_line_errors(capsys):
     assert parse("bench", ["generate", "--batches", "2", "--lengths", "8"]).what == replace(
         GenerateArguments(), batches=(2,), lengths=(8,)
     )
-    for arguments in (["--batches", "0"], ["--new-tokens", "0"], ["--lengths", "0"]):
+    for arguments in (["--batches", "0"], ["--new-tokens", "3"], ["--lengths", "0"]):
         assert main(["bench", "generate", *arguments]) == 2
         said = capsys.readouterr().err
         assert "expected" in said

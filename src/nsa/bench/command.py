@@ -146,7 +146,7 @@ class GenerateArguments:
     decoding step: of the whole batch over caches filled with random numbers; NSA as generate() runs it (a CUDA graph)
     and without the graph; the dense twin as a CUDA graph over exactly its keys, by FlashAttention-2 and by cuDNN, with
     the same products around it; and as transformers runs it, with a cache that grows and with a static one, neither
-    compiled. generate(): both models' own, from prompt to last token, milliseconds per step after the first token; the
+    compiled. generate(): both models' own, from prompt to last token, milliseconds between tokens (the median); the
     dense twin with the cache that grows. first token: a prompt of one row, NSA in chunks.
 
     Examples:
@@ -163,7 +163,7 @@ class GenerateArguments:
     generate_at: tuple[int, ...] = (65536,)
     """Lengths at which generate() runs from the prompt on, with the largest batch; none to leave it out."""
     new_tokens: int = 64
-    """Tokens that generate() makes."""
+    """Tokens that generate() makes, four or more: the first three are not among those that are timed."""
     prompts: tuple[int, ...] = (8192, 65536, 131072)
     """Lengths of prompts of which the first token is timed; none to leave it out."""
     dense_prompt: int = 131072
@@ -199,9 +199,9 @@ class GenerateArguments:
                 f"out; got {list(self.lengths)}, {list(self.generate_at)} and {list(self.prompts)}"
             )
         _check(lengths, self.repetitions)
-        if not self.batches or min(*self.batches, self.new_tokens, self.prefill_chunk) < 1:
+        if not self.batches or min(*self.batches, self.prefill_chunk) < 1 or self.new_tokens < 4:
             raise ValueError(
-                "--batches, --new-tokens and --prefill-chunk: expected at least 1, got "
+                "--batches, --new-tokens and --prefill-chunk: expected at least 1, 4 and 1, got "
                 f"{list(self.batches)}, {self.new_tokens} and {self.prefill_chunk}"
             )
         _run("generate", self)

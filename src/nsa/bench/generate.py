@@ -1,9 +1,11 @@
 """`nsa bench generate`: a language model that decodes, beside its dense twin; both with random weights."""
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -162,7 +164,7 @@ class Clock(StoppingCriteria):
 def whole_generation(
     arguments: GenerateArguments, nsa: NSALlamaForCausalLM, dense: NSALlamaForCausalLM, length: int, batch: int
 ) -> Entry:
-    """Milliseconds per step after the first token, which has a fact of its own; once each, after a short warm-up."""
+    """Milliseconds between tokens, the median of one run after a short warm-up; what comes before is in the facts."""
     ms, facts = {}, {"rows": float(batch)}
     for name, model, options in (
         ("NSA", nsa, {"prefill_chunk_size": arguments.prefill_chunk}),
@@ -170,8 +172,12 @@ def whole_generation(
     ):
         _generate(model, batch, min(length, 1024), 4, **options)
         started, clock = _generate(model, batch, length, arguments.new_tokens, **options)
-        ms[name] = (clock.times[-1] - clock.times[0]) * 1e3 / max(1, len(clock.times) - 1)
+        waits = [(after - before) * 1e3 for before, after in pairwise(clock.times)]
+        ms[name] = statistics.median(waits[2:])
+        # The two steps before may compile for a new shape, and capture.
         facts[f"{name}: first token, s"] = clock.times[0] - started
+        facts[f"{name}: second and third token, ms"] = sum(waits[:2])
+        facts[f"{name}: all tokens, s"] = clock.times[-1] - started
         _free()
     facts |= {f"{name}: bytes": float(p.step_bytes) for name, p in _plans(arguments, length, batch).items()}
     return Entry(length=length, inputs=f"batch {batch}", part="generate()", ms=ms, facts=facts)
