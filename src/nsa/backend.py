@@ -18,6 +18,9 @@ Backend = Literal["auto", "torch", "triton"]
 # Head widths are padded to a power of two inside the kernels; past this a tile no longer fits.
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32
+# Groups of up to so many heads attend by blocks of keys; the parts that their queries get take so many bytes at a time.
+SMALL_GROUP = 4
+PARTS_BYTES = 640 << 20
 MIN_CAPABILITY = (8, 0)
 
 try:

@@ -7,7 +7,10 @@ from layouts import LAYOUTS, Layout
 from poison import poisoned_memory
 
 from nsa.config import NSAConfig
-from nsa.testing import INPUT_FAMILIES
+from nsa.kernels import selected_by_block
+from nsa.kernels.selected_forward import selected_forward
+from nsa.modules.rotary import rotate
+from nsa.testing import INPUT_FAMILIES, assert_close_to_fp64
 
 pytestmark = pytest.mark.gpu
 
@@ -29,6 +32,7 @@ CASES = [
     *(Case(layout=whole(1000), config=SPARSE, h=64, g=4, d=128, e=128, family=family) for family in INPUT_FAMILIES),
     *(Case(layout=whole(length)) for length in LENGTHS),
     *(Case(layout=whole(300), config=SMALL, h=2 * group, g=2, d=64, e=64) for group in (1, 2, 3, 4, 6, 8, 16, 32)),
+    *(Case(layout=whole(1500), config=SPARSE, h=2 * group, g=2, d=128, e=128) for group in (1, 4)),
     *(Case(layout=whole(300), config=SMALL, h=8, g=2, d=d, e=e) for d, e in WIDTHS),
     *(Case(layout=whole(300), config=SMALL, h=8, g=2, dtype=dtype) for dtype in DTYPES),
     *(Case(layout=whole(700), config=config, h=8, g=2) for config in (DEFAULT, SPARSE, ODD, FLAT)),
@@ -49,3 +53,31 @@ def test_every_kernel_is_within_the_budget(case: Case, check: str, monkeypatch: 
     run = Run(case, "cuda")
     poisoned_memory(monkeypatch)
     getattr(run, check)()
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
+def test_small_groups_repeat_bit_by_bit_whatever_shares_a_tile(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Case(layout=whole(3000), config=SPARSE, h=2 * group, g=2), "cuda")
+    indices = run.block_indices()
+    poisoned_memory(monkeypatch)
+
+    def attend() -> tuple[torch.Tensor, torch.Tensor]:
+        return selected_forward(run.q, run.k, run.v, indices, run.raw, SPARSE, run.scale)
+
+    first = attend()
+    for _ in range(3):
+        assert all(torch.equal(x, y) for x, y in zip(first, attend(), strict=True))
+    monkeypatch.setattr(selected_by_block, "PARTS_BYTES", 1 << 20)  # other passes, other lists
+    assert all(torch.equal(x, y) for x, y in zip(first, attend(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 64), (1, 80), (3, 128)])
+def test_the_rotation_is_within_the_budget(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 8, 700, width, device="cuda", dtype=dtype).transpose(1, 2)
+    angles = torch.randn(rows, 700, width, device="cuda")
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    truth, plain = rotate(x.double(), cos.double(), sin.double()), rotate(x, cos, sin)
+    with torch.no_grad():
+        found = rotate(x, cos, sin)
+    assert_close_to_fp64(found, plain, truth, "rotated", largest_score=1.0)

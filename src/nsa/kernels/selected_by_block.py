@@ -22,17 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.backend import PARTS_BYTES, SMALL_GROUP
 from nsa.config import NSAConfig
 from nsa.kernels.launch import Heads, TileSize, tile_for
 from nsa.kernels.layout import PACKED, Layout, sequence_of
 from nsa.kernels.selected_backward import keys_of
 from nsa.kernels.tiles import LN2, load_rows, wide
 
-# Query heads of a group, up to which this is faster than the union.
-MAX_GROUP = 4
 MAX_SELECT, MAX_WIDTH = 128, 128
-# Bytes of parts at a time, about: more queries go in passes.
-PARTS_BYTES = 640 << 20
 # Rows of a work item: enough to load a block of keys once for many.
 ITEM_ROWS = 512
 PICKS = 512  # in a program of count and lists
@@ -45,7 +42,7 @@ MERGE_ROWS = 16
 def serves(q: Tensor, heads: Heads, config: NSAConfig) -> bool:
     return (
         q.element_size() == 2
-        and heads.per_group <= MAX_GROUP
+        and heads.per_group <= SMALL_GROUP
         and max(heads.d, heads.e) <= MAX_WIDTH
         and config.select_block_size <= MAX_SELECT
     )

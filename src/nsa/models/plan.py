@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa.backend import PARTS_BYTES, SMALL_GROUP
 from nsa.cache import StaticNSACache
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.modeling import NSALlamaForCausalLM
@@ -140,6 +141,10 @@ def _prefill_bytes(config: NSALlamaConfig, attention: str, columns: int, size: i
     queries, pairs = h * width, branches * 2 * g * width
     # Embeddings, residual and its norm, rotary factors; then queries and their rotation (or the branches' outputs and
     # their sum) beside all keys and values, twice where they are rotated or gathered; or gate, up and their product.
-    attention_part = 5 * queries + 2 * pairs
-    mlp_part = 4 * config.intermediate_size
-    return columns * size * (3 * config.hidden_size + 4 * width + max(attention_part, mlp_part))
+    attention_part = columns * size * (5 * queries + 2 * pairs)
+    if attention == "nsa" and h // g <= SMALL_GROUP:
+        # Of every selected block: an output, its greatest score and its sum, in fp32.
+        parts = columns * config.nsa_config.num_selected_blocks * h * (width * size + 8)
+        attention_part += min(parts, PARTS_BYTES)
+    mlp_part = columns * size * 4 * config.intermediate_size
+    return columns * size * (3 * config.hidden_size + 4 * width) + max(attention_part, mlp_part)
