@@ -4,12 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from step_checks import USES, check_project, check_rms_norm
+from step_checks import USES, check_begin, check_project, check_rms_norm
 from torch import Tensor
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig
 from nsa.backend import use_backend
 from nsa.cache import LayerCache, PagedNSACache, StaticNSACache, convert
+from nsa.kernels.decode_append import decode_append_kernel
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
 from nsa.models.decoding import Decoder
 from nsa.models.plan import plan
@@ -130,6 +131,24 @@ def test_rows_forked_from_one_prompt_share_its_pages() -> None:
 def test_the_products_of_a_step_are_within_the_budget(use, dtype, rows, width, columns) -> None:
     check_project(rows, width, columns, use, dtype, "cuda")
     check_rms_norm(rows, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("t", "counts"), [(1, None), (1, (0, 1, 1, 1)), (6, (6, 0, 3, 1))])
+def test_a_step_begins_within_the_budget(t, counts, dtype) -> None:
+    check_begin((0, 3, 64, 900001), t, counts, dtype, "cuda")
+
+
+@torch.no_grad()
+def test_a_cache_of_another_length_compiles_no_append_again() -> None:
+    attention, x, counts = layer(), torch.randn(2, 301, 128, device="cuda"), []
+    for length in (310, 700, 5000):
+        cache = StaticNSACache(CONFIG, length)
+        with use_backend("triton"):
+            split(attention, x, [300, 1], cache)
+        counts.append(len(decode_append_kernel.device_caches[torch.cuda.current_device()][0]))
+    assert counts[0] > 0
+    assert len(set(counts)) == 1, counts
 
 
 # ---- the model and its graphs ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from triton.runtime import JITFunction
 
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
-from nsa.kernels import decode, launch, rotary, rows
+from nsa.kernels import decode, launch, rotary, rows, step_begin
 from nsa.kernels import step as steps
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
@@ -153,6 +153,8 @@ def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
         tensors, *new, config, "mlp", phi(d), phi(e), factors, factors, counts, factors, factors
     )  # fmt: skip
     weight = tensor(4 * h * d, h * d)
+    ids, frequencies = tensor(b, t, dtype=torch.int64), tensor(d // 2, dtype=torch.float32)
+    step_begin.begin(ids, tensor(32000, h * d), counts, counts, frequencies, 1.0, config)
     steps.rms_norm(tensor(b, h * d), tensor(h * d), 1e-5)
     steps.project(tensor(4 * b, h * d), weight, up=weight)
 

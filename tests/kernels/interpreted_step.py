@@ -10,7 +10,7 @@ TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS), str(TESTS / "gpu")]
 
 from poison import poisoned_memory
-from step_checks import USES, check_project, check_rms_norm
+from step_checks import USES, check_begin, check_project, check_rms_norm
 
 from nsa.backend import use_backend
 from nsa.kernels import step as kernels
@@ -37,6 +37,12 @@ def test_every_product_is_within_the_budget(use: str, rows: int, width: int, col
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_norms_are_within_the_budget(rows: int, width: int, dtype: torch.dtype) -> None:
     check_rms_norm(rows, width, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("t", "counts"), [(1, None), (1, (0, 1, 1, 1)), (6, (6, 0, 3, 1))])
+def test_a_step_begins_within_the_budget(t: int, counts: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+    check_begin((0, 3, 64, 70001), t, counts, dtype, "cpu")
 
 
 def test_what_the_kernels_are_meant_for() -> None:

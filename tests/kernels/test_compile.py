@@ -31,6 +31,7 @@ KERNELS = {
     "delta_kernel",
     "rotate_kernel",
     "rms_norm_kernel",
+    "begin_kernel",
 }
 # Decoding has 16 rows, so its products are mma everywhere.
 DECODING = {

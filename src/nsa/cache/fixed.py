@@ -114,14 +114,16 @@ class FixedNSACache(LayerCache):
         """
         if t > self.max_new:
             raise ValueError(f"{type(self).__name__}: expected at most max_new={self.max_new} new tokens, got {t}")
+        ends = [length + t for length in self._bounds]
         try:
-            self._give_room(self._bounds, [length + t for length in self._bounds])
+            self._give_room(self._bounds, ends)
         except ValueError:
             if self._exact:
                 raise
             lengths = self.lengths
-            self._give_room(lengths, [length + t for length in lengths])
-        self._bounds = [length + t for length in self._bounds]
+            ends = [length + t for length in lengths]
+            self._give_room(lengths, ends)
+        self._bounds = ends
         self._exact = self._exact and not some_may_wait
 
     # ---- tokens of a prefill ----------------------------------------------------------------------------------

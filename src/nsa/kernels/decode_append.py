@@ -11,6 +11,8 @@ No program waits for another: parts read new tokens from the arguments and older
 the lengths before they arrive at a counter, where the last one writes the new lengths, and a part whose tile completes
 nothing ends there. No sum depends on who is last.
 
+The next kernel may begin when all have arrived: begun at once, the attention's first launch takes 10 us longer.
+
 The counters are the first of the cache's `arrivals`, which belong to the attention at other times: every launch waits
 for what came before it, and only then arrives.
 """
@@ -287,7 +289,6 @@ def decode_append_kernel(
     SLICE_D: tl.constexpr, SLICE_E: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(PDL)
     wait_for_last(PDL)
     pid = tl.program_id(0)
     if pid < rows * t:
@@ -314,6 +315,7 @@ def decode_append_kernel(
             v_raw, cos, sin, row, column, t, groups, stride_vrb, stride_vrt, stride_vrg, GROUPS, E, EP, False
         )
         is_last = _arrive(arrivals, tl.num_programs(0))
+        let_next_begin(PDL)
         position = length + column - (t - new)
         there = (column >= t - new) & (position < room)
         page, place = page_of(block_table, only_page, row, position, there, pages_per_row, PAGE_TOKENS)
@@ -335,6 +337,7 @@ def decode_append_kernel(
             flat, rows * num_new * groups, lengths, counts, t, groups, num_new, BLOCK, STRIDE, HAS_COUNTS
         )
         is_last = _arrive(arrivals, tl.num_programs(0))
+        let_next_begin(PDL)
         if tl.sum(complete.to(tl.int32), 0) > 0:
             if part < parts_k:
                 _compress(

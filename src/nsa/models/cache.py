@@ -70,7 +70,9 @@ class NSALlamaCache(Cache):
     @property
     def fixed(self) -> list[FixedNSACache]:
         """Of every layer, where they are static or paged and have their memory; else none."""
-        return [cache for cache in self.caches if isinstance(cache, FixedNSACache) and cache.is_allocated]
+        if self.layout == "growing":
+            return []
+        return [layer.nsa for layer in self.layers if layer.nsa.is_allocated]
 
     def make_room(self, t: int, *, some_may_wait: bool = False) -> None:
         """`FixedNSACache.make_room` of every layer. All have the same room: the first refuses, or none."""

@@ -56,7 +56,7 @@ class Decoder:
         self.cache.make_room(1, some_may_wait=self.counts is not None)
         self.ids.copy_(input_ids)
         if self.counts is not None and attention_mask is not None:
-            self.counts.copy_(attention_mask[:, -1] != 0)
+            torch.ne(attention_mask[:, -1], 0, out=self.counts)
         self.steps += 1
         if not self.capture:
             return self.step()

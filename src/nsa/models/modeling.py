@@ -202,10 +202,10 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             counts: int32 [rows], how many of the t columns are tokens, the last ones of each row; None where all are.
             decoder: of this model, in whose place its modules do the same.
         """
+        if decoder is not None:
+            return decoder(input_ids, [layer.tensors for layer in cache.fixed], counts)
         hidden = self.embed_tokens(input_ids)
         step = self._step(hidden, cache, counts)
-        if decoder is not None:
-            return decoder(hidden, [layer.tensors for layer in cache.fixed], step)
         for layer in self.layers:
             hidden = layer(hidden, past_key_values=cache, decode_step=step)
         return self.norm(hidden)

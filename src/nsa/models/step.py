@@ -1,8 +1,9 @@
-"""A decoding step through the layers of a Llama, from embeddings to hidden states.
+"""A decoding step through a Llama, from token ids to hidden states.
 
 As modules, a layer is seventeen operations that each wait for the one before, of which ten only carry a few numbers
 from one product to the next. Here it is two norms, four products and the attention: maps of the same input are one
-product, and gates, sigmoids and residuals belong to the product before them.
+product, and gates, sigmoids and residuals belong to the product before them. Embeddings and rotary factors are one
+launch.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from nsa.backend import resolve
 from nsa.cache_tensors import CacheTensors
@@ -81,10 +82,18 @@ class StepLayer:
 
 
 class StepDecoder:
-    """All layers of a model, without embedding and head."""
+    """All of a model but its head."""
 
     def __init__(self, model: Any) -> None:
         self.layers, self.norm = [StepLayer(layer) for layer in model.layers], model.norm
+        self.embedding, self.rotary, self.config = model.embed_tokens, model.rotary_emb, model.config
+        self.begins_plainly = (
+            type(self.embedding) is nn.Embedding
+            and self.embedding.max_norm is None
+            and type(self.rotary) is LlamaRotaryEmbedding
+            and self.rotary.rope_type not in ("dynamic", "longrope")  # whose frequencies change with the length
+            and not any(map(_is_hooked, (self.embedding, self.rotary)))
+        )
 
     @classmethod
     def of(cls, model: Any) -> "StepDecoder | None":
@@ -92,14 +101,30 @@ class StepDecoder:
         return cls(model) if all(map(_is_plain, model.layers)) else None
 
     def __call__(
-        self, embeds: Float[Tensor, "b t hidden"], caches: Sequence[CacheTensors], step: DecodeStep
+        self, input_ids: Int[Tensor, "b t"], caches: Sequence[CacheTensors], counts: Int32[Tensor, " b"] | None
     ) -> Float[Tensor, "b t hidden"]:
         """Hidden states after all layers and the last norm; the tokens are appended to the caches."""
+        embeds, step = self.begin(input_ids, caches[0].lengths, counts)
         hidden = embeds.flatten(0, 1)
         for layer, tensors in zip(self.layers, caches, strict=True):
             out = layer.attend(norm(hidden, layer.layer.input_layernorm), tensors, step)
             hidden = layer.behind_attention(hidden, out)
         return norm(hidden, self.norm).view_as(embeds)
+
+    def begin(
+        self, input_ids: Int[Tensor, "b t"], lengths: Int32[Tensor, " b"], counts: Int32[Tensor, " b"] | None
+    ) -> tuple[Float[Tensor, "b t hidden"], DecodeStep]:
+        """Embeddings, and what the layers share."""
+        table, rotary, config = self.embedding.weight, self.rotary, self.config.nsa_config
+        if self.begins_plainly and operations_for(table[: input_ids.numel()]) is not ops:
+            from nsa.kernels.step_begin import begin
+
+            embeds, *factors = begin(
+                input_ids, table, lengths, counts, rotary.inv_freq, rotary.attention_scaling, config
+            )
+            return embeds, DecodeStep(counts, *factors)
+        embeds = self.embedding(input_ids)
+        return embeds, DecodeStep.after(lengths, input_ids.shape[1], counts, config, rotary, embeds)
 
 
 def norm(hidden: Float[Tensor, "rows hidden"], module: LlamaRMSNorm) -> Float[Tensor, "rows hidden"]:
@@ -134,5 +159,9 @@ def _is_plain(layer: Any) -> bool:
         and mlp.config.hidden_act == "silu"
         and not mlp.config.mlp_bias
         and len({(p.dtype, p.device) for p in layer.parameters()}) == 1
-        and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules())
+        and not _is_hooked(layer)
     )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules())
