@@ -18,7 +18,7 @@ COMMANDS = {
     "eval": ("nsa.eval.command:EvalArguments", "judge models at long context: needle, recall, perplexity"),
     "compare": ("nsa.eval.compare_command:CompareArguments", "attention methods side by side, at one budget"),
     "fetch": ("nsa.eval.compare_command:FetchArguments", "fetch a real model to try things on"),
-    "bench": ("nsa.bench.command:BenchArguments", "time the kernels, a layer or a training step on a GPU"),
+    "bench": ("nsa.bench.command:BenchArguments", "time kernels, a layer, a training step or decoding on a GPU"),
     "demo": ("nsa.eval.command:DemoArguments", "train three twins on this machine, judge them, write a report"),
 }
 

@@ -1,4 +1,4 @@
-"""The dense twin at its best: a decoding step as a CUDA graph over exactly the keys that there are."""
+"""The dense twin's decoding step as a CUDA graph over exactly the keys that there are."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ class DenseDecoder:
     """Steps of one token a row at position length - 1, over random keys and values before it.
 
     A captured graph knows one length; the step is repeated at that length. Dense attention over a longer buffer under a
-    mask, as a graph for every length would need it, takes longer. All but attention is done as in NSA's step. Each
-    backend gets the heads in the form in which it is faster, every key read once: cuDNN by enable_gqa, FlashAttention-2
-    with a group as the queries of its KV head.
+    mask, as a graph for every length would need it, takes longer. Products and norms are those of NSA's step;
+    embedding, rotation and the writing of k and v are PyTorch's. Each backend gets the heads in the form in which it is
+    faster, every key read once: cuDNN by enable_gqa, FlashAttention-2 with a group as the queries of its KV head.
     """
 
     def __init__(

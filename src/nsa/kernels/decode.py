@@ -58,7 +58,8 @@ TILE_BYTES = 32768
 
 def tile_keys(heads: Heads, q: Tensor, keys: int) -> int:
     """Keys in a tile for these widths."""
-    # Tiles of 16-bit keys are not cut below 64: with 32, of wide heads, the selection was wrong on an H200.
+    # Tiles of 16-bit keys are not cut below 64: with 32, of wide heads, an earlier form of the kernels selected wrong
+    # blocks on an H200 (docs/kernels.md).
     least = 64 if q.element_size() == 2 else 16
     while keys > least and keys * (heads.padded_d + heads.padded_e) * q.element_size() > TILE_BYTES:
         keys //= 2

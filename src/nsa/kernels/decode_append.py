@@ -11,7 +11,8 @@ No program waits for another: parts read new tokens from the arguments and older
 the lengths before they arrive at a counter, where the last one writes the new lengths, and a part whose tile completes
 nothing ends there. No sum depends on who is last.
 
-The next kernel may begin when all have arrived: begun at once, the attention's first launch takes 10 us longer.
+The next kernel may begin when all have arrived: begun at once, the attention's first launch takes 10 to 14 us longer
+(docs/kernels.md).
 
 The counters are the first of the cache's `arrivals`, which belong to the attention at other times: every launch waits
 for what came before it, and only then arrives.

@@ -3,8 +3,9 @@
 Grid: splits x KV heads x rows x query tiles. A program runs over one split of one row's keys for one tile of queries
 x heads and leaves its un-normalised output, maximum and sum. K_cmp is read once: the exponentials that the output
 needs are also summed by selection block. The program that finishes a row's compressed keys last selects its blocks
-(decode_select.py). Where all programs run at the same time, those of a row wait for each other, so that each scores the
-blocks of its own run. A counter in the cache says who is last; no sum depends on it.
+(decode_select.py). Where all programs run at the same time, those of a long row, of more than CHUNK blocks, wait for
+each other, so that each scores the blocks of its own run. A counter in the cache says who is last; no sum depends on
+it.
 """
 
 import triton

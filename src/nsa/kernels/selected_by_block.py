@@ -2,9 +2,9 @@
 
 A tile of queries that walks the union of its blocks (`selected_forward`) shares them among the heads of a group. With
 few heads its rows are many queries, whose blocks differ, and most of what it computes is masked. Here a tile's rows are
-the queries that selected one block, which is loaded once for all of them, and no row is masked but those of the queries
-inside the block. What a query gets from a block is a part: output, greatest score and sum, in a place of its own. The
-parts of a query are then added in the order of its slots.
+the queries that selected one block, which is loaded once for all of them, and no row is masked but at a list's end and
+for the queries inside the block. What a query gets from a block is a part: output, greatest score and sum, in a place
+of its own. The parts of a query are then added in the order of its slots.
 
 count       grid (picks): how many queries each segment has: (KV head, block of the batch), and the same once more for
             the queries that lie inside the block, which alone need a mask
@@ -222,7 +222,7 @@ def merge_parts_kernel(
     total = tl.where(is_empty, 1.0, total)
     acc = tl.zeros([ROWS, EP], tl.float32)
     for i in tl.static_range(N):
-        # Nothing here waits for anything: all loads are under way at once.
+        # No load depends on another; the weights of a slot still go through shared memory (docs/kernels.md, Log).
         part_row = part + i * G
         part_o = tl.load(part_out + (part_row * E)[:, None] + e[None, :], mask=exists[:, None] & (e < E)[None, :])
         top_i = tl.load(statistics + 2 * part_row, mask=exists, other=float("-inf"))

@@ -1,7 +1,8 @@
 """Attention over the selected blocks, and dq: a tile of neighbouring queries against the union of their blocks.
 
 Grid (query tiles, KV heads, rows). Rows are BLOCK_Q queries x GROUP heads; a block of keys (in steps of BLOCK_N) is
-loaded once for the tile, and the bit of each query says whether it attends.
+loaded once for the tile, and the bit of each query says whether it attends. The forward of groups of few heads is that
+of selected_by_block.py.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """How a decoding step begins, in one launch: embeddings, and the rotary factors that all layers share.
 
-In PyTorch these are two dozen operations on a few numbers, which wait for each other longer than they take.
+In PyTorch these are some twenty operations on a few numbers, which wait for each other longer than they take.
 """
 
 import torch
