@@ -219,14 +219,14 @@ def _compress(
     """A part of phi of a tile's blocks, keys or values; the last of them writes the compressed ones."""
     # What the parts leave for a block: the first layer's units, then the mean; only the one for linear, or mean.
     hidden += wide(flat) * (units + (0 if KIND == 1 else D))
-    if KIND > 0:  # noqa: SIM102 (this one is known when compiling)
+    if KIND > 0:
         if part * UNITS < units:
             _first_layer(
                 x, ring, position_encoding, weight_in, bias_in, hidden, row, head, length, new, last, complete,
                 part * UNITS, t, units, stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
                 D, DP, BLOCK, STRIDE, RING, KIND == 2, UNITS, ROWS, WARPS, SLICE, STAGES, PRECISION,
             )  # fmt: skip
-    if KIND != 1:  # noqa: SIM102
+    if KIND != 1:
         if part == parts - 1:
             _mean(
                 x, ring, hidden + units, row, head, length, new, last, complete, t,

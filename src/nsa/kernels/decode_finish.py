@@ -160,7 +160,7 @@ def decode_finish_kernel(
             acc, totals, top, _, _ = attend_tile(
                 acc, totals, top, queries, keys, values, there[None, :], scale_log2, PRECISION
             )
-            if TOGETHER > 1:  # noqa: SIM102 (this one is known when compiling)
+            if TOGETHER > 1:
                 if tile == TILES - 1:
                     to = head_row * SHARES + part * TOGETHER + share
                     _store_share(slc_acc, slc_top, slc_total, acc, totals, top, to, mask, e, E)

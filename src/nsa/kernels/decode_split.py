@@ -171,7 +171,7 @@ def decode_split_kernel(
     group, rest = rest % groups, rest // groups
     row, tile_of_row = rest // TILES, rest % TILES
     query_tile, head_tile = tile_of_row // HEAD_TILES, tile_of_row % HEAD_TILES
-    if PDL:  # noqa: SIM102 (this one is known when compiling)
+    if PDL:
         if is_small != 0:
             _prefetch(
                 k_cmp, v_cmp, k_win, v_win, block_table, lengths, row, group, split, query_tile * BLOCK_Q,
