@@ -42,7 +42,8 @@ def test_help_shows_examples(command, capsys):
     [
         (["dance"], "unknown command 'dance'; expected one of train"),
         (["train", "--preset", "huge"], "unknown preset 'huge'; expected one of demo, small, 1b"),
-        (["train", "--no-such-flag"], "--no-such-flag"),
+        (["train", "--no-such-flag"], "error: Unrecognized options: --no-such-flag"),
+        (["bench", "show", "/nowhere.json"], "error: no such file: /nowhere.json (expected what `nsa bench"),
         (["train", "--hidden-size", "wide"], "invalid literal for int"),
         (["train", "--data", "/nowhere", "--out", "/tmp/nsa-unused"], "no such file or folder"),
         (["train", "--nsa.window-size", "0"], "window_size"),

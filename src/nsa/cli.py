@@ -88,7 +88,8 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        frame = re.compile(r"[\u2500-\u257f]+")  # tyro draws a box around what it says
+        # tyro draws a box with a title around what it says; in ASCII, rules under the title and inside.
+        frame = re.compile(r"\u256d.*|[\u2500-\u257f]+|\A.*\n *-{3,}|-{3,} *$", re.MULTILINE)
         raise ValueError(frame.sub(" ", said.getvalue())) from None
 
 

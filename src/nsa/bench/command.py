@@ -282,6 +282,8 @@ class ShowArguments:
         from nsa.bench.result import Result
         from nsa.bench.show import print_tables, write
 
+        if not self.result.is_file():
+            raise ValueError(f"no such file: {self.result} (expected what `nsa bench ... --output` wrote)")
         try:
             result = Result.from_json(self.result.read_text())
         except (TypeError, KeyError, ValueError) as error:
