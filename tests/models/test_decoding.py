@@ -6,7 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM, modeling
+from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM, generation
 from nsa.models.decoding import Decoder
 
 SIZES = {
@@ -53,7 +53,7 @@ def new_cache(built, layout, **kwargs) -> NSALlamaCache:
 @pytest.fixture
 def graphs_without_capture(monkeypatch):
     """generate() as on a GPU, each step run where a replay would be."""
-    monkeypatch.setattr(modeling, "Decoder", partial(Decoder, capture=False))
+    monkeypatch.setattr(generation, "Decoder", partial(Decoder, capture=False))
     monkeypatch.setattr(NSALlamaForCausalLM, "_why_no_cuda_graph", lambda self, config: None)
 
 
