@@ -20,6 +20,7 @@ LAYERS = [
     {"shapes", "backend", "cache_tensors"},
     {"kernels"},
     {"ops"},
+    {"composed"},
     {"functional", "decoding", "cache", "distributed"},
     {"modules"},
     {"models"},

@@ -7,6 +7,17 @@ from typing import Any, Literal
 Compression = Literal["mlp", "linear", "mean"]
 
 
+SIZES = (
+    "compress_block_size",
+    "compress_stride",
+    "select_block_size",
+    "num_selected_blocks",
+    "num_initial_blocks",
+    "num_local_blocks",
+    "window_size",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NSAConfig:
     """Block sizes, strides and counts of NSA; the defaults are the paper's (arXiv:2502.11089, section 4.1).
@@ -70,6 +81,16 @@ class NSAConfig:
             raise ValueError(f"NSAConfig: expected {rule}, got {got}")
 
     # Counts
+
+    @property
+    def sizes(self) -> list[int]:
+        """The seven numbers that the attention itself needs, as its operators take them."""
+        return [getattr(self, name) for name in SIZES]
+
+    @classmethod
+    def from_sizes(cls, sizes: list[int]) -> "NSAConfig":
+        named: dict[str, Any] = dict(zip(SIZES, sizes, strict=True))
+        return cls(**named)
 
     def num_compressed_blocks(self, length: int) -> int:
         """Compression blocks that lie wholly inside the first `length` tokens: block i needs i*d + l <= length."""

@@ -5,14 +5,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.backend import Backend, resolve
+from nsa.composed import composed, composed_attention, is_traced
 from nsa.config import NSAConfig
-from nsa.ops.causal_attention import causal_attention
-from nsa.ops.combine import combine
 from nsa.ops.compress import compress, phi_mean
-from nsa.ops.compressed_attention import compressed_attention
-from nsa.ops.selected_attention import selected_attention
-from nsa.ops.selection import compressed_attention_and_selection
-from nsa.ops.window_attention import window_attention
 from nsa.shapes import Sequences
 
 DEFAULT = NSAConfig()
@@ -86,7 +81,7 @@ def native_sparse_attention(
         k_win, v_win, seqlens_win = k, v, seqlens_k
 
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v, k_win, v_win = (_autocast(x, dtype) for x in (q, k, v, k_win, v_win))
         if k_cmp is not None and v_cmp is not None:
@@ -111,30 +106,13 @@ def native_sparse_attention(
             scale=scale, nonnegative_gates=nonnegative_gates,
         )  # fmt: skip
 
-    sequences_win = sequences if seqlens_win is None else Sequences(seqlens_k=seqlens_win)
-    selects_all = _sees_all(q, k, v, sequences, config.num_selected_blocks * config.select_block_size)
-    sees_all = _sees_all(q, k_win, v_win, sequences_win, config.window_size)
-    if selects_all:
-        out_cmp, _ = compressed_attention(q, k_cmp, v_cmp, config, num_keys=k.shape[1], scale=scale)
-        out_slc = causal_attention(q, k, v, scale=scale)
-    else:
-        out_cmp, _, block_indices = compressed_attention_and_selection(
-            q, k_cmp, v_cmp, config, num_keys=k.shape[1], sequences=sequences, scale=scale
-        )
-        out_slc, _ = selected_attention(q, k, v, block_indices, config, sequences=sequences, scale=scale)
-    if sees_all and selects_all and k_win is k and v_win is v:
-        out_win = out_slc
-    elif sees_all:
-        out_win = causal_attention(q, k_win, v_win, scale=scale)
-    else:
-        out_win, _ = window_attention(q, k_win, v_win, config.window_size, sequences=sequences_win, scale=scale)
-    return combine(out_cmp, out_slc, out_win, gates)
-
-
-def _sees_all(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, reach: int) -> bool:
-    """Whether a branch that reaches so far sees all of the past, and PyTorch has a kernel for that."""
-    is_whole = sequences.is_uniform and 0 < k.shape[1] == q.shape[1] <= reach
-    return is_whole and q.device.type == "cpu" and k.shape[-1] == v.shape[-1]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    tensors = (q, k_cmp, v_cmp, k, v, k_win, v_win, gates)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win)
+    if is_traced(q):
+        return composed_attention(*tensors, *lengths, config.sizes, scale)
+    return composed(*tensors, *lengths, config, scale)
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -148,7 +148,7 @@ def test_weights_side_by_side_are_the_models_own(tmp_path):
             assert one.inputs.weight.data_ptr() == other.inputs.weight.data_ptr()
             assert one.inputs.weight.data_ptr() == one.attention.q_proj.weight.data_ptr()
             assert torch.equal(one.inputs.weight, other.inputs.weight)
-            assert torch.equal(one.inputs.weight[-1], one.attention.gate_proj.weight[-1])
+            assert torch.equal(one.inputs.weight[-1], one.attention.g_proj.weight[-1])
         assert all(torch.equal(parameter, before[name]) for name, parameter in built.named_parameters())
         for parameter in built.model.layers.parameters():
             parameter.mul_(1.0 if parameter.dim() == 1 else 0.9)

@@ -121,7 +121,7 @@ def test_the_layer_starts_near_mean_pooling_with_gates_at_one_half():
     torch.testing.assert_close(attention.compress_k(blocks), blocks.mean(-2))
     linear = NativeSparseAttention(24, 4, 2, config=NSAConfig.from_dict({**CONFIG.to_dict(), "compression": "linear"}))
     torch.testing.assert_close(linear.compress_v(blocks), blocks.mean(-2))
-    assert (attention.gate_proj(torch.randn(1, 3, 24)) == 0.5).all()
+    assert (attention.g_proj(torch.randn(1, 3, 24)).sigmoid() == 0.5).all()
 
 
 def test_forward_and_gradients_are_finite_in_bf16():
@@ -162,7 +162,7 @@ def test_parameters_and_cache_bytes_are_counted():
         (lambda: NativeSparseAttention(24, 4, 3), "multiple of num_kv_heads, got 4 and 3"),
         (lambda: NativeSparseAttention(25, 4, 2), "got 25 and 4"),
         (lambda: NativeSparseAttention(20, 4, 2, 5), "head_dim should be even, got 5"),
-        (lambda: layer()(torch.zeros(1, 3, 23, dtype=torch.float64)), "width 24, got \\[1, 3, 23\\]"),
+        (lambda: layer()(torch.zeros(1, 3, 23, dtype=torch.float64)), "hidden=24\\], got \\[1, 3, 23\\]"),
         (
             lambda: layer()(torch.zeros(2, 3, 24, dtype=torch.float64), attention_mask=torch.ones(2, 2)),
             "\\[b=2, at least t=3\\], got \\[2, 2\\]",
@@ -171,7 +171,7 @@ def test_parameters_and_cache_bytes_are_counted():
             lambda: layer()(
                 torch.zeros(1, 3, 24, dtype=torch.float64), cache=NSACache(CONFIG), cu_seqlens=torch.tensor([0, 3])
             ),
-            "neither a cache nor",
+            "cu_seqlens does not go with a cache",
         ),
     ],
 )

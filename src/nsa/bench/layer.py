@@ -12,6 +12,7 @@ from nsa.bench.result import Entry
 from nsa.bench.timing import interleaved, peak_gib
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.rotary import RotaryEmbedding, rotate
+from nsa.modules.token_layout import TokenLayout
 
 # The first that serves: cuDNN's is the faster on Hopper.
 DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
@@ -76,14 +77,16 @@ def _phi(layer: NativeSparseAttention, length: int, device: str) -> tuple[Callab
     """Compression of a layer's keys and values alone."""
     size = (1, length, layer.num_kv_heads, layer.head_dim)
     k, v = (torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    x = torch.empty(1, length, layer.hidden_size, device=device, dtype=torch.bfloat16)
+    layout = TokenLayout.of(x, layer.rotary, layer.config)
     parameters = [k, v, *layer.compress_k.parameters(), *layer.compress_v.parameters()]
 
     def forward() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return layer._compress_run(k, v, 0)
+            return layer._compress(k, v, layout)
 
     def both() -> object:
-        outs = layer._compress_run(k, v, 0)
+        outs = layer._compress(k, v, layout)
         return torch.autograd.grad(outs, parameters, [torch.ones_like(out) for out in outs])
 
     return forward, both

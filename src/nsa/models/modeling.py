@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
-    flash_attention_mask,
     sdpa_mask,
     sliding_window_overlay,
 )
@@ -27,9 +27,14 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, Llama
 from nsa.models.cache import NSALlamaCache
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.generation import GenerationPolicy
+from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
 from nsa.models.step import StepDecoder
-from nsa.modules.attention import DecodeStep, Gates, NativeSparseAttention, RotaryFactors, step_padding
+from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
+from nsa.modules.decode_step import DecodeStep, step_padding
+from nsa.modules.projections import StartingLinear
+from nsa.modules.rotary import RotaryFactors
+from nsa.modules.token_layout import TokenLayout
 
 
 def window_mask(*args: Any, config: NSALlamaConfig, mask_function: Any = causal_mask_function, **kwargs: Any) -> Any:
@@ -39,8 +44,7 @@ def window_mask(*args: Any, config: NSALlamaConfig, mask_function: Any = causal_
     return sdpa_mask(*args, mask_function=and_masks(mask_function, window), config=config, **kwargs)
 
 
-# NSA's module gets the 2-D padding mask as it is; it never calls the attention function registered beside it.
-AttentionMaskInterface.register("nsa", flash_attention_mask)
+# NSA's module never calls the attention function registered beside it; no mask is made for it.
 AttentionInterface.register("nsa", sdpa_attention_forward)
 AttentionMaskInterface.register("nsa_window", window_mask)
 AttentionInterface.register("nsa_window", sdpa_attention_forward)
@@ -64,58 +68,53 @@ class NSALlamaAttention(NativeSparseAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        cu_seq_lens_q: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        layout: TokenLayout | None = None,
+        factors: RotaryFactors | None = None,
         decode_step: DecodeStep | None = None,
-        rotary_factors: RotaryFactors | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        cache = None
-        if past_key_values is not None:
-            if not isinstance(past_key_values, NSALlamaCache):
-                got = type(past_key_values).__name__
-                raise ValueError(f"attention='nsa' needs an NSALlamaCache as past_key_values, got {got}")
-            layer = past_key_values.layers[self.layer_idx]
-            cache = layer.nsa
-            if decode_step is not None:
-                return self.decode(hidden_states, cache.tensors, decode_step), None
-        out = super().forward(
-            hidden_states, cache=cache, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q, factors=rotary_factors
-        )
-        if cache is not None:
-            layer.num_columns += hidden_states.shape[1]
+        if past_key_values is None:
+            return super().forward(hidden_states, layout=layout), None
+        layer = past_key_values.layers[self.layer_idx]
+        if decode_step is not None:
+            return self.decode(hidden_states, layer.nsa.tensors, decode_step), None
+        out = super().forward(hidden_states, cache=layer.nsa, attention_mask=token_mask, factors=factors)
+        layer.num_columns += hidden_states.shape[1]
         return out, None
 
 
 class FusedRMSNorm(LlamaRMSNorm):
-    """Llama's norm; without gradients in one operation instead of seven, rounded once, and in fp64 where x is."""
+    """Llama's norm in one operation instead of seven, rounded once, and in fp64 where x is."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and hidden_states.dtype == self.weight.dtype:
+        if hidden_states.dtype == self.weight.dtype:
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         return super().forward(hidden_states)
 
 
-def _has_no_padding(attention_mask: Tensor | None) -> bool:
-    return attention_mask is None or bool((attention_mask != 0).all())
-
-
-def packed_boundaries(position_ids: Tensor) -> Tensor | None:
-    """cu_seqlens of packed sequences whose position_ids [1, t] start again from 0; None where they never do."""
-    if not (position_ids.diff(dim=-1) < 0).any():
-        return None
-    if position_ids.shape[0] != 1:
-        raise ValueError(f"packed position_ids should come as one row, got {list(position_ids.shape)}")
-    starts = (position_ids[0] == 0).nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([position_ids.shape[1]])])
+# The gates' map once had the name of the MLP's, and a linear phi was one parameter.
+OLD_NAMES = {
+    r"self_attn\.gate_proj\.": "self_attn.g_proj.",
+    r"compress_k\.weight$": "compress_k.out.weight",
+    r"compress_v\.weight$": "compress_v.out.weight",
+}
 
 
 class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
     config: NSALlamaConfig
     config_class = NSALlamaConfig
     _can_compile_fullgraph = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; folders that an earlier version wrote load too, and are saved under the new names."""
+        loaded = super().from_pretrained(*args, **{"key_mapping": OLD_NAMES, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        kept = [one for one in getattr(model, "_weight_conversions", None) or () if not isinstance(one, WeightRenaming)]
+        model._weight_conversions = kept or None
+        return loaded
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The configuration's `attention` decides; for the dense twin transformers may choose its kernel."""
@@ -126,15 +125,10 @@ class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Llama's, and: phi starts as the block mean, gates at 1/2."""
         super()._init_weights(module)
-        if isinstance(module, Compression):
-            if module.kind == "linear":
-                mean = torch.eye(module.dim, dtype=module.weight.dtype, device=module.weight.device)
-                init.copy_(module.weight, mean.repeat(1, module.block_size) / module.block_size)
-            elif module.kind == "mlp":
-                init.normal_(module.position_encoding, std=self.config.initializer_range)
-                init.zeros_(module.out.weight)
-        elif isinstance(module, Gates):
-            init.zeros_(module.weight)
+        if isinstance(module, Compression) and module.kind == "mlp":
+            init.normal_(module.position_encoding, std=self.config.initializer_range)
+        elif isinstance(module, StartingLinear):
+            init.copy_(module.weight, module.start(module.weight))
 
 
 class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
@@ -142,6 +136,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
 
     def __init__(self, config: NSALlamaConfig) -> None:
         super().__init__(config)
+        self.nsa_config = config.nsa_config
         for layer_idx, layer in enumerate(self.layers):
             if config.attention == "nsa":
                 layer.self_attn = NSALlamaAttention(config, layer_idx)
@@ -160,31 +155,67 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        if self.config.attention == "nsa" and past_key_values is None:
-            # A cache that nobody will read costs memory in training; it is made where generation can use it.
-            use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
+        if self.config.attention != "nsa":
+            return super().forward(
+                input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("NSALlamaModel: give either input_ids or inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None:
+            cu_seqlens, attention_mask, use_cache = self._packing(
+                embeds, attention_mask, position_ids, use_cache, kwargs
+            )
             past_key_values = NSALlamaCache(self.config) if use_cache else None
-            # Asked once, not by every layer: the answer waits for the device.
-            is_asked = position_ids is not None and kwargs.get("cu_seq_lens_q") is None
-            if is_asked and past_key_values is None and _has_no_padding(attention_mask):
-                assert position_ids is not None
-                kwargs["cu_seq_lens_q"] = packed_boundaries(position_ids)
-        if isinstance(past_key_values, NSALlamaCache) and not torch.is_grad_enabled():
-            fixed, given = past_key_values.fixed, input_ids if inputs_embeds is None else inputs_embeds
-            if fixed and given is not None and fixed[0].can_step(given.shape[1]):
-                embeds = self.embed_tokens(given) if inputs_embeds is None else given
+        elif not isinstance(past_key_values, NSALlamaCache):
+            got = type(past_key_values).__name__
+            raise ValueError(f"attention='nsa' needs an NSALlamaCache as past_key_values, got {got}")
+        elif kwargs.pop("cu_seq_lens_q", None) is not None:
+            raise ValueError("NSALlamaModel: cu_seq_lens_q (packed sequences) does not go with past_key_values")
+        else:
+            check_positions(position_ids, past_key_values, attention_mask, embeds.shape[1])
+
+        if past_key_values is None:
+            kwargs["layout"] = TokenLayout.of(
+                embeds, self.rotary_emb, self.nsa_config,
+                attention_mask=attention_mask, cu_seqlens=cu_seqlens, position_ids=position_ids,
+            )  # fmt: skip
+        else:
+            fixed = past_key_values.fixed
+            if fixed and fixed[0].can_step(embeds.shape[1]) and not torch.is_grad_enabled() and self.can_step():
                 return self._forward_step(embeds, attention_mask, past_key_values, use_cache=use_cache, **kwargs)
-        if isinstance(past_key_values, NSALlamaCache):
-            kwargs["rotary_factors"] = RotaryFactors()
+            kwargs.update(factors=RotaryFactors(self.rotary_emb), token_mask=attention_mask)
         return super().forward(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            inputs_embeds=embeds, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
             **kwargs,
-        )
+        )  # fmt: skip
+
+    def can_step(self) -> bool:
+        """Whether every layer can take the decoding step made for static and paged caches."""
+        return all(layer.self_attn.can_step() for layer in self.layers)
+
+    def _packing(
+        self, embeds: Tensor, mask: Tensor | None, position_ids: Tensor | None, use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor | None, Tensor | None, bool]:  # fmt: skip
+        """cu_seqlens of packed sequences, the mask without them, and whether this forward makes a cache.
+
+        A cache that nobody will read costs memory in training; it is made where generation can use it, and where its
+        lengths say the positions.
+        """
+        cu_seqlens: Tensor | None = kwargs.pop("cu_seq_lens_q", None)
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)
+        if cu_seqlens is None and position_ids is not None:
+            cu_seqlens = packed_boundaries(position_ids, mask, *embeds.shape[:2])
+            mask = mask if cu_seqlens is None else None
+        wanted = not self.training and (self.config.use_cache if use_cache is None else use_cache)
+        plain = cu_seqlens is None and (not wanted or follow_each_other(position_ids, mask))
+        if use_cache and wanted and not plain:
+            what = "packed sequences" if cu_seqlens is not None else "position_ids that do not count from 0"
+            raise ValueError(f"NSALlamaModel: {what} leave no cache behind; expected use_cache=False")
+        return cu_seqlens, mask, wanted and plain
 
     def decode(
         self,
@@ -211,7 +242,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
 
     def _step(self, embeds: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> DecodeStep:
         """What the layers share, made once for all of them."""
-        lengths, config = cache.fixed[0].tensors.lengths, self.config.nsa_config
+        lengths, config = cache.fixed[0].tensors.lengths, self.nsa_config
         return DecodeStep.after(lengths, embeds.shape[1], counts, config, self.rotary_emb, embeds)
 
     def _forward_step(

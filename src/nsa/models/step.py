@@ -18,7 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from nsa.backend import resolve
 from nsa.cache_tensors import CacheTensors
-from nsa.modules.attention import DecodeStep, Gates
+from nsa.modules.decode_step import DecodeStep
+from nsa.modules.projections import is_hooked, is_plain
 from nsa.ops import step as ops
 
 
@@ -92,7 +93,7 @@ class StepDecoder:
             and self.embedding.max_norm is None
             and type(self.rotary) is LlamaRotaryEmbedding
             and self.rotary.rope_type not in ("dynamic", "longrope")  # whose frequencies change with the length
-            and not any(map(_is_hooked, (self.embedding, self.rotary)))
+            and not any(is_hooked(m) for one in (self.embedding, self.rotary) for m in one.modules())
         )
 
     @classmethod
@@ -145,7 +146,7 @@ def operations_for(x: Float[Tensor, "rows width"]) -> ModuleType:
 
 def _inputs(attention: Any) -> list[nn.Linear]:
     if hasattr(attention, "input_projections"):
-        return [*attention.input_projections(), attention.gate_proj]
+        return [*attention.input_projections(), attention.g_proj]
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
@@ -153,15 +154,11 @@ def _is_plain(layer: Any) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     maps = [*_inputs(attention), attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return (
-        all(type(one) in (nn.Linear, Gates) for one in maps)
+        all(map(is_plain, maps))
         and all(isinstance(norm, LlamaRMSNorm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and type(mlp) is LlamaMLP
         and mlp.config.hidden_act == "silu"
         and not mlp.config.mlp_bias
         and len({(p.dtype, p.device) for p in layer.parameters()}) == 1
-        and not _is_hooked(layer)
+        and not any(map(is_hooked, layer.modules()))
     )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules())

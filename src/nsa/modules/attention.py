@@ -1,12 +1,11 @@
 """The NSA layer: from hidden states to hidden states, with or without a cache."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nsa.cache import FixedNSACache, LayerCache
@@ -15,81 +14,12 @@ from nsa.config import NSAConfig
 from nsa.decoding import append_tokens, decode_attention
 from nsa.functional import native_sparse_attention
 from nsa.modules.compression import Compression
-from nsa.modules.rotary import RotaryEmbedding, rotate
-from nsa.ops.compress import compress
+from nsa.modules.decode_step import DecodeStep, step_padding
+from nsa.modules.projections import StartingLinear, project
+from nsa.modules.rotary import Rotary, RotaryEmbedding, RotaryFactors, rotate
+from nsa.modules.token_layout import TokenLayout, padding
+from nsa.ops.compress import blocks_of
 from nsa.ops.selection import block_scores, select_blocks
-from nsa.shapes import Sequences
-
-
-class Gates(nn.Linear):
-    """sigmoid(W x + b): a scalar in (0, 1) per query head and branch (cmp, slc, win); all 1/2 at the start."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__(hidden_size, 3 * num_heads)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Float[Tensor, "b t hidden"]) -> Float[Tensor, "b t h 3"]:
-        return super().forward(x).sigmoid().unflatten(-1, (-1, 3))
-
-
-Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class RotaryFactors:
-    """cos and sin of evenly spaced positions, each run of them computed once for all layers of one forward pass."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-
-    def evenly_spaced(
-        self, rotary: Rotary, like: Tensor, first: int, count: int, stride: int = 1
-    ) -> tuple[Float[Tensor, "1 count d"], Float[Tensor, "1 count d"]]:
-        """Of the positions first, first + stride, .. in like's dtype, on its device."""
-        key = (first, count, stride, like.dtype, like.device)
-        if key not in self._known:
-            positions = torch.arange(first, first + count * stride, stride, device=like.device)
-            self._known[key] = rotary(like, positions[None])
-        return self._known[key]
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """What all layers of a decoding step of t new tokens share, on the device, from the lengths before it.
-
-    counts: how many of the t columns are tokens, the last ones of each row; None where all are.
-    cos, sin: rotary factors of the columns.
-    cos_cmp, sin_cmp: those of the compressed keys whose blocks may complete.
-    """
-
-    counts: Int32[Tensor, " b"] | None
-    cos: Float[Tensor, "b t d"]
-    sin: Float[Tensor, "b t d"]
-    cos_cmp: Float[Tensor, "b new d"]
-    sin_cmp: Float[Tensor, "b new d"]
-
-    @classmethod
-    def after(
-        cls,
-        lengths: Int32[Tensor, " b"],
-        t: int,
-        counts: Int32[Tensor, " b"] | None,
-        config: NSAConfig,
-        rotary: Rotary,
-        like: Tensor,
-    ) -> "DecodeStep":
-        """The step of t columns after `lengths` tokens; `like` gives the factors' dtype and device."""
-        first = lengths + (0 if counts is None else counts - t)
-        positions = first[:, None] + torch.arange(t, device=lengths.device)
-        # The block that ends with stride number c begins at (c + 1) d - l; c = length // d is the first to complete.
-        stride = config.compress_stride
-        strides = lengths[:, None] // stride + torch.arange(-(-t // stride), device=lengths.device)
-        blocks = (strides + 1) * stride - config.compress_block_size
-        factors = rotary(like, torch.cat([positions, blocks], dim=1).clamp(min=0))
-        (cos, cos_cmp), (sin, sin_cmp) = ((x[:, :t].contiguous(), x[:, t:].contiguous()) for x in factors)
-        return cls(counts, cos, sin, cos_cmp, sin_cmp)
 
 
 class NativeSparseAttention(nn.Module):
@@ -154,8 +84,9 @@ class NativeSparseAttention(nn.Module):
             self.v_proj_win = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=bias)
         self.compress_k = Compression(head_dim, config)
         self.compress_v = Compression(v_head_dim, config)
-        self.gate_proj = Gates(hidden_size, num_heads)
+        self.g_proj = StartingLinear(hidden_size, 3 * num_heads, torch.zeros_like)  # all gates 1/2
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+        self.register_load_state_dict_pre_hook(_rename_old)
 
     def forward(
         self,
@@ -164,6 +95,8 @@ class NativeSparseAttention(nn.Module):
         cache: LayerCache | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
+        position_ids: Int[Tensor, "_ t"] | None = None,
+        layout: TokenLayout | None = None,
         factors: RotaryFactors | None = None,
     ) -> Float[Tensor, "b t hidden"]:
         """Attention output of new tokens, after those that the cache remembers.
@@ -175,77 +108,69 @@ class NativeSparseAttention(nn.Module):
                 are a decoding step: kernels made for it, where they can serve, and nothing waits for the device.
             attention_mask: [b, at least t], nonzero where a token is; only the last t columns matter, and padding
                 may lie anywhere among them.
-            cu_seqlens: packed sequences (b == 1, no cache).
-            factors: of the rotary embedding, for layers that share it: what one computes the next ones take.
+            cu_seqlens: packed sequences, which follow one another through all rows (no cache): from 0 to b t, rising;
+                empty ones are legal. They stay on the device and are trusted.
+            position_ids: positions for the rotation, [b or 1, t]; by default every sequence begins at 0. They do not
+                say where sequences begin: `cu_seqlens` does. Not with a cache.
+            layout: made of the three before (`TokenLayout.of`), for layers that share it.
+            factors: the same for layers over a cache.
 
         Returns:
             [b, t, hidden_size]; rows of padding carry only the output projection's bias.
 
         Raises:
-            ValueError: shapes that do not fit, or cu_seqlens together with a cache or mask.
+            ValueError: shapes that do not fit, or arguments that exclude each other.
         """
-        b, t, width = x.shape
-        if width != self.hidden_size:
-            raise ValueError(f"NativeSparseAttention: expected x of width {self.hidden_size}, got {list(x.shape)}")
-        if cu_seqlens is not None and (cache is not None or attention_mask is not None):
-            raise ValueError("NativeSparseAttention: cu_seqlens goes with neither a cache nor an attention_mask")
-        if isinstance(cache, FixedNSACache) and cache.can_step(t) and not torch.is_grad_enabled():
-            return self._decode_columns(x, cache, attention_mask)
-        counts = order = None
-        if attention_mask is not None:
-            counts, order = _padding(attention_mask, b, t)
-        if order is not None:
-            x = x.gather(1, order.unsqueeze(-1).expand_as(x))
-
-        past = cache.lengths if cache is not None and cache.lengths else [0] * b
-        factors = RotaryFactors() if factors is None else factors
-        if counts is None and cu_seqlens is None and len(set(past)) <= 1:
-            cos, sin = factors.evenly_spaced(self.rotary, x, past[0] if past else 0, t)
-        else:
-            cos, sin = self.rotary(x, _positions(past, counts, t, cu_seqlens, x.device))
-        q = rotate(self._heads(self.q_proj, x), cos, sin)
-        k, v, k_win, v_win, k_raw, v_raw = self._keys_and_values(x, cos, sin)
-        gates = self.gate_proj(x)
-
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            expected = f"[b, t, hidden={self.hidden_size}]"
+            raise ValueError(f"NativeSparseAttention: x should have shape {expected}, got {list(x.shape)}")
         if cache is not None:
-            compress_run = partial(self._compress_run, factors=factors)
-            views = cache.append(k, v, k_win, v_win, k_raw, v_raw, compress_run, counts=counts)
-            k, v, k_win, v_win = views.k, views.v, views.k_win, views.v_win
-            k_cmp, v_cmp = views.k_cmp, views.v_cmp
-            seqlens_k, seqlens_win = views.seqlens_k, views.seqlens_win
-        else:
-            seqlens_k = seqlens_win = None
-            if counts is not None:
-                seqlens_k = seqlens_win = torch.tensor(counts, device=x.device)
-                shift = _left_aligned(counts, t, x.device)
-                k, v, k_win, v_win, k_raw, v_raw = (
-                    y.gather(1, shift[:, :, None, None].expand_as(y)) for y in (k, v, k_win, v_win, k_raw, v_raw)
+            if cu_seqlens is not None or position_ids is not None:
+                given = "cu_seqlens" if cu_seqlens is not None else "position_ids"
+                raise ValueError(
+                    f"NativeSparseAttention: {given} does not go with a cache, whose lengths say the positions"
                 )
-            k_cmp, v_cmp = self._compress_whole(k_raw, v_raw, Sequences(cu_seqlens))
-
+            return self._forward_over_cache(x, cache, attention_mask, factors)
+        if layout is None:
+            layout = TokenLayout.of(
+                x, self.rotary, self.config,
+                attention_mask=attention_mask, cu_seqlens=cu_seqlens, position_ids=position_ids,
+            )  # fmt: skip
+        q, k, v, k_win, v_win, k_raw, v_raw, gates = self._inputs(layout.sort(x), layout.cos, layout.sin)
+        if layout.counts is not None:
+            k, v, k_win, v_win, k_raw, v_raw = map(layout.to_the_left, (k, v, k_win, v_win, k_raw, v_raw))
+        k_cmp, v_cmp = self._compress(k_raw, v_raw, layout)
         out = native_sparse_attention(
-            q,
-            k,
-            v,
-            gates,
-            self.config,
-            k_cmp=k_cmp,
-            v_cmp=v_cmp,
-            k_win=k_win,
-            v_win=v_win,
-            cu_seqlens_q=cu_seqlens,
-            seqlens_k=seqlens_k,
-            seqlens_win=seqlens_win,
+            q, k, v, gates, self.config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
+            cu_seqlens_q=layout.cu_seqlens, seqlens_k=layout.counts, seqlens_win=layout.counts, nonnegative_gates=True,
+        )  # fmt: skip
+        return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
+
+    def _forward_over_cache(
+        self, x: Tensor, cache: LayerCache, attention_mask: Tensor | None, factors: RotaryFactors | None
+    ) -> Tensor:
+        b, t, _ = x.shape
+        if isinstance(cache, FixedNSACache) and cache.can_step(t) and not torch.is_grad_enabled() and self.can_step():
+            return self._decode_columns(x, cache, attention_mask)
+        counted, order = padding(attention_mask, b, t)
+        counts = None if counted is None else counted.tolist()
+        past = cache.lengths or [0] * b
+        factors = factors or RotaryFactors(self.rotary)
+        if counts is None and len(set(past)) <= 1:
+            cos, sin = factors.evenly_spaced(x, past[0] if past else 0, t)
+        else:
+            cos, sin = self.rotary(x, _positions(past, counts, t, x.device))
+        layout = TokenLayout(cos, sin, cos, sin, counts=counted, order=order)
+        q, k, v, k_win, v_win, k_raw, v_raw, gates = self._inputs(layout.sort(x), cos, sin)
+        compress_run = partial(self._compress_run, factors=factors)
+        views = cache.append(k, v, k_win, v_win, k_raw, v_raw, compress_run, counts=counts)
+        out = native_sparse_attention(
+            q, views.k, views.v, gates, self.config, k_cmp=views.k_cmp, v_cmp=views.v_cmp,
+            k_win=views.k_win, v_win=views.v_win, seqlens_k=views.seqlens_k, seqlens_win=views.seqlens_win,
             nonnegative_gates=True,
-        )
-        if counts is not None:
-            # In a chunk, the columns before a row's tokens fall on positions of its past; they are still padding.
-            padding = torch.arange(t, device=x.device) < t - torch.tensor(counts, device=x.device)[:, None]
-            out = out.masked_fill(padding[:, :, None, None], 0.0)
-        y = self.o_proj(out.flatten(2))
-        if order is not None:
-            y = torch.empty_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
-        return y
+        )  # fmt: skip
+        # In a chunk, the columns before a row's tokens fall on positions of its past; they are still padding.
+        return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
 
     def input_projections(self) -> list[nn.Linear]:
         """q, k, v; and those of the window's and of compression's keys and values where they have their own."""
@@ -253,6 +178,10 @@ class NativeSparseAttention(nn.Module):
         if self.config.shared_kv:
             return own
         return [*own, self.k_proj_win, self.v_proj_win, self.k_proj_cmp, self.v_proj_cmp]
+
+    def can_step(self) -> bool:
+        """Whether `decode` serves: phi is its weights and nothing else."""
+        return self.compress_k.is_plain() and self.compress_v.is_plain()
 
     def decode(
         self, x: Float[Tensor, "b t hidden"], tensors: CacheTensors, step: DecodeStep
@@ -263,7 +192,7 @@ class NativeSparseAttention(nn.Module):
         has been told by `make_room`. Columns before a row's tokens are padding and carry only the output's bias.
         """
         projected = [projection(x) for projection in self.input_projections()]
-        return self.o_proj(self.decode_heads(projected, self.gate_proj(x), tensors, step).flatten(2))
+        return self.o_proj(self.decode_heads(projected, self._gates(self.g_proj(x)), tensors, step).flatten(2))
 
     def decode_heads(
         self, projected: Sequence[Tensor], gates: Float[Tensor, "b t h 3"], tensors: CacheTensors, step: DecodeStep
@@ -293,10 +222,9 @@ class NativeSparseAttention(nn.Module):
     @torch.no_grad()
     def select(self, x: Float[Tensor, "b t hidden"]) -> tuple[Float[Tensor, "b t g blocks"], Int[Tensor, "b t g n"]]:
         """What this layer would read of whole sequences x: the block scores and the selected block indices."""
-        cos, sin = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
-        q = rotate(self._heads(self.q_proj, x), cos, sin)
-        *_, k_raw, v_raw = self._keys_and_values(x, cos, sin)
-        k_cmp, _ = self._compress_whole(k_raw, v_raw, Sequences())
+        layout = TokenLayout.of(x, self.rotary, self.config)
+        q, *_, k_raw, v_raw, _ = self._inputs(x, layout.cos, layout.sin)
+        k_cmp, _ = self._compress(k_raw, v_raw, layout)
         return block_scores(q, k_cmp, self.config), select_blocks(q, k_cmp, self.config)
 
     def num_parameters(self) -> int:
@@ -311,80 +239,44 @@ class NativeSparseAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.config}"
 
-    def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
-        dim = self.head_dim if projection in (self.q_proj, self.k_proj) else None
-        heads = self.num_heads if projection is self.q_proj else self.num_kv_heads
-        return projection(x).unflatten(-1, (heads, dim or -1))
-
-    def _keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """k, v, k_win, v_win rotated; k_raw, v_raw for compression."""
-        k, v = self._heads(self.k_proj, x), self._heads(self.v_proj, x)
+    def _inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v, k_win, v_win rotated; k_raw, v_raw for compression; gates."""
+        q, k, v, *rest, gates = project(x, [*self.input_projections(), self.g_proj])
+        q = rotate(q.unflatten(-1, (self.num_heads, -1)), cos, sin)
+        k, v, *rest = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in (k, v, *rest))
+        rotated, gates = rotate(k, cos, sin), self._gates(gates)
         if self.config.shared_kv:
-            rotated = rotate(k, cos, sin)
-            return rotated, v, rotated, v, k, v
-        k_win, v_win = self._heads(self.k_proj_win, x), self._heads(self.v_proj_win, x)
-        k_raw, v_raw = self._heads(self.k_proj_cmp, x), self._heads(self.v_proj_cmp, x)
-        return rotate(k, cos, sin), v, rotate(k_win, cos, sin), v_win, k_raw, v_raw
+            return q, rotated, v, rotated, v, k, v, gates
+        k_win, v_win, k_raw, v_raw = rest
+        return q, rotated, v, rotate(k_win, cos, sin), v_win, k_raw, v_raw, gates
 
-    def _compress_run(
-        self, k_raw: Tensor, v_raw: Tensor, first: int, factors: RotaryFactors | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Compress raw tokens that begin at block `first`; the keys are rotated at their blocks' first positions."""
-        k_cmp = compress(k_raw, self.compress_k, self.config)
-        v_cmp = compress(v_raw, self.compress_v, self.config)
-        factors, stride = factors or RotaryFactors(), self.config.compress_stride
-        cos, sin = factors.evenly_spaced(self.rotary, k_cmp, first * stride, k_cmp.shape[1], stride)
-        return rotate(k_cmp, cos, sin), v_cmp
+    def _gates(self, x: Float[Tensor, "b t h3"]) -> Float[Tensor, "b t h 3"]:
+        """Scalars in (0, 1) for each query head: compressed, selected, window."""
+        return x.sigmoid().unflatten(-1, (self.num_heads, 3))
 
-    def _compress_whole(self, k_raw: Tensor, v_raw: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        if not sequences.is_packed:
-            return self._compress_run(k_raw, v_raw, 0)
-        parts = list(sequences.parts(self.config, 1, k_raw.shape[1], k_raw.shape[1]))
-        own = [slice(part.k_start, part.k_start + part.num_keys) for part in parts]
-        runs = [self._compress_run(k_raw[:, one], v_raw[:, one], 0) for one in own]
-        return torch.cat([k for k, _ in runs], dim=1), torch.cat([v for _, v in runs], dim=1)
+    def _compress(self, k_raw: Tensor, v_raw: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """The compressed keys, rotated, and values of whole sequences."""
+        k_blocks, v_blocks = (
+            blocks_of(x, self.config) if layout.blocks is None else layout.blocks.gather(x) for x in (k_raw, v_raw)
+        )
+        return rotate(self.compress_k(k_blocks), layout.cos_cmp, layout.sin_cmp), self.compress_v(v_blocks)
+
+    def _compress_run(self, k_raw: Tensor, v_raw: Tensor, first: int, factors: RotaryFactors) -> tuple[Tensor, Tensor]:
+        """Compress raw tokens that begin at block `first`."""
+        k_cmp, v_cmp = self.compress_k(blocks_of(k_raw, self.config)), self.compress_v(blocks_of(v_raw, self.config))
+        stride = self.config.compress_stride
+        return rotate(k_cmp, *factors.evenly_spaced(k_cmp, first * stride, k_cmp.shape[1], stride)), v_cmp
 
 
-def step_padding(mask: Tensor | None, b: int, t: int) -> tuple[Tensor | None, Tensor | None]:
-    """`_padding` without asking the device: tokens of each row, and the order; None where there is no mask."""
-    if mask is None:
-        return None, None
-    is_token = _last_columns(mask, b, t)
-    counts = is_token.sum(1, dtype=torch.int32)
-    return counts, is_token.to(torch.int8).argsort(dim=1, stable=True) if t > 1 else None
-
-
-def _last_columns(mask: Tensor, b: int, t: int) -> Tensor:
-    if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] < t:
-        raise ValueError(f"attention_mask should have shape [b={b}, at least t={t}], got {list(mask.shape)}")
-    return mask[:, mask.shape[1] - t :] != 0
-
-
-def _padding(mask: Tensor, b: int, t: int) -> tuple[list[int] | None, Tensor | None]:
-    """Tokens among the last t columns of each row, and the order that moves padding to the front if it is not."""
-    is_token = _last_columns(mask, b, t)
-    counts = is_token.sum(1).tolist()
-    if all(count == t for count in counts):
-        return None, None
-    order = is_token.to(torch.int8).argsort(dim=1, stable=True)
-    in_front = bool((order == torch.arange(t, device=mask.device)).all())
-    return counts, None if in_front else order
-
-
-def _positions(
-    past: list[int], counts: list[int] | None, t: int, cu_seqlens: Tensor | None, device: torch.device
-) -> Tensor:
-    """Position of every column in its own sequence, [b or 1, t]; 0 for padding."""
-    columns = torch.arange(t, device=device)
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.to(device)
-        return (columns - bounds[torch.searchsorted(bounds, columns, right=True) - 1])[None]
+def _positions(past: list[int], counts: list[int] | None, t: int, device: torch.device) -> Int[Tensor, "b t"]:
+    """Position of every column in its own sequence; 0 for padding."""
     counts = [t] * len(past) if counts is None else counts
     first = torch.tensor([p + n - t for p, n in zip(past, counts, strict=True)], device=device)
-    return (first[:, None] + columns).clamp(min=0)
+    return (first[:, None] + torch.arange(t, device=device)).clamp(min=0)
 
 
-def _left_aligned(counts: list[int], t: int, device: torch.device) -> Tensor:
-    """Columns [b, t] that bring each row's last counts[r] tokens to the front."""
-    shift = t - torch.tensor(counts, device=device)
-    return (torch.arange(t, device=device) + shift[:, None]).clamp(max=t - 1)
+def _rename_old(module: NativeSparseAttention, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The gates' map had the name of Llama's MLP's."""
+    for name in ("weight", "bias"):
+        if (old := f"{prefix}gate_proj.{name}") in state:
+            state[f"{prefix}g_proj.{name}"] = state.pop(old)

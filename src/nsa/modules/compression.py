@@ -1,11 +1,16 @@
 """phi with its weights: what turns a block of l keys (or values) into one."""
 
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nsa.config import NSAConfig
-from nsa.ops.compress import phi_linear, phi_mean, phi_mlp
+from nsa.modules.projections import StartingLinear, is_plain
+from nsa.ops.compress import phi_mean, phi_mlp
 
 
 class Compression(nn.Module):
@@ -14,49 +19,62 @@ class Compression(nn.Module):
     mean    no parameters
     linear  W flatten(block), W [dim, l dim], starting as the mean exactly
     mlp     mean(block) + MLP(flatten(block + position encoding)), the MLP's last layer zero at the start
+
+    Its maps are ordinary `nn.Linear`s and are called as modules wherever they are more than their weights.
     """
 
     def __init__(self, dim: int, config: NSAConfig) -> None:
         super().__init__()
         self.kind, self.block_size, self.dim = config.compression, config.compress_block_size, dim
         if self.kind == "linear":
-            self.weight = nn.Parameter(torch.empty(dim, self.block_size * dim))
+            self.out = StartingLinear(
+                self.block_size * dim, dim, partial(_mean, block_size=self.block_size), bias=False
+            )
         elif self.kind == "mlp":
             self.position_encoding = nn.Parameter(torch.empty(self.block_size, dim))
             self.hidden = nn.Linear(self.block_size * dim, 2 * dim)
-            self.out = nn.Linear(2 * dim, dim)
+            self.out = StartingLinear(2 * dim, dim, torch.zeros_like)
+        self.register_load_state_dict_pre_hook(_rename_old)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.kind == "linear":
-            mean = torch.eye(self.dim, dtype=self.weight.dtype) / self.block_size
-            self.weight.copy_(mean.repeat(1, self.block_size))
-        elif self.kind == "mlp":
+        if self.kind == "mlp":
             nn.init.normal_(self.position_encoding, std=0.02)
-            self.hidden.reset_parameters()
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
+        for part in self.children():
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
 
     def forward(self, blocks: Float[Tensor, "*blocks l d"]) -> Float[Tensor, "*blocks d"]:
         if self.kind == "mean":
             return phi_mean(blocks)
         if self.kind == "linear":
-            return phi_linear(blocks, self.weight)
-        return phi_mlp(
-            blocks,
-            self.position_encoding,
-            self.hidden.weight,
-            self.hidden.bias,
-            self.out.weight,
-            self.out.bias,
-        )
+            return self.out(blocks.flatten(-2))
+        if is_plain(self.hidden) and is_plain(self.out):
+            return phi_mlp(blocks, *self.weights())
+        hidden = F.gelu(self.hidden((blocks + self.position_encoding).flatten(-2)))
+        return phi_mean(blocks) + self.out(hidden)
 
     def weights(self) -> tuple[Tensor, ...]:
         """In the order in which `nsa.ops.compress` takes them after the blocks."""
         if self.kind == "mean":
             return ()
         if self.kind == "linear":
-            return (self.weight,)
+            return (self.out.weight,)
         hidden, out = self.hidden, self.out
         return self.position_encoding, hidden.weight, hidden.bias, out.weight, out.bias
+
+    def is_plain(self) -> bool:
+        """Whether `weights` are all that it is."""
+        return all(is_plain(part) for part in self.children())
+
+
+def _mean(like: Float[Tensor, "d ld"], block_size: int) -> Float[Tensor, "d ld"]:
+    """The map of a flat block to its mean."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device).repeat(1, block_size) / block_size
+
+
+def _rename_old(module: Compression, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A linear phi was one parameter of its own before it was an nn.Linear."""
+    if prefix + "weight" in state:
+        state[prefix + "out.weight"] = state.pop(prefix + "weight")

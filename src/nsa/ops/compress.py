@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.ops.packed_blocks import PackedBlocks
 from nsa.shapes import UNIFORM, Sequences, bind
 
 Phi = Callable[[Float[Tensor, "*blocks l d"]], Float[Tensor, "*blocks d"]]
@@ -37,7 +38,9 @@ def compress(
             row's length is not seen by its queries.
 
     Returns:
-        x_cmp, c = (s - l) // d + 1 blocks a sequence, none if it is shorter than l.
+        x_cmp, c = (s - l) // d + 1 blocks a sequence, none if it is shorter than l. For packed sequences, whose
+        lengths are not read on the host, c = s // d, as many as there can be; those past the last are phi of zeros,
+        and nobody sees them.
 
     Raises:
         ValueError: x is not [b, s, g, d], or lengths that do not fit it.
@@ -46,11 +49,13 @@ def compress(
     """
     b, s, _, _ = bind("compress", x=(x, "b s g d")).values()
     if not sequences.is_packed:
-        return phi(_blocks(x, config))
+        return phi(blocks_of(x, config))
     # Queries play no part here: each sequence is given by its keys.
-    keys = sequences if sequences.cu_seqlens_k is None else Sequences(cu_seqlens_q=sequences.cu_seqlens_k)
-    runs = [_blocks(x[:, part.k_start : part.k_start + part.num_keys], config) for part in keys.parts(config, b, s, s)]
-    return phi(torch.cat(runs, dim=1) if runs else _blocks(x, config))
+    cu_seqlens = sequences.cu_seqlens_q if sequences.cu_seqlens_k is None else sequences.cu_seqlens_k
+    assert cu_seqlens is not None
+    if b != 1:
+        raise ValueError(f"compress: packed sequences should come with b = 1, got b = {b}")
+    return phi(PackedBlocks.of(cu_seqlens.to(x.device), s, config).gather(x))
 
 
 def phi_mean(blocks: Float[Tensor, "*blocks l d"]) -> Float[Tensor, "*blocks d"]:
@@ -78,7 +83,7 @@ def phi_mlp(
     return blocks.mean(-2) + F.linear(hidden, weight_out, bias_out)
 
 
-def _blocks(x: Tensor, config: NSAConfig) -> Tensor:
+def blocks_of(x: Tensor, config: NSAConfig) -> Tensor:
     """[b, s, g, d] -> [b, c, g, l, d]; put together from strides, for the backward of `unfold` is many times slower."""
     count, stride = config.num_compressed_blocks(x.shape[1]), config.compress_stride
     per_block = config.compress_block_size // stride

@@ -58,10 +58,13 @@ def compressed_tiles(
     h = q.shape[2]
     if sequences.seqlens_k is None:
         s = q.shape[1] if num_keys is None else num_keys
-        expected = sequences.num_compressed_blocks(config, s)
-        if k_cmp.shape[1] != expected:
-            behind = "the packed sequences" if sequences.is_packed else f"{s} keys"
-            raise ValueError(f"{op}: expected {expected} compressed blocks for {behind}, got {k_cmp.shape[1]}")
+        expected, found = sequences.num_compressed_blocks(config, s), k_cmp.shape[1]
+        if sequences.is_packed and found < expected:
+            raise ValueError(
+                f"{op}: expected at least {expected} compressed blocks for the packed sequences, got {found}"
+            )
+        if not sequences.is_packed and found != expected:
+            raise ValueError(f"{op}: expected {expected} compressed blocks for {s} keys, got {found}")
 
     def tiles() -> Iterator[Tile]:
         for part in compressed_parts(q, config, num_keys, sequences):

@@ -146,7 +146,7 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALl
     for module in model.modules():
         if isinstance(module, NativeSparseAttention):
             with torch.no_grad():
-                module.gate_proj.bias[0::3] = config.compressed_gate_bias  # per head: compressed, selected, window
+                module.g_proj.bias[0::3] = config.compressed_gate_bias  # per head: compressed, selected, window
     return model
 
 
