@@ -55,7 +55,8 @@ def test_what_no_one_wrote_is_left_out(content):
 def test_html_gives_what_a_browser_shows():
     page = (
         "<html><head><title>no</title><style>p {}</style></head><body><nav>no</nav><h1>A  title</h1>"
-        f"<p>Less &lt; more,\n <b>bold</b>.</p><pre>  kept\n    as it is\n{WRITTEN}</pre><script>no()</script></body></html>"
+        f"<p>Less &lt; more,\n <b>bold</b>.</p><pre>  kept\n    as it is\n{WRITTEN}</pre>"
+        "<script>no()</script></body></html>"
     )
     text = text_of("a.html", page.encode())
     assert text == f"A title\n\nLess < more, bold.\n\n  kept\n    as it is\n{WRITTEN}"
