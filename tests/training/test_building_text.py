@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from nsa.training.building.editions import other_editions
 from nsa.training.building.text import Notices, is_candidate, text_of
 
 WRITTEN = "".join(f"line {i} of {i * i} things, {'abcdefgh'[i % 7 :]}\n" for i in range(60))
@@ -19,8 +20,6 @@ WRITTEN = "".join(f"line {i} of {i * i} things, {'abcdefgh'[i % 7 :]}\n" for i i
         ("a/b.py", 100, False),
         ("a/b.py", 10**7, False),
         ("a/locale/de/x.py", 5000, False),
-        ("html/de-DE/x.html", 5000, False),
-        ("html/en-US/x.html", 5000, True),
         ("a-1.0.dist-info/top_level.txt", 5000, False),
         ("a/.git/x.py", 5000, False),
         ("a/jquery.min.js", 5000, False),
@@ -70,3 +69,11 @@ def test_a_notice_of_copyright_is_kept_once():
     assert notices.without(two + "e\n\nf\n") == two + "e\n\nf\n"
     assert notices.without(one + two + "g\n\nh\n") == "g\n\nh\n"
     assert notices.without("import a\n\nb\n") == "import a\n\nb\n"
+
+
+def test_translations_and_pages_whose_sources_are_there_are_other_editions():
+    kept = ["doc/en/a.html", "d/en-US/a.html", "h/_sources/lib/os.rst.txt", "h/lib/re.html", "x/de/alone.py"]
+    kept += ["Documentation/hwmon/chip.rst", "doc/en/io/b.html", "doc/api/a.html", "policy/_sources/ch-one.rst.txt"]
+    others = ["doc/de/a.html", "doc/pt_BR/a.html", "d/de-DE/a.html", "h/lib/os.html", "html/hwmon/chip.html"]
+    others += ["policy/ch-one.html"]
+    assert other_editions([*kept, *others]) == set(others)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nsa.training.building.download import download, downloaded, missing_debian_tools
+from nsa.training.building.editions import other_editions
 from nsa.training.building.licence import Licence
 from nsa.training.building.members import BROKEN, members
 from nsa.training.building.table import OWN_TABLE, Package, read_table
@@ -154,7 +155,8 @@ def _write(package: Package, archive: Path, folder: Path, seen: _Seen) -> dict[s
 
 
 def _gather(archive: Path, spool: IO[bytes], seen: _Seen, licence: Licence) -> tuple[list[_File], int]:
-    """Every text of the package that no earlier one has, into `spool`, below a line with its path."""
+    """Every text of the package that no earlier one has, into `spool`, below a line with its path; how many are
+    left out, for they are there already or are another edition of what is."""
     files: list[_File] = []
     own: Counter[bytes] = Counter()
     duplicates = 0
@@ -173,7 +175,8 @@ def _gather(archive: Path, spool: IO[bytes], seen: _Seen, licence: Licence) -> t
         content = f"# {member.path}\n{seen.notices.without(text)}\n".encode()
         files.append(_File(member.path, spool.tell(), len(content), digest))
         spool.write(content)
-    return files, duplicates
+    others = other_editions(part.path for part in files)
+    return [part for part in files if part.path not in others], duplicates + len(others)
 
 
 def _documents(files: Sequence[_File], most: int) -> list[list[_File]]:

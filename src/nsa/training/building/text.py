@@ -15,7 +15,6 @@ SUFFIXES = frozenset(f".{suffix}" for suffix in f"{CODE} {PROSE} {MANUAL_PAGES}"
 
 LEFT_OUT = frozenset({"node_modules", "locale", "locales", "__pycache__", "asic_reg"})
 LEFT_OUT_FILES = re.compile(r"changelog|copyright|licen[cs]e|copying|.*\.min\.|top_level|entry_points", re.IGNORECASE)
-FOREIGN = re.compile(r"(?!en)[a-z]{2}[-_][A-Z]{2}$")  # a translation's folder
 
 MOST_BYTES = 1_000_000  # larger files are tables
 LEAST_BYTES = 200
@@ -32,7 +31,7 @@ def is_candidate(path: str, size: int) -> bool:
         pure.suffix.lower() in SUFFIXES
         and LEAST_BYTES <= size <= MOST_BYTES
         and LEFT_OUT.isdisjoint(pure.parts)
-        and not any(part.startswith(".") or part.endswith(".dist-info") or FOREIGN.match(part) for part in pure.parts)
+        and not any(part.startswith(".") or part.endswith(".dist-info") for part in pure.parts)
         and not LEFT_OUT_FILES.match(pure.name)
     )
 
