@@ -10,6 +10,7 @@ from io import BytesIO
 import pytest
 
 from nsa.cli import main
+from nsa.eval.text import held_out_texts
 from nsa.training.building import build as building
 from nsa.training.building.build import CONTENTS
 from nsa.training.building.command import CorpusArguments
@@ -92,6 +93,19 @@ def test_training_and_evaluation_see_the_same_split(table):
     (table.parent / "corpus" / "validation" / "gamma.txt").unlink()
     with pytest.raises(ValueError, match="its folder validation holds no files"):
         read_corpus(str(table.parent / "corpus"), 10**6)
+
+
+def test_of_a_split_folder_no_document_is_most_of_what_is_taken(tmp_path):
+    for place in ("train", "validation"):
+        (tmp_path / place).mkdir()
+        for i in range(12):
+            (tmp_path / place / f"{i}.txt").write_text(f"line {i}\n" * 10_000)
+    corpus = read_corpus(str(tmp_path), 80_000)
+    assert {len(document.text) for document in corpus.train} == {10_000}
+    assert {len(document.text) for document in corpus.validation} == {1_000}
+    assert (len(corpus.train), len(corpus.validation)) == (8, 8)
+    judged = held_out_texts(f"{tmp_path}#held-out")
+    assert set(judged) == {file.read_text() for file in (tmp_path / "validation").iterdir()}
 
 
 def test_the_same_packages_give_the_same_corpus_to_the_byte(table):

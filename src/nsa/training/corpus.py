@@ -50,7 +50,8 @@ def read_corpus(source: str, max_bytes: int) -> Corpus:
     Args:
         source: as in this module's docstring.
         max_bytes: how much text to take for training; a tenth as much for validation. Packages and files are taken
-            in the order of their checksums, no package more than an eighth of either.
+            in the order of their checksums, no package, nor document of a folder that is split, more than an eighth
+            of either.
 
     Raises:
         ValueError: a path that is missing, unreadable or empty, in one line.
@@ -73,7 +74,7 @@ def read_corpus(source: str, max_bytes: int) -> Corpus:
         for part in SPLIT:
             if not any(name.startswith(part + os.sep) for name in files):
                 raise ValueError(f"data source {source!r}: its folder {part} holds no files")
-        return _gather(source, files, max_bytes, whole_files=True, held_out=_in_validation)
+        return _gather(source, files, max_bytes, held_out=_in_validation)
     if path.suffix in (".npy", ".bin"):
         return _token_file(source, path)
     text = _read(path)
