@@ -32,8 +32,7 @@ def tokenizer(request, text):
 
 
 def task_of(name, text, **options):
-    own = {"queries": 8} if name == "mqar" else {}
-    return PUZZLES[name](**{"lengths": (LENGTHS.get(name, 900),), "samples": 4, "text": text, **own, **options})
+    return PUZZLES[name](**{"lengths": (LENGTHS.get(name, 900),), "samples": 4, "text": text, **options})
 
 
 class Reader(Rigged):

@@ -18,7 +18,7 @@ class MQAR(PuzzleTask):
 
     name: ClassVar[str] = "mqar"
 
-    queries: int = 32
+    queries: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()

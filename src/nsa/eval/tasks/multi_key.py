@@ -26,4 +26,4 @@ class MultiKey(PuzzleTask):
             raise ValueError(f"multikey: keys must be 1 or more, or 0 for as many as fit, got {list(self.keys)}")
 
     def kinds(self) -> list[tuple[dict[str, Any], Kind]]:
-        return [({"keys": keys or "as many keys as fit"}, Keys(keys=keys)) for keys in self.keys]
+        return [({"keys": keys} if keys else {"lines": "nothing but keys"}, Keys(keys=keys)) for keys in self.keys]
