@@ -8,7 +8,7 @@ from pathlib import Path
 class CorpusArguments:
     """Build a training corpus from packages: sources and documentation of PyPI's wheels and Debian's packages.
 
-    They are downloaded by name and version with pip and apt-get (2 GB, once); nothing of them is installed or run.
+    They are downloaded by name and version with pip and apt-get (1.7 GB, once); nothing of them is installed or run.
     Files that occur twice are left out, the files of a package are joined to documents of up to 8 MB, and some
     packages are held out whole: the folders train and validation, which `nsa train --data` and `nsa eval` keep
     apart. CONTENTS.csv lists packages, versions, licences and sizes. A run that was stopped goes on where it was.
