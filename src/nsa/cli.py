@@ -17,6 +17,7 @@ COMMANDS = {
     "info": ("nsa.training.info:InfoConfig", "memory, keys read and decoding time of a model, planned"),
     "eval": ("nsa.eval.command:EvalArguments", "judge models at long context: needle, recall, perplexity"),
     "compare": ("nsa.eval.compare_command:CompareArguments", "attention methods side by side, at one budget"),
+    "corpus": ("nsa.training.building.command:CorpusArguments", "build a training corpus from packages, by name"),
     "fetch": ("nsa.eval.compare_command:FetchArguments", "fetch a real model to try things on"),
     "bench": ("nsa.bench.command:BenchArguments", "time kernels, a layer, a training step or decoding on a GPU"),
     "demo": ("nsa.eval.command:DemoArguments", "train three twins on this machine, judge them, write a report"),

@@ -7,7 +7,7 @@ import torch
 from rigged import Lookup, Picker, Uniform, write_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nsa.eval.tasks import TASKS, Needle, Perplexity, Recall
+from nsa.eval.tasks import PUZZLES, TASKS, Needle, Perplexity, Recall
 from nsa.eval.tasks.recall import BEYOND, INSIDE, OUT_OF_REACH
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.tokenizer import byte_tokenizer
@@ -126,7 +126,7 @@ def test_sequences_of_perplexity_lie_inside_documents(text, tokenizer):
 
 def test_tasks_are_found_by_name():
     assert all(task.name == name for name, task in TASKS.items())
-    assert list(TASKS) == ["needle", "recall", "perplexity", "multivalue", "continuation"]
+    assert list(TASKS) == ["needle", "recall", "perplexity", "multivalue", "continuation", *PUZZLES]
 
 
 @pytest.mark.parametrize(

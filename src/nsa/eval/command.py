@@ -20,10 +20,11 @@ class EvalArguments:
     models: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")]
     """Folders of models, from `nsa train` or save_pretrained."""
     tasks: tuple[str, ...] = ("needle", "recall", "perplexity")
-    """Which tasks: needle, recall, perplexity, multivalue, continuation."""
+    """Which tasks: needle, recall, perplexity, multivalue, continuation; of RULER's kinds noise, multikey, multiquery,
+    tracking, commonwords, frequentwords; mqar."""
     lengths: tuple[int, ...] = ()
-    """Lengths in tokens; the longest one is that of recall and perplexity. Default: 1/4, 1/2 and all of the models'
-    positions."""
+    """Lengths in tokens; the longest one is that of recall, perplexity, multivalue and continuation. Default: 1/4, 1/2
+    and all of the models' positions."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where needles lie: 0 is the text's start, 1 right before the question."""
     samples: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None

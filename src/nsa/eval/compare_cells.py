@@ -14,7 +14,7 @@ import torch
 from nsa.eval.methods import METHODS, Method, split
 from nsa.eval.models import Candidate
 from nsa.eval.runner import text_of
-from nsa.eval.tasks import Continuation, MultiValue, Needle, Perplexity, Recall, Task
+from nsa.eval.tasks import PUZZLES, Continuation, MultiValue, Needle, Perplexity, Recall, Task
 from nsa.eval.tasks.lm_eval import PREFIX, LMEval
 from nsa.eval.text import held_out_text
 
@@ -84,6 +84,8 @@ def task_of(name: str, arguments: CompareArguments, length: int, text: str, chat
     if name.startswith(PREFIX):
         folder = str(arguments.lm_eval_path) if arguments.lm_eval_path else None
         return LMEval(task=name.removeprefix(PREFIX), samples=arguments.samples, path=folder)
+    if name in PUZZLES:
+        return PUZZLES[name](lengths=(length,), **asked)
     made: dict[str, Any] = {
         Needle.name: lambda: Needle(lengths=(length,), depths=arguments.depths, **asked),
         Recall.name: lambda: Recall(

@@ -27,7 +27,8 @@ class CompareArguments:
     is added to nsa.eval.methods.
     Default: all that the model can run (an NSA model runs nsa alone)."""
     tasks: tuple[str, ...] = ("needle", "recall", "multivalue", "perplexity", "continuation")
-    """Which tasks: needle, recall, multivalue, perplexity, continuation, or lm_eval:NAME for a task of lm-eval."""
+    """Which tasks: needle, recall, multivalue, perplexity, continuation; noise, multikey, multiquery, tracking,
+    commonwords, frequentwords, mqar; or lm_eval:NAME for a task of lm-eval."""
     lengths: tuple[int, ...] = (2048,)
     """Lengths in tokens; tasks of lm-eval have their own."""
     budget: Annotated[float | None, tyro.conf.arg(metavar="KEYS")] = None

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from nsa.eval.models import Candidate, check_folder, load, names_of
 from nsa.eval.report import Report
 from nsa.eval.result import Result
 from nsa.eval.table import rich_table
-from nsa.eval.tasks import TASKS, Continuation, MultiValue, Needle, Perplexity, Recall, Row, Task
+from nsa.eval.tasks import PUZZLES, TASKS, Continuation, MultiValue, Needle, Perplexity, Recall, Row, Task
 from nsa.eval.text import HELD_OUT
 from nsa.training.config import CONFIG_FILE
 
@@ -88,6 +89,8 @@ def tasks_of(arguments: EvalArguments, candidates: Sequence[Candidate]) -> list[
         MultiValue.name: lambda: MultiValue(length=max(lengths), seed=arguments.seed, **shared),
         Continuation.name: lambda: Continuation(length=max(lengths), **shared),
     }
+    for name, puzzle in PUZZLES.items():
+        made[name] = partial(puzzle, lengths=lengths, seed=arguments.seed, **shared)
     return [made[name]() for name in arguments.tasks]
 
 

@@ -15,15 +15,17 @@ from nsa.training.corpus import read_corpus
 from nsa.training.tokenizer import encoder
 
 HELD_OUT = "#held-out"
-CORPUS_BYTES = 10_000_000  # read of a corpus, of which a tenth is held out
+PYTHON_BYTES = 10_000_000  # read of the `python` corpus, of which a tenth is held out
 MAX_CHARACTERS = 4_000_000  # as much as any task draws from; the rest of a large folder is not read
+MOST_OF_ONE = MAX_CHARACTERS // 8  # of a folder's document, so that the text is not one
 
 
 @lru_cache(maxsize=4)
 def held_out_texts(source: str) -> tuple[str, ...]:
     """The documents of a source; ValueError in one line if there are none."""
     if source == "python" or source.endswith(HELD_OUT):
-        corpus = read_corpus(source.removesuffix(HELD_OUT), max_bytes=CORPUS_BYTES)
+        budget = PYTHON_BYTES if source == "python" else 10 * MAX_CHARACTERS
+        corpus = read_corpus(source.removesuffix(HELD_OUT), max_bytes=budget)
         if not corpus.validation:
             raise ValueError(f"{corpus.source} holds tokens, not text; name a text with --text")
         return tuple(document.text for document in corpus.validation)
@@ -33,7 +35,8 @@ def held_out_texts(source: str) -> tuple[str, ...]:
     paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     documents, total = [], 0
     for file in paths:
-        document = file.read_bytes()[:MAX_CHARACTERS].decode("utf-8", errors="replace")
+        most = MOST_OF_ONE if len(paths) > 1 else MAX_CHARACTERS
+        document = file.read_bytes()[:most].decode("utf-8", errors="replace")
         if document.strip():
             documents.append(document)
             total += len(document)

@@ -1,1 +1,1 @@
-"""Training: data, retrieval mix-in, presets and the run itself (`nsa train`)."""
+"""Training: data (building/ makes a corpus), retrieval and puzzle mix-in, presets and the run itself (`nsa train`)."""

@@ -48,7 +48,7 @@ class TrainConfig:
     layout: Literal["rows", "flat"] = "rows"
     """rows: each row from one document; flat: one packed row a batch, whose documents do not see each other."""
     curriculum: tuple[str, ...] = ("512x1000:retrieval=0.1",)
-    """Stages LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:keys=NUMBER][:style=assert], in their order."""
+    """Stages LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:puzzles=SHARE][:keys=NUMBER][:style=assert], in order."""
     answer_weight: float = 1.0
     """How much a token of an answer in a retrieval row counts in the training loss; any other counts 1."""
     batch_tokens: int = 16384

@@ -6,20 +6,23 @@ A corpus is two lists of documents, for training and for validation, that share 
   are long and later files use what earlier ones define. A package belongs to validation for good if a checksum of
   its name says so (one in ten).
 - a folder: every readable text file in it is a document; one in ten, by a checksum of its path, is for validation.
+  A folder with a folder `train` and a folder `validation` (`nsa corpus` makes one) says itself which are.
 - one text file: its last tenth is for validation.
 - a token file: `.npy` (any integer dtype) or `.bin` (uint16, little endian, no header); its last tenth is for
   validation.
 """
 
+import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 VALIDATION_ONE_IN = 10
+SPLIT = ("train", "validation")  # folders of a corpus that is split already
 # Tables of characters and generated data: text that no one wrote and no one reads.
 LEFT_OUT = frozenset({"encodings", "pydoc_data", "idlelib", "lib2to3", "test", "tests", "turtledemo", "__pycache__"})
 
@@ -47,7 +50,8 @@ def read_corpus(source: str, max_bytes: int) -> Corpus:
     Args:
         source: as in this module's docstring.
         max_bytes: how much text to take for training; a tenth as much for validation. Packages and files are taken
-            in the order of their checksums, no package more than an eighth of either.
+            in the order of their checksums, no package, nor document of a folder that is split, more than an eighth
+            of either.
 
     Raises:
         ValueError: a path that is missing, unreadable or empty, in one line.
@@ -60,10 +64,17 @@ def read_corpus(source: str, max_bytes: int) -> Corpus:
     if not path.exists():
         raise ValueError(f"data source {source!r}: no such file or folder, and not the word 'python'")
     if path.is_dir():
-        files = {str(file.relative_to(path)): [file] for file in sorted(path.rglob("*")) if _is_candidate(file)}
+        split = (path / "train").is_dir() and (path / "validation").is_dir()
+        found = sorted(file for part in (SPLIT if split else (".",)) for file in (path / part).rglob("*"))
+        files = {str(file.relative_to(path)): [file] for file in found if _is_candidate(file, path)}
         if not files:
             raise ValueError(f"data source {source!r}: the folder holds no files")
-        return _gather(source, files, max_bytes, whole_files=True)
+        if not split:
+            return _gather(source, files, max_bytes, whole_files=True)
+        for part in SPLIT:
+            if not any(name.startswith(part + os.sep) for name in files):
+                raise ValueError(f"data source {source!r}: its folder {part} holds no files")
+        return _gather(source, files, max_bytes, held_out=_in_validation)
     if path.suffix in (".npy", ".bin"):
         return _token_file(source, path)
     text = _read(path)
@@ -80,6 +91,10 @@ def read_corpus(source: str, max_bytes: int) -> Corpus:
 def is_for_validation(name: str) -> bool:
     """A fixed property of a package's or file's name, the same on every machine."""
     return zlib.crc32(name.encode(errors="surrogateescape")) % VALIDATION_ONE_IN == 0
+
+
+def _in_validation(path: str) -> bool:
+    return Path(path).parts[0] == "validation"
 
 
 def _python_packages() -> dict[str, list[Path]]:
@@ -105,13 +120,20 @@ def _files(entry: Path) -> Iterator[Path]:
             yield file
 
 
-def _gather(source: str, groups: dict[str, list[Path]], max_bytes: int, *, whole_files: bool = False) -> Corpus:
+def _gather(
+    source: str,
+    groups: dict[str, list[Path]],
+    max_bytes: int,
+    *,
+    whole_files: bool = False,
+    held_out: Callable[[str], bool] = is_for_validation,
+) -> Corpus:
     """One document a group, until there is enough of each kind."""
     wanted = {False: max_bytes, True: max(1, max_bytes // VALIDATION_ONE_IN)}
     largest = {kind: max(1, size // 8) for kind, size in wanted.items()}  # so that no kind is one package
     kinds: dict[bool, list[Document]] = {False: [], True: []}
     for name in sorted(groups, key=lambda name: (zlib.crc32(name.encode(errors="surrogateescape")), name)):
-        kind = is_for_validation(name)
+        kind = held_out(name)
         room = min(wanted[kind], largest[kind]) if not whole_files else wanted[kind]
         if room <= 0:
             continue
@@ -155,8 +177,8 @@ def _token_file(source: str, path: Path) -> Corpus:
     return Corpus(source, train_tokens=tokens[:cut], validation_tokens=tokens[cut:])
 
 
-def _is_candidate(file: Path) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.parts[-3:])
+def _is_candidate(file: Path, root: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _read(file: Path) -> str | None:

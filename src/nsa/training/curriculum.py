@@ -4,23 +4,29 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-SHARES = ("repeated", "retrieval")
-GRAMMAR = "LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:keys=NUMBER][:style=assert], such as 512x1000:retrieval=0.5"
+from nsa.training.puzzles.puzzle import LEAST_TOKENS
+
+SHARES = ("repeated", "retrieval", "puzzles")
+GRAMMAR = (
+    "LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:puzzles=SHARE][:keys=NUMBER][:style=assert], such as "
+    "512x1000:retrieval=0.5"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """`steps` optimizer steps with rows of `length` tokens.
 
-    `repeated` and `retrieval` are the shares of rows that are examples of nsa.training.retrieval; the rest is text
-    of the corpus. `keys` is the number of names in a retrieval row, 0 for as many as come to fit, `style` how they
-    are written.
+    `repeated` and `retrieval` are the shares of rows that are examples of nsa.training.retrieval, `puzzles` of those
+    of nsa.training.puzzles; the rest is text of the corpus. `keys` is the number of names in a retrieval row, 0 for
+    as many as come to fit, `style` how they are written.
     """
 
     length: int
     steps: int
     repeated: float = 0.0
     retrieval: float = 0.0
+    puzzles: float = 0.0
     keys: int = 0
     style: Literal["keyword", "assert"] = "keyword"
 
@@ -43,7 +49,7 @@ def parse_stage(text: str) -> Stage:
         if option in ("style=assert", "style=keyword"):
             style = "assert" if option == "style=assert" else "keyword"
             continue
-        match = re.fullmatch(r"(repeated|retrieval)=([\d.]+)|(keys)=(\d+)", option)
+        match = re.fullmatch(r"(repeated|retrieval|puzzles)=([\d.]+)|(keys)=(\d+)", option)
         if match is None:
             raise ValueError(f"curriculum stage {text!r}: expected {GRAMMAR}, got the option {option!r}")
         if match[1]:
@@ -55,6 +61,8 @@ def parse_stage(text: str) -> Stage:
             f"curriculum stage {text!r}: rows have at least 8 tokens, a stage at least 1 step, "
             "and shares add up to at most 1"
         )
+    if values.get("puzzles") and length < LEAST_TOKENS:
+        raise ValueError(f"curriculum stage {text!r}: rows of puzzles have at least {LEAST_TOKENS} tokens")
     keys = int(values.pop("keys", 0))
     return Stage(length=length, steps=steps, keys=keys, style=style, **values)
 

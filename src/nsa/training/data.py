@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from nsa.training.corpus import Corpus, Document
 from nsa.training.curriculum import Stage
+from nsa.training.puzzles.mix import puzzle_row
 from nsa.training.retrieval import repeated_example, retrieval_example
 
 Layout = Literal["rows", "flat"]
@@ -137,6 +138,9 @@ class TrainingBatches(Dataset):
             )
             answers = [(answer.start, answer.end) for answer in example.answers]
             return _Row(np.asarray(example.ids, dtype=np.int64), answers=answers)
+        if kind < stage.repeated + stage.retrieval + stage.puzzles:
+            ids, answers = puzzle_row(rng, self.filler, stage.length, self.encode)
+            return _Row(np.asarray(ids, dtype=np.int64), answers=answers)
         return self._text(which, stage.length, number)
 
     def _text(self, which: int, length: int, row: int) -> "_Row":

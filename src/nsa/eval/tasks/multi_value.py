@@ -10,7 +10,8 @@ from nsa.eval.prompts import VALUE_LENGTH, Prompt, chat_frame
 from nsa.eval.scoring import token_matches, wilson
 from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
-from nsa.training.retrieval import VALUE_LETTERS, filler_lines, random_name
+from nsa.training.puzzles.puzzle import fill
+from nsa.training.retrieval import VALUE_LETTERS, random_name
 from nsa.training.tokenizer import encoder
 
 
@@ -100,11 +101,3 @@ class MultiValue:
             tokens = tokens + value_ids + after
         tokens = tokens + fill(rng, encode, filler, cuts[-1] - cuts[-2]) + question
         return Prompt(tokens, answer, (first, first + len(facts[0][1])), len(question)), spans
-
-
-def fill(rng: random.Random, encode: Any, filler: str, count: int) -> list[int]:
-    """`count` tokens of whole lines, cut at the start."""
-    ids: list[int] = []
-    while len(ids) < count:
-        ids += encode(filler_lines(rng, filler, 4 * count) or "\n")
-    return ids[len(ids) - count :]
