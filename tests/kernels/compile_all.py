@@ -120,7 +120,7 @@ def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096
     selected_dq(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
     selected_dkdv(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
     rows.combine(d_out, d_out, d_out, gates)
-    rows.combine_backward(d_out, d_out, d_out, gates, d_out)
+    rows.signed_by_gate(d_out, gates, 0)
     rows.gates_backward((d_out,) * 3, (lse,) * 3, gates, d_out)
     rows.rowsum_delta(d_out, d_out, lse)
     rotary.rotate(q, tensor(1, t, d), tensor(1, t, d))

@@ -26,7 +26,7 @@ KERNELS = {
     "selected_dkdv_kernel",
     "sum_items_kernel",
     "combine_kernel",
-    "combine_backward_kernel",
+    "signed_kernel",
     "gates_backward_kernel",
     "delta_kernel",
     "rotate_kernel",

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import triton
 from torch import Tensor
+
+from nsa.kernels.integers import cdiv
 
 UNIFORM, PACKED, RAGGED = 0, 1, 2
 
@@ -75,8 +76,8 @@ class Layout:
 
     def _tiles(self, total: int, size: int, starts: Tensor | None) -> TileMap:
         if starts is None:
-            return TileMap(triton.cdiv(total, size))
-        count = triton.cdiv(total, size) + len(starts) - 1
+            return TileMap(cdiv(total, size))
+        count = cdiv(total, size) + len(starts) - 1
         first = _starts((starts.diff() + (size - 1)).div(size, rounding_mode="floor"))
         return TileMap(count, sequence_of(first, count), first)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from nsa.backend import why_not_triton
 from nsa.config import NSAConfig
-from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward
+from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward, pairs
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
+from nsa.kernels.launch import as_rows
 from nsa.kernels.layout import Layout
 from nsa.kernels.rows import rowsum_delta
 from nsa.kernels.selected_backward import selected_dkdv
@@ -46,11 +47,6 @@ def _layout(
     return Layout(q.shape[0], q.shape[1], num_keys, block, stride, cu_q, cu_k, lengths)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension side by side, as the kernels read it; any other stride will do."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @contextmanager
 def _serving(q: Tensor, *keys_and_values: Tensor, scale: float) -> Iterator[None]:
     """Launch on the tensors' device, or say why the kernels cannot serve."""
@@ -76,7 +72,7 @@ def contiguous_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = _layout(q, cu_q, cu_k, lengths, num_keys, block, stride)
     with _serving(q, k, v, scale=scale):
-        return contiguous_forward(_rows(q), _rows(k), _rows(v), layout, window or None, scale)
+        return contiguous_forward(as_rows(q), as_rows(k), as_rows(v), layout, window or None, scale)
 
 
 @contiguous_attention.register_fake
@@ -94,7 +90,7 @@ def contiguous_attention_backward(
     d_out = d_out.contiguous()
     with _serving(q, k, v, scale=scale):
         delta = rowsum_delta(out, d_out, d_lse)
-        return contiguous_backward(_rows(q), _rows(k), _rows(v), d_out, lse, delta, layout, window or None, scale)
+        return contiguous_backward(as_rows(q), as_rows(k), as_rows(v), d_out, lse, delta, layout, window or None, scale)
 
 
 @contiguous_attention_backward.register_fake
@@ -130,7 +126,7 @@ def top_blocks(
     config = _config(sizes)
     layout = _layout(q, cu_q, cu_k, lengths, num_keys, config.compress_block_size, config.compress_stride)
     with _serving(q, k_cmp, scale=scale):
-        return select_top_blocks(_rows(q), _rows(k_cmp), lse, layout, config, scale)
+        return select_top_blocks(as_rows(q), as_rows(k_cmp), lse, layout, config, scale)
 
 
 @top_blocks.register_fake
@@ -148,7 +144,7 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = _layout(q, cu_q, cu_k, lengths, k.shape[1], 1, 1)
     with _serving(q, k, v, scale=scale):
-        return selected_forward(_rows(q), _rows(k), _rows(v), block_indices, layout, _config(sizes), scale)
+        return selected_forward(as_rows(q), as_rows(k), as_rows(v), block_indices, layout, _config(sizes), scale)
 
 
 @selected_attention.register_fake
@@ -166,7 +162,7 @@ def selected_attention_backward(
     d_out = d_out.contiguous()
     with _serving(q, k, v, scale=scale):
         delta = rowsum_delta(out, d_out, d_lse)
-        given = (_rows(q), _rows(k), _rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale)
+        given = (as_rows(q), as_rows(k), as_rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale)
         return selected_dq(*given), *selected_dkdv(*given)
 
 
@@ -195,36 +191,22 @@ selected_attention.register_autograd(_selected_gradients, setup_context=_save_se
 # ---- the whole ---------------------------------------------------------------------------------------------
 
 
-def _layouts(
-    q: Tensor, k: Tensor, k_win: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    lengths: Tensor | None, lengths_win: Tensor | None, config: NSAConfig,
-) -> Layouts:  # fmt: skip
-    where = (cu_q, cu_k, lengths)
-    return Layouts(
-        _layout(q, *where, k.shape[1], config.compress_block_size, config.compress_stride),
-        _layout(q, *where, k.shape[1], 1, 1),
-        _layout(q, cu_q, cu_k, lengths_win, k_win.shape[1], 1, 1),
-    )
-
-
-def whole_forward(
+@torch.library.custom_op("nsa::native_sparse_attention", mutates_args=())
+def whole(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
     sizes: list[int], scale: float, nonnegative_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out; then what backward needs: the branches' outputs and log-sum-exps (cmp, slc, win), block_indices.
 
-    As an operator (`whole`) it costs the host half a millisecond more, and is needed for gradients and for tracing.
+    An operator costs the host a third of a millisecond, so `kernels.functional` takes it only where it is traced.
     """
     config = _config(sizes)
-    layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
-    pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
-    with _serving(q, *(x for pair in pairs for x in pair), scale=scale):
-        out, saved = attention_forward(_rows(q), *pairs, gates.contiguous(), layouts, config, scale)
-    return out, *saved.outs, *saved.lses, saved.block_indices
-
-
-whole = torch.library.custom_op("nsa::native_sparse_attention", whole_forward, mutates_args=())
+    layouts = Layouts.of(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
+    keys = (k_cmp, v_cmp, k, v, k_win, v_win)
+    with _serving(q, *keys, scale=scale):
+        out, saved = attention_forward(q, *pairs(keys), gates, layouts, config, scale)
+    return out, *saved.tensors
 
 
 @whole.register_fake
@@ -242,12 +224,11 @@ def whole_backward(
     sizes: list[int], scale: float, nonnegative_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     config = _config(sizes)
-    layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
-    pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
-    kept = Saved(tuple(saved[:3]), tuple(saved[3:6]), saved[6])
-    with _serving(q, *(x for pair in pairs for x in pair), scale=scale):
+    layouts = Layouts.of(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
+    keys = (k_cmp, v_cmp, k, v, k_win, v_win)
+    with _serving(q, *keys, scale=scale):
         dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
-            _rows(q), *pairs, gates.contiguous(), d_out.contiguous(), kept, layouts, config, scale, nonnegative_gates
+            q, *pairs(keys), gates, d_out, Saved.of(saved), layouts, config, scale, nonnegative_gates
         )
     return dq, *d_cmp, *d_slc, *d_win, d_gates
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels import hopper
+from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import PACKED, UNIFORM, Layout
 from nsa.kernels.tiles import keys_seen, load_rows, locate, log2_lse, wide
@@ -188,7 +189,7 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
     if indices.numel() == 0:
         return indices
     per_block = config.select_block_size // config.compress_stride
-    per_block_padded = triton.next_power_of_2(per_block)
+    per_block_padded = next_power_of_2(per_block)
     on_hopper = hopper.serves_scoring(q, k_cmp, heads, per_block)
     tile = hopper.tile_of(hopper.SCORING, 1) if on_hopper else tile_for("scoring", heads, q)
     block_n = max(tile.block_n, per_block_padded)
@@ -207,7 +208,7 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
         last = layout.s - layout.t + (offset + here) * tile.block_q
         seen = config.num_compressed_blocks(layout.s if layout.kind == PACKED else min(last, layout.s))
         if seen > 0:
-            key_tiles = triton.cdiv(triton.cdiv(seen, per_block), block_n // per_block_padded)
+            key_tiles = cdiv(cdiv(seen, per_block), block_n // per_block_padded)
             if on_hopper:
                 hopper.scoring(
                     q,
@@ -232,11 +233,11 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
                     PER_BLOCK_PADDED=per_block_padded, **common, **{**tile.constants, "BLOCK_N": block_n},
                 )  # fmt: skip
         queries = min(TOP_QUERIES, tile.block_q)
-        most = num_blocks if layout.kind != UNIFORM else triton.cdiv(last, config.select_block_size)
-        blocks_at_once = min(max(triton.next_power_of_2(most), TOP_BLOCKS[0]), TOP_BLOCKS[1])
+        most = num_blocks if layout.kind != UNIFORM else cdiv(last, config.select_block_size)
+        blocks_at_once = min(max(next_power_of_2(most), TOP_BLOCKS[0]), TOP_BLOCKS[1])
         top_blocks_kernel[(here * tile.block_q // queries, pairs)](
             own, spill, indices, *where, offset, num_blocks, heads.g, here * tile.block_q,
-            SELECT=config.select_block_size, N=n, NP=triton.next_power_of_2(n),
+            SELECT=config.select_block_size, N=n, NP=next_power_of_2(n),
             INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, **common,
             BLOCK_Q=tile.block_q, QUERIES=queries, BLOCKS=blocks_at_once, num_warps=TOP_WARPS,
         )  # fmt: skip
