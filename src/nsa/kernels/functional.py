@@ -41,7 +41,7 @@ def native_sparse_attention(
     keys = (k_cmp, v_cmp, k, v, k_win, v_win)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win)
     _check(q, *keys, gates, *lengths, config)
-    on_device = [None if x is None else x.to(q.device) for x in lengths]
+    on_device = [None if x is None else x.to(q.device, torch.int32) for x in lengths]
     if _is_traced(q, *keys, gates):
         return whole(q, *keys, gates, *on_device, sizes_of(config), scale, nonnegative_gates)[0]
     return _Attention.apply(

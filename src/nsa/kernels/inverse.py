@@ -18,6 +18,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.layout import PACKED, Layout
+from nsa.kernels.start import start_kernel
 
 # Work items are to be many times the programs that run at once, and not so many that their sums weigh.
 QUERIES_PER_ITEM = (128, 2048)
@@ -116,13 +117,15 @@ def invert(block_indices: Tensor, layout: Layout, config: NSAConfig) -> InverseI
         torch.empty(size, dtype=torch.int32, device=device) for size in (picks, segments + 1, segments + 1, items)
     )
     programs = cdiv(picks, PICKS)
-    pick_segments_kernel[(programs,)](
+    start_kernel(
+        pick_segments_kernel, (programs,),
         block_indices, keys, item_start, token_sequence, block_start, picks, b * t, t, blocks, blocks // b, segments,
         GROUPS=g, N=n, LAYOUT=layout.kind, PICKS=PICKS, num_warps=4,
     )  # fmt: skip
     ordered, order = keys.sort(stable=True)
     queries = keys  # what was sorted is needed no longer
-    segments_kernel[(max(programs, cdiv(segments, SEGMENTS)),)](
+    start_kernel(
+        segments_kernel, (max(programs, cdiv(segments, SEGMENTS)),),
         ordered, order, queries, segment_start, item_start, item_segment, picks, b * t, segments, per_item,
         picks.bit_length(), N=n, PICKS=PICKS, SEGMENTS=SEGMENTS, num_warps=4,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.kernels.integers import cdiv, next_power_of_2
+from nsa.kernels.start import start_kernel
 
 ROWS = 16
 
@@ -102,7 +103,7 @@ def combine(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) ->
     out = torch.empty_like(out_cmp)
     num_rows, grid, sizes = _sizes(out)
     if num_rows:
-        combine_kernel[grid](out_cmp, out_slc, out_win, gates, out, num_rows, **sizes)
+        start_kernel(combine_kernel, grid, out_cmp, out_slc, out_win, gates, out, num_rows, **sizes)
     return out
 
 
@@ -122,9 +123,10 @@ def gates_backward(
     gated_lses = torch.empty_like(deltas)
     num_rows, grid, sizes = _sizes(d_out)
     if num_rows:
-        gates_backward_kernel[grid](
-            *outs, *lses, gates, d_out, d_gates, deltas, gated_lses, num_rows, SIGNED=not nonnegative, **sizes
-        )
+        start_kernel(
+            gates_backward_kernel, grid, *outs, *lses, gates, d_out, d_gates, deltas, gated_lses, num_rows,
+            SIGNED=not nonnegative, **sizes,
+        )  # fmt: skip
     return d_gates, deltas, gated_lses
 
 
@@ -133,7 +135,7 @@ def signed_by_gate(d_out: Tensor, gates: Tensor, branch: int) -> Tensor:
     signed = torch.empty_like(d_out)
     num_rows, grid, sizes = _sizes(d_out)
     if num_rows:
-        signed_kernel[grid](d_out, gates, signed, branch, num_rows, **sizes)
+        start_kernel(signed_kernel, grid, d_out, gates, signed, branch, num_rows, **sizes)
     return signed
 
 
@@ -143,7 +145,7 @@ def rowsum_delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
     num_rows, grid, sizes = _sizes(out)
     d_lse = None if d_lse is None else d_lse.to(torch.float32).contiguous()
     if num_rows:
-        delta_kernel[grid](out, d_out, d_lse, delta, num_rows, HAS_D_LSE=d_lse is not None, **sizes)
+        start_kernel(delta_kernel, grid, out, d_out, d_lse, delta, num_rows, HAS_D_LSE=d_lse is not None, **sizes)
     return delta
 
 

@@ -18,6 +18,7 @@ from nsa.kernels.integers import cdiv
 from nsa.kernels.inverse import invert
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import Layout
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import load_rows, log2_lse, wide
 
 
@@ -190,7 +191,8 @@ def selected_dkdv(
     )
     segments = heads.g * index.blocks
     where = (index.block_sequence, index.block_start, layout.cu_q, layout.cu_k, layout.lengths)
-    selected_dkdv_kernel[(index.items, steps)](
+    start_kernel(
+        selected_dkdv_kernel, (index.items, steps),
         q, k, v, d_out, lse, delta, dk_items, dv_items,
         index.queries, index.segment_start, index.item_start, index.item_segment, *where,
         segments, index.blocks, layout.t, layout.s, layout.b, heads.h, index.per_item, scale,
@@ -199,7 +201,8 @@ def selected_dkdv(
         **tile.constants,
     )  # fmt: skip
     dk, dv = empty(layout, k.shape, k.dtype, k.device), empty(layout, v.shape, v.dtype, v.device)
-    sum_items_kernel[(segments, steps)](
+    start_kernel(
+        sum_items_kernel, (segments, steps),
         dk_items, dv_items, dk, dv, index.segment_start, index.item_start, *where,
         index.blocks, layout.t, layout.s, layout.b, heads.g, index.per_item,
         D=heads.d, DP=heads.padded_d, E=heads.e, EP=heads.padded_e,

@@ -28,6 +28,7 @@ from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads, TileSize, tile_for
 from nsa.kernels.layout import PACKED, Layout
 from nsa.kernels.selected_backward import keys_of
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import LN2, load_rows, wide
 
 MAX_SELECT, MAX_WIDTH = 128, 128
@@ -285,24 +286,29 @@ def selected_forward_by_block(
         counts, totals = counters[:-2], counters[-2:]
         where = (first, picks, token_sequence, block_start, *lengths, blocks, *sizes)
         programs = (cdiv(picks, PICKS),)
-        count_picks_kernel[programs](
-            block_indices, counts, statistics, *where, G=heads.per_group, **listing, num_warps=4
-        )
-        segment_starts_kernel[(cdiv(segments, SEGMENTS),)](
+        start_kernel(
+            count_picks_kernel, programs, block_indices, counts, statistics, *where, G=heads.per_group, **listing,
+            num_warps=4,
+        )  # fmt: skip
+        start_kernel(
+            segment_starts_kernel, (cdiv(segments, SEGMENTS),),
             counts, starts, ends, item_starts, totals, segments,
             SPREAD=spread, PER_ITEM=per_item, SEGMENTS=SEGMENTS, num_warps=4,
         )  # fmt: skip
-        list_picks_kernel[programs](
+        start_kernel(
+            list_picks_kernel, programs,
             block_indices, counts, starts, item_starts, item_segments, listed, *where,
             **listing, PER_ITEM=per_item, num_warps=4,
         )  # fmt: skip
-        selected_parts_kernel[(cdiv(picks, per_item) + min(segments, picks),)](
+        start_kernel(
+            selected_parts_kernel, (cdiv(picks, per_item) + min(segments, picks),),
             q, k, v, part_out, statistics, listed, starts, ends, item_starts, item_segments, totals,
             block_sequence, block_start, *lengths, first, blocks, *sizes, scale * 1.4426950408889634,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             **heads.constants, **common, PER_ITEM=per_item, **tile.constants,
         )  # fmt: skip
-        merge_parts_kernel[(cdiv(rows * heads.h, MERGE_ROWS),)](
+        start_kernel(
+            merge_parts_kernel, (cdiv(rows * heads.h, MERGE_ROWS),),
             part_out, statistics, out, lse, first, rows * heads.h, G=heads.per_group, **shape,
             NP=next_power_of_2(n), E=heads.e, EP=heads.padded_e, ROWS=MERGE_ROWS, num_warps=4,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from nsa.kernels import hopper
 from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import PACKED, UNIFORM, Layout
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import keys_seen, load_rows, locate, log2_lse, wide
 
 # Bytes of scores kept at a time, own and spilled parts together.
@@ -227,7 +228,8 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
                     scale,
                 )
             else:
-                scoring_kernel[(here, key_tiles, pairs)](
+                start_kernel(
+                    scoring_kernel, (here, key_tiles, pairs),
                     q, k_cmp, lse, own, spill, *where, offset, num_blocks, heads.g, scale * 1.4426950408889634,
                     *q.stride()[:3], *k_cmp.stride()[:3], G=heads.per_group, D=heads.d, DP=heads.padded_d,
                     PER_BLOCK_PADDED=per_block_padded, **common, **{**tile.constants, "BLOCK_N": block_n},
@@ -235,7 +237,8 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
         queries = min(TOP_QUERIES, tile.block_q)
         most = num_blocks if layout.kind != UNIFORM else cdiv(last, config.select_block_size)
         blocks_at_once = min(max(next_power_of_2(most), TOP_BLOCKS[0]), TOP_BLOCKS[1])
-        top_blocks_kernel[(here * tile.block_q // queries, pairs)](
+        start_kernel(
+            top_blocks_kernel, (here * tile.block_q // queries, pairs),
             own, spill, indices, *where, offset, num_blocks, heads.g, here * tile.block_q,
             SELECT=config.select_block_size, N=n, NP=next_power_of_2(n),
             INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, **common,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa.kernels.integers import next_power_of_2
 from nsa.kernels.layout import Layout, TileMap
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import locate
 
 
@@ -71,7 +72,8 @@ def unions(block_indices: Tensor, layout: Layout, tiles: TileMap, block_q: int, 
     step = min(64, elements, max(8, 4096 // elements))  # comparisons at a time: what registers hold
     items = torch.empty((*shape, block_q * n), dtype=torch.int64, device=block_indices.device)
     counts = torch.empty((*shape, 2), dtype=torch.int32, device=block_indices.device)
-    union_kernel[(tiles.count, g, layout.b)](
+    start_kernel(
+        union_kernel, (tiles.count, g, layout.b),
         block_indices, items, counts, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         N=n, NP=n_padded, STEP=step, SELECT=select, LAYOUT=layout.kind, BLOCK_Q=block_q, num_warps=4,
     )  # fmt: skip
