@@ -63,9 +63,11 @@ def in_use(kernel: str, candidate: launch.Candidate) -> Iterator[None]:
     else:
         launch.is_hopper = lambda device: False
         launch.TABLE[kernel] = [(launch.TABLE[kernel][-1][0], candidate)]
+    launch.choose.cache_clear()
     try:
         yield
     finally:
+        launch.choose.cache_clear()
         launch.is_hopper = is_hopper
         launch.TABLE.update(table)
         hopper.ATTENTION, hopper.SCORING = attention, scoring

@@ -28,6 +28,7 @@ def native_sparse_attention(
     cu_seqlens_k: Int[Tensor, " sequences_plus_1"] | None = None,
     seqlens_k: Int[Tensor, " b"] | None = None,
     seqlens_win: Int[Tensor, " b"] | None = None,
+    max_seqlen_k: int | None = None,
     scale: float | None = None,
     nonnegative_gates: bool = False,
     backend: Backend | None = None,
@@ -51,6 +52,8 @@ def native_sparse_attention(
         seqlens_k: keys of each row, left-aligned, where rows differ; queries are right-aligned, and those at a
             negative position are padding.
         seqlens_win: the same for k_win, where it holds fewer keys than k.
+        max_seqlen_k: for packed sequences, a bound on the keys of the longest, as in FlashAttention's varlen API. The
+            kernels trust it and spare the selection what no sequence reaches; the PyTorch operations check it.
         scale: factor of the scores, d ** -0.5 by default.
         nonnegative_gates: whether no gate is negative, as none from a sigmoid is. The kernels' backward then needs no
             copy of the output's gradient for each branch; with it a negative gate's gradients are NaN.
@@ -91,7 +94,7 @@ def native_sparse_attention(
             return native_sparse_attention(
                 q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
                 cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqlens_k=seqlens_k, seqlens_win=seqlens_win,
-                scale=scale, nonnegative_gates=nonnegative_gates, backend=backend,
+                max_seqlen_k=max_seqlen_k, scale=scale, nonnegative_gates=nonnegative_gates, backend=backend,
             )  # fmt: skip
 
     if k_cmp is None or v_cmp is None:
@@ -103,7 +106,7 @@ def native_sparse_attention(
         return on_kernels(
             q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqlens_k=seqlens_k, seqlens_win=seqlens_win,
-            scale=scale, nonnegative_gates=nonnegative_gates,
+            scale=scale, nonnegative_gates=nonnegative_gates, max_seqlen_k=max_seqlen_k,
         )  # fmt: skip
 
     if scale is None:
@@ -112,6 +115,12 @@ def native_sparse_attention(
     lengths = (cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win)
     if is_traced(q):
         return composed_attention(*tensors, *lengths, config.sizes, scale)
+    if cu_seqlens_q is not None and max_seqlen_k is not None:
+        longest = int((cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).diff().max())
+        if longest > max_seqlen_k:
+            raise ValueError(
+                f"native_sparse_attention: max_seqlen_k is {max_seqlen_k}, but a sequence has {longest} keys"
+            )
     return composed(*tensors, *lengths, config, scale)
 
 

@@ -27,7 +27,7 @@ from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.kernels import decode, launch, rotary, rows, step_begin
 from nsa.kernels import step as steps
-from nsa.kernels.contiguous_backward import contiguous_backward
+from nsa.kernels.contiguous_backward import contiguous_backward, sum_splits
 from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.layout import Layout
 from nsa.kernels.selected_backward import selected_dkdv
@@ -114,13 +114,16 @@ def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096
     contiguous_forward(q, k_cmp, v_cmp, compressed, None, scale)
     contiguous_forward(q, k, v, raw, window, scale)
     contiguous_backward(q, k, v, d_out, lse, lse, raw, window, scale)
+    parts = (tensor(16, *x.shape, dtype=torch.float32) for x in (k_cmp, v_cmp))
+    sum_splits(*parts, k_cmp, v_cmp)
+    Layout(1, t, t, cu_seqlens_q=tensor(4, dtype=torch.int32)).query_tiles(4)
     select_top_blocks(q, k_cmp, lse, compressed, config, scale)
     selected_forward(q, k, v, block_indices, raw, config, scale)
     selected_forward(q[:, :, : 4 * g], k, v, block_indices, raw, config, scale)  # groups of four heads
     selected_dq(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
     selected_dkdv(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
     rows.combine(d_out, d_out, d_out, gates)
-    rows.combine_backward(d_out, d_out, d_out, gates, d_out)
+    rows.signed_by_gate(d_out, gates, 0)
     rows.gates_backward((d_out,) * 3, (lse,) * 3, gates, d_out)
     rows.rowsum_delta(d_out, d_out, lse)
     rotary.rotate(q, tensor(1, t, d), tensor(1, t, d))

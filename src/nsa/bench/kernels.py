@@ -15,8 +15,9 @@ from nsa.kernels import rows
 from nsa.kernels.attention import Layouts, attention_forward
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
+from nsa.kernels.inverse import invert
 from nsa.kernels.layout import Layout
-from nsa.kernels.selected_backward import invert, selected_dkdv
+from nsa.kernels.selected_backward import selected_dkdv
 from nsa.kernels.selected_forward import selected_dq, selected_forward
 from nsa.kernels.selection import select_top_blocks
 
@@ -96,7 +97,7 @@ def single_kernels(problem: Problem) -> Candidates:
     layouts, scale = Layouts(compressed, raw, raw), shape.d**-0.5
     _, saved = attention_forward(q, cmp, slc, win, gates, layouts, config, scale)
     picks = saved.block_indices
-    deltas, lses = rows.gates_backward(saved.outs, saved.lses, gates, d_out)
+    _, deltas, lses = rows.gates_backward(saved.outs, saved.lses, gates, d_out)
     given = (q, *slc, picks, d_out, lses[1], deltas[1], raw, config, scale)
     return {
         "forward: compressed": lambda: contiguous_forward(q, *cmp, compressed, None, scale),

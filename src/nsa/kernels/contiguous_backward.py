@@ -10,13 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.integers import cdiv
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import Layout
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import keys_seen, load_log2_lse, load_rows, locate, log2_lse, wide
 
 # Programs to aim at, so that the longest of them do not decide alone, and the most splits worth their fp32 sums.
 PROGRAMS = 2048
 MAX_SPLITS = 16
+SUM_BLOCK = 1024
 
 
 @triton.jit
@@ -274,7 +277,8 @@ def contiguous_dq(
     dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to
     tile = tile_for("contiguous_dq" if window is None else "window_dq", heads, q)
     tiles = layout.query_tiles(tile.block_q)
-    contiguous_dq_kernel[(tiles.count, heads.g, layout.b)](
+    start_kernel(
+        contiguous_dq_kernel, (tiles.count, heads.g, layout.b),
         q, k, v, d_out, lse, delta, dq, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         window or 0, scale, *_strides(q, k, v, d_out), **_constants(heads, layout, window),
         ADD=add_to is not None, **tile.constants,
@@ -295,7 +299,7 @@ def contiguous_dkdv(
     splits = 1
     if window is None:
         programs = tiles.count * heads.g * layout.b
-        splits = max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, programs), triton.cdiv(layout.t, 512)))
+        splits = max(1, min(MAX_SPLITS, cdiv(PROGRAMS, programs), cdiv(layout.t, 512)))
     many = splits > 1
     dk, dv = (
         empty(
@@ -306,13 +310,35 @@ def contiguous_dkdv(
         )
         for x in (k, v)
     )
-    contiguous_dkdv_kernel[(tiles.count, heads.g, layout.b * splits)](
+    start_kernel(
+        contiguous_dkdv_kernel, (tiles.count, heads.g, layout.b * splits),
         q, k, v, d_out, lse, delta, dk, dv, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         window or 0, key_rows, splits, layout.b * key_rows * heads.g, scale, *_strides(q, k, v, d_out),
         **_constants(heads, layout, window), **tile.constants,
     )  # fmt: skip
-    if many:
-        dk, dv = dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+    return sum_splits(dk, dv, k, v) if many else (dk, dv)
+
+
+@triton.jit(do_not_specialize=["size_k", "size_v", "splits"])
+def sum_splits_kernel(dk_parts, dv_parts, dk, dv, size_k, size_v, splits, BLOCK: tl.constexpr):
+    parts, out, size = dk_parts, dk, wide(size_k)
+    if tl.program_id(1) == 1:
+        parts, out, size = dv_parts, dv, wide(size_v)
+    at = wide(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.range(0, splits):
+        total += tl.load(parts + split * size + at, mask=mask, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+def sum_splits(dk_parts: Tensor, dv_parts: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    sizes = (dk.numel(), dv.numel())
+    start_kernel(
+        sum_splits_kernel, (cdiv(max(sizes), SUM_BLOCK), 2), dk_parts, dv_parts, dk, dv, *sizes, len(dk_parts),
+        BLOCK=SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
     return dk, dv
 
 

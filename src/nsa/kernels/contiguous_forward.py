@@ -12,6 +12,7 @@ from torch import Tensor
 from nsa.kernels import hopper
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import Layout
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import keys_seen, load_rows, locate, softmax_end, softmax_step, wide
 
 
@@ -124,7 +125,8 @@ def contiguous_forward(
         return out, lse
     tile = tile_for("contiguous_forward" if window is None else "window_forward", heads, q)
     tiles = layout.query_tiles(tile.block_q)
-    contiguous_forward_kernel[(tiles.count, heads.g, layout.b)](
+    start_kernel(
+        contiguous_forward_kernel, (tiles.count, heads.g, layout.b),
         q, k, v, out, lse, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         window or 0, scale * 1.4426950408889634, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         **heads.constants, BLOCK=layout.block, STRIDE=layout.stride, HAS_WINDOW=window is not None,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from nsa.cache_tensors import CacheTensors
@@ -17,6 +16,7 @@ from nsa.kernels import launch
 from nsa.kernels.decode_append import decode_append_kernel
 from nsa.kernels.decode_finish import decode_finish_kernel
 from nsa.kernels.decode_split import decode_split_kernel
+from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads
 from nsa.shapes import bind
 
@@ -163,7 +163,7 @@ def attend(
     heads = Heads.of(q, tensors.k, tensors.v)
     b, t, h, _ = q.shape
     out = torch.empty((b, t, h, heads.e), dtype=q.dtype, device=q.device)
-    padded_n = triton.next_power_of_2(config.num_selected_blocks)
+    padded_n = next_power_of_2(config.num_selected_blocks)
     if out.numel() == 0:
         return out, torch.empty((b, t, heads.g, padded_n), dtype=torch.int32, device=q.device)
     q, gates = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, gates))
@@ -172,21 +172,21 @@ def attend(
     launch_pdl = {"launch_pdl": True} if pdl else {}
     stride, select, n = config.compress_stride, config.select_block_size, config.num_selected_blocks
     per_block = select // stride
-    per_block_padded = triton.next_power_of_2(per_block)
+    per_block_padded = next_power_of_2(per_block)
     keys = max(tile_keys(heads, q, PLAN.block_n), per_block_padded)
     tile_blocks = keys // per_block_padded
     tile_strides = tile_blocks * per_block
     group = heads.padded_group
     head_tiles, block_q = max(1, group // TILE_ROWS), max(1, TILE_ROWS // group)
     window_keys = PLAN.window_tiles * keys
-    window_splits = triton.cdiv(config.window_size + block_q - 1, window_keys)
+    window_splits = cdiv(config.window_size + block_q - 1, window_keys)
     pages, page_size = tensors.block_table.shape[1], tensors.k.shape[1]
     # No more runs than the cache has room for: programs without work would cost more than some have.
-    room = triton.cdiv(pages * page_size // stride, tile_strides)
-    runs = max(1, min(PLAN.splits, triton.cdiv(room, PLAN.least_tiles)))
+    room = cdiv(pages * page_size // stride, tile_strides)
+    runs = max(1, min(PLAN.splits, cdiv(room, PLAN.least_tiles)))
     parts = runs + window_splits
     # Rounded up, so that rows begin where wide loads may begin.
-    num_tops = 16 * triton.cdiv(room, 16)
+    num_tops = 16 * cdiv(room, 16)
     num_blocks = num_tops * tile_blocks
 
     rows, slots = b * t * h, 2 if config.compress_block_size > stride else 1
@@ -202,11 +202,11 @@ def attend(
         "D": heads.d, "DP": heads.padded_d, "E": heads.e, "EP": heads.padded_e, "G": heads.per_group,
         "STRIDE": stride, "SELECT": select, "N": n, "NP": padded_n,
         "PAGE_TOKENS": 0 if pages == 1 else page_size, "ROTATE": cos is not None,
-        "SPLITS": PLAN.splits, "SPLITS_PADDED": triton.next_power_of_2(PLAN.splits), "LEAST_TILES": PLAN.least_tiles,
+        "SPLITS": PLAN.splits, "SPLITS_PADDED": next_power_of_2(PLAN.splits), "LEAST_TILES": PLAN.least_tiles,
         "WINDOW_SPLITS": window_splits, "BLOCK_Q": block_q, "HEAD_TILES": head_tiles,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "PDL": pdl,
     }  # fmt: skip
-    tiles = triton.cdiv(t, block_q) * head_tiles
+    tiles = cdiv(t, block_q) * head_tiles
     # Wide heads fill a multiprocessor's shared memory with one program, which may then have all registers.
     wide = (heads.padded_d + heads.padded_e) * q.element_size() > 512
     registers = {"maxnreg": PLAN.registers} if PLAN.registers and not wide else {}
@@ -231,7 +231,7 @@ def attend(
         CHUNK=chunk, BLOCKS=max(PLAN.select_blocks, chunk), BLOCK_N=keys, STAGES=stages, num_warps=PLAN.warps,
         **common, **launch_pdl, **registers,
     )  # fmt: skip
-    per_share, merges = triton.cdiv(n, PLAN.shares), min(PLAN.merges, heads.padded_e)
+    per_share, merges = cdiv(n, PLAN.shares), min(PLAN.merges, heads.padded_e)
     finish_n = tile_keys(heads, q, PLAN.finish_n)
     is_crowded = PLAN.shares * heads.g * b * t * head_tiles > at_once > 0
     together, stages = (PLAN.together, PLAN.together_stages) if is_crowded else (1, PLAN.finish_stages)
@@ -242,9 +242,9 @@ def attend(
         *q.stride()[:3], *gates.stride()[:3], *(x.stride(i) for x in (tensors.k, tensors.v) for i in (0, 2)),
         tensors.k.stride(1), tensors.v.stride(1),
         ROWS=TILE_ROWS, HAS_COUNTS=counts is not None, TILE_STRIDES=tile_strides,
-        WINDOW_SPLITS_PADDED=triton.next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
-        PER_SHARE=per_share, TOGETHER=together, SELECT_PADDED=max(16, triton.next_power_of_2(select)),
-        PICKS=triton.next_power_of_2(per_share * together),
+        WINDOW_SPLITS_PADDED=next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
+        PER_SHARE=per_share, TOGETHER=together, SELECT_PADDED=max(16, next_power_of_2(select)),
+        PICKS=next_power_of_2(per_share * together),
         MERGES=merges, BLOCK_N=finish_n, STAGES=tile_stages(heads, q, finish_n, stages),
         num_warps=PLAN.finish_warps, **common, **launch_pdl,
         **registers,
@@ -369,8 +369,8 @@ def append(
     units = [0 if x[1] is None else x[1].shape[0] for x in (layers_k, layers_v)]
     # The first layer's units, and the mean, which the linear kind has not.
     has_mean = kind != "linear"
-    parts = [triton.cdiv(x, UNITS) + has_mean for x in units]
-    num_new = triton.cdiv(t, config.compress_stride)
+    parts = [cdiv(x, UNITS) + has_mean for x in units]
+    num_new = cdiv(t, config.compress_stride)
     flat = b * num_new * g
     hidden = [
         torch.empty(flat * (x + width * has_mean), dtype=torch.float32, device=k.device)
@@ -378,17 +378,17 @@ def append(
     ]
     pages, page_size = tensors.block_table.shape[1], tensors.k.shape[1]
     pdl = PLAN.pdl and launch.is_hopper(k.device)
-    padded_d, padded_e = (max(16, triton.next_power_of_2(x)) for x in (d, e))
+    padded_d, padded_e = (max(16, next_power_of_2(x)) for x in (d, e))
     # Numbers of a token that a warp multiplies at once, and units of the last layer; short sums in fp32.
     is_fp32 = k.dtype == torch.float32
     slices = [min(32 if is_fp32 else 64, x) for x in (padded_d, padded_e)]
     inner = 16 if is_fp32 else min(64, 8192 // max(padded_d, padded_e))
-    decode_append_kernel[(b * t + triton.cdiv(flat, ROWS) * sum(parts),)](
+    decode_append_kernel[(b * t + cdiv(flat, ROWS) * sum(parts),)](
         *new, cos, sin, *memory, *layers_k, *layers_v, cos_cmp, sin_cmp, *hidden, tensors.block_table,
         tensors.lengths, counts, tensors.arrivals, b, t, g, num_new, pages, pages * page_size, *units,
         *parts,
         *(stride for x in new for stride in x.stride()[:3]), *(stride for x in memory for stride in x.stride()[:3]),
-        GROUPS=triton.next_power_of_2(g), D=d, DP=padded_d, E=e, EP=padded_e, BLOCK=config.compress_block_size,
+        GROUPS=next_power_of_2(g), D=d, DP=padded_d, E=e, EP=padded_e, BLOCK=config.compress_block_size,
         STRIDE=config.compress_stride, PAGE_TOKENS=0 if pages == 1 else page_size,
         PAGE_STRIDES=0 if pages == 1 else page_size // config.compress_stride, RING=memory[2].shape[1],
         RAW_RING=tensors.k_raw.shape[1], HAS_WINDOW=has_window, ROTATE=cos is not None,

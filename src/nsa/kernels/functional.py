@@ -2,9 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from nsa.config import NSAConfig
-from nsa.kernels.library import sizes_of, whole, whole_forward
+from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward, pairs
+from nsa.kernels.library import whole
 from nsa.shapes import bind
 
 
@@ -25,6 +28,7 @@ def native_sparse_attention(
     seqlens_win: Tensor | None = None,
     scale: float | None = None,
     nonnegative_gates: bool = False,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """See `nsa.functional.native_sparse_attention`. Shapes are checked; lengths stay on the device and are trusted.
 
@@ -38,10 +42,44 @@ def native_sparse_attention(
     keys = (k_cmp, v_cmp, k, v, k_win, v_win)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win)
     _check(q, *keys, gates, *lengths, config)
-    on_device = [None if x is None else x.to(q.device) for x in lengths]
-    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys, gates))
-    attend = whole if needs_gradients or torch.compiler.is_compiling() else whole_forward
-    return attend(q, *keys, gates, *on_device, sizes_of(config), scale, nonnegative_gates)[0]
+    on_device = [None if x is None else x.to(q.device, torch.int32) for x in lengths]
+    if _is_traced(q, *keys, gates):
+        return whole(q, *keys, gates, *on_device, config.sizes, scale, nonnegative_gates, max_seqlen_k or 0)[0]
+    layouts = Layouts.of(q, k, k_win, *on_device, config, max_seqlen_k or 0)
+    return _Attention.apply(q, *keys, gates, layouts, config, scale, nonnegative_gates)
+
+
+def _is_traced(*tensors: Tensor) -> bool:
+    """Whether somebody records operators or is to see them whole: torch.compile, torch.export, fake tensors, modes."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or not all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """`library.whole` without an operator's overhead, which is longer than all of its launches; it also keeps where the
+    sequences lie, so that backward does not work it out again."""
+
+    @staticmethod
+    def forward(ctx, q, k_cmp, v_cmp, k, v, k_win, v_win, gates, layouts, config, scale, nonnegative_gates):
+        keys = (k_cmp, v_cmp, k, v, k_win, v_win)
+        with torch.cuda.device_of(q):
+            out, saved = attention_forward(q, *pairs(keys), gates, layouts, config, scale)
+        ctx.save_for_backward(q, *keys, gates, *saved.tensors)
+        ctx.rest = layouts, config, scale, nonnegative_gates
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        q, *keys, gates = (tensors := ctx.saved_tensors)[:8]
+        with torch.cuda.device_of(q):
+            dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
+                q, *pairs(keys), gates, d_out, Saved.of(tensors[8:]), *ctx.rest
+            )
+        return dq, *d_cmp, *d_slc, *d_win, d_gates, None, None, None, None
 
 
 def _check(

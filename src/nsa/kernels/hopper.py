@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa.kernels import launch
 from nsa.kernels.launch import Heads, TileSize
 from nsa.kernels.layout import Layout, TileMap
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import LOG2E
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def selected_forward(
     from nsa.kernels.hopper_attention import selected_forward_hopper_kernel
 
     tile = tile_of(ATTENTION, heads.padded_group)
-    selected_forward_hopper_kernel[(tiles.count, heads.g, layout.b)](
+    start_kernel(
+        selected_forward_hopper_kernel, (tiles.count, heads.g, layout.b),
         q, k, v, _descriptor(k, select), _descriptor(v, select), items, counts, out, lse, *layout.arguments,
         tiles.sequence, tiles.first, layout.t, layout.s, scale * LOG2E.value,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -81,7 +83,8 @@ def compressed_forward(
 
     tile = tile_of(ATTENTION, heads.padded_group)
     tiles = layout.query_tiles(tile.block_q)
-    compressed_forward_hopper_kernel[(tiles.count, heads.g, layout.b)](
+    start_kernel(
+        compressed_forward_hopper_kernel, (tiles.count, heads.g, layout.b),
         q, k, v, _descriptor(k, tile.block_n), _descriptor(v, tile.block_n), out, lse, *layout.arguments,
         tiles.sequence, tiles.first, layout.t, layout.s, k.shape[1], scale * LOG2E.value,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -97,7 +100,8 @@ def scoring(
     from nsa.kernels.hopper_scoring import scoring_hopper_kernel
 
     tile = tile_of(SCORING, 1)
-    scoring_hopper_kernel[(count, key_tiles, layout.b * heads.g)](
+    start_kernel(
+        scoring_hopper_kernel, (count, key_tiles, layout.b * heads.g),
         _descriptor(q, tile.block_q), k_cmp, lse, own, spill, *layout.arguments, tiles.sequence, tiles.first,
         layout.t, layout.s, offset, num_blocks, heads.g, scale * LOG2E.value, *k_cmp.stride()[:3],
         G=heads.per_group, D=heads.d, BLOCK=layout.block, STRIDE=layout.stride, PER_BLOCK=per_block,

@@ -5,13 +5,13 @@ A100 (163 KB a program), an L4 or 4090 (99 KB) and an H100, H200 or B200 (227 KB
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from nsa.kernels.integers import next_power_of_2
 from nsa.kernels.layout import PACKED, Layout
 
 # Rows (queries x heads), keys, warps, software-pipelining stages.
@@ -99,25 +99,25 @@ class Heads:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor) -> "Heads":
-        return Heads(q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+        return _heads(q.shape[2], k.shape[2], q.shape[3], v.shape[3])
 
-    @property
+    @cached_property
     def per_group(self) -> int:
         return self.h // self.g
 
-    @property
+    @cached_property
     def padded_group(self) -> int:
-        return triton.next_power_of_2(self.per_group)
+        return next_power_of_2(self.per_group)
 
-    @property
+    @cached_property
     def padded_d(self) -> int:
-        return max(16, triton.next_power_of_2(self.d))
+        return max(16, next_power_of_2(self.d))
 
-    @property
+    @cached_property
     def padded_e(self) -> int:
-        return max(16, triton.next_power_of_2(self.e))
+        return max(16, next_power_of_2(self.e))
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         return {
             "G": self.per_group,
@@ -127,6 +127,9 @@ class Heads:
             "E": self.e,
             "EP": self.padded_e,
         }
+
+
+_heads = lru_cache(Heads)  # what follows from them is worked out once, not at every launch
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class TileSize:
     def with_queries(self, block_q: int) -> "TileSize":
         return replace(self, block_q=block_q)
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, Any]:
         return {
             "BLOCK_Q": self.block_q,
@@ -156,6 +159,7 @@ def tile_for(kernel: str, heads: Heads, q: Tensor, largest_block_n: int = 1 << 3
     return choose(kernel, heads, q.element_size(), shared_memory(q.device), largest_block_n)
 
 
+@lru_cache
 def choose(kernel: str, heads: Heads, bytes_each: int, shared: int, largest_block_n: int = 1 << 30) -> TileSize:
     width = max(heads.padded_d, heads.padded_e)
     if bytes_each == 4:
@@ -166,7 +170,7 @@ def choose(kernel: str, heads: Heads, bytes_each: int, shared: int, largest_bloc
     group = 1 if kernel == "scoring" else heads.padded_group
     for candidate in candidates:
         rows, block_n, warps, stages = candidate
-        block_n = min(block_n, max(16, triton.next_power_of_2(largest_block_n)))
+        block_n = min(block_n, max(16, next_power_of_2(largest_block_n)))
         if needed(kernel, (rows, block_n, warps, stages), heads, bytes_each) <= shared:
             break
     block_q = max(1, rows // group)
@@ -196,6 +200,11 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 232448
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x with its last dimension side by side, as the kernels read it; any other stride will do."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @lru_cache

@@ -5,12 +5,14 @@ batch are grid coordinates; in a packed batch a map from tile number to sequence
 and the grid is as large as it can get (tiles past the end return at once).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-import triton
 from torch import Tensor
+
+from nsa.kernels.integers import cdiv
+from nsa.kernels.tile_map import block_starts, tile_map
 
 UNIFORM, PACKED, RAGGED = 0, 1, 2
 
@@ -36,12 +38,20 @@ class Layout:
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqlens_k: Tensor | None = None
+    max_keys: int = 0  # a bound on the raw keys of one packed sequence, where one is known; it is trusted
+    # What was worked out of cu_seqlens once; layouts of the same sequences (`replace`) share it.
+    maps: dict[tuple[int, ...], TileMap] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def kind(self) -> int:
         if self.cu_seqlens_q is not None:
             return PACKED
         return UNIFORM if self.seqlens_k is None else RAGGED
+
+    @property
+    def longest(self) -> int:
+        """A bound on the raw keys of any sequence."""
+        return min(self.max_keys or self.s, self.s)
 
     @cached_property
     def cu_q(self) -> Tensor | None:
@@ -60,34 +70,26 @@ class Layout:
         """Where each packed sequence's keys (compressed or raw) begin, int32 [sequences + 1]."""
         if self.cu_k is None or self.stride == self.block == 1:
             return self.cu_k
-        return _starts(((self.cu_k.diff() - self.block).div(self.stride, rounding_mode="floor") + 1).clamp_min(0))
+        return block_starts(self.cu_k, self.block, self.stride)
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[Tensor | None, ...]:
         """What `tiles.locate` loads from."""
+        if self.kind == UNIFORM:
+            return (None,) * 4
         return self.cu_q, self.cu_k, self.key_start, self.lengths
 
     def query_tiles(self, size: int) -> TileMap:
-        return self._tiles(self.t, size, self.cu_q)
+        return self._tiles((self.t, size), self.cu_q)
 
     def key_tiles(self, num_keys: int, size: int) -> TileMap:
-        return self._tiles(num_keys, size, self.key_start)
+        return self._tiles((num_keys, size, self.block, self.stride), self.key_start)
 
-    def _tiles(self, total: int, size: int, starts: Tensor | None) -> TileMap:
+    def _tiles(self, of: tuple[int, ...], starts: Tensor | None) -> TileMap:
+        total, size = of[:2]
         if starts is None:
-            return TileMap(triton.cdiv(total, size))
-        count = triton.cdiv(total, size) + len(starts) - 1
-        first = _starts((starts.diff() + (size - 1)).div(size, rounding_mode="floor"))
-        return TileMap(count, sequence_of(first, count), first)
-
-
-def sequence_of(first: Tensor, count: int) -> Tensor:
-    """For each of `count` numbers the interval of `first` it lies in; past the end, the last one."""
-    numbers = torch.arange(count, device=first.device, dtype=first.dtype)
-    return (torch.searchsorted(first, numbers, right=True, out_int32=True) - 1).clamp_max(len(first) - 2)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    starts = counts.new_zeros(len(counts) + 1, dtype=torch.int32)
-    torch.cumsum(counts, 0, out=starts[1:])
-    return starts
+            return TileMap(cdiv(total, size))
+        if of not in self.maps:
+            count = cdiv(total, size) + len(starts) - 1
+            self.maps[of] = TileMap(count, *tile_map(starts, count, size))
+        return self.maps[of]

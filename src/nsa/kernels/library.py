@@ -1,7 +1,7 @@
 """The kernels as torch.library operators: traced by torch.compile as they are, differentiable, one launch list each.
 
 Every operator gives the layout as (cu_seqlens_q, cu_seqlens_k, seqlens_k, num_keys) and the configuration as seven
-integers in the order of `_SIZES`. Lengths stay on the device and are trusted: nothing here reads them.
+integers in the order of `nsa.config.SIZES`. Lengths stay on the device and are trusted: nothing here reads them.
 """
 
 from collections.abc import Iterator
@@ -12,43 +12,29 @@ from torch import Tensor
 
 from nsa.backend import why_not_triton
 from nsa.config import NSAConfig
-from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward
+from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward, pairs
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
+from nsa.kernels.launch import as_rows
 from nsa.kernels.layout import Layout
 from nsa.kernels.rows import rowsum_delta
 from nsa.kernels.selected_backward import selected_dkdv
 from nsa.kernels.selected_forward import selected_dq, selected_forward
 from nsa.kernels.selection import select_top_blocks
 
-_SIZES = (
-    "compress_block_size",
-    "compress_stride",
-    "select_block_size",
-    "num_selected_blocks",
-    "num_initial_blocks",
-    "num_local_blocks",
-    "window_size",
-)
-
 
 def sizes_of(config: NSAConfig) -> list[int]:
-    return [getattr(config, name) for name in _SIZES]
+    return config.sizes
 
 
 def _config(sizes: list[int]) -> NSAConfig:
-    return NSAConfig(**dict(zip(_SIZES, sizes, strict=True)))
+    return NSAConfig.from_sizes(sizes)
 
 
 def _layout(
     q: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, num_keys: int, block: int, stride: int
 ) -> Layout:
     return Layout(q.shape[0], q.shape[1], num_keys, block, stride, cu_q, cu_k, lengths)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension side by side, as the kernels read it; any other stride will do."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @contextmanager
@@ -76,7 +62,7 @@ def contiguous_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = _layout(q, cu_q, cu_k, lengths, num_keys, block, stride)
     with _serving(q, k, v, scale=scale):
-        return contiguous_forward(_rows(q), _rows(k), _rows(v), layout, window or None, scale)
+        return contiguous_forward(as_rows(q), as_rows(k), as_rows(v), layout, window or None, scale)
 
 
 @contiguous_attention.register_fake
@@ -94,7 +80,7 @@ def contiguous_attention_backward(
     d_out = d_out.contiguous()
     with _serving(q, k, v, scale=scale):
         delta = rowsum_delta(out, d_out, d_lse)
-        return contiguous_backward(_rows(q), _rows(k), _rows(v), d_out, lse, delta, layout, window or None, scale)
+        return contiguous_backward(as_rows(q), as_rows(k), as_rows(v), d_out, lse, delta, layout, window or None, scale)
 
 
 @contiguous_attention_backward.register_fake
@@ -130,7 +116,7 @@ def top_blocks(
     config = _config(sizes)
     layout = _layout(q, cu_q, cu_k, lengths, num_keys, config.compress_block_size, config.compress_stride)
     with _serving(q, k_cmp, scale=scale):
-        return select_top_blocks(_rows(q), _rows(k_cmp), lse, layout, config, scale)
+        return select_top_blocks(as_rows(q), as_rows(k_cmp), lse, layout, config, scale)
 
 
 @top_blocks.register_fake
@@ -148,7 +134,7 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = _layout(q, cu_q, cu_k, lengths, k.shape[1], 1, 1)
     with _serving(q, k, v, scale=scale):
-        return selected_forward(_rows(q), _rows(k), _rows(v), block_indices, layout, _config(sizes), scale)
+        return selected_forward(as_rows(q), as_rows(k), as_rows(v), block_indices, layout, _config(sizes), scale)
 
 
 @selected_attention.register_fake
@@ -166,7 +152,7 @@ def selected_attention_backward(
     d_out = d_out.contiguous()
     with _serving(q, k, v, scale=scale):
         delta = rowsum_delta(out, d_out, d_lse)
-        given = (_rows(q), _rows(k), _rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale)
+        given = (as_rows(q), as_rows(k), as_rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale)
         return selected_dq(*given), *selected_dkdv(*given)
 
 
@@ -195,40 +181,43 @@ selected_attention.register_autograd(_selected_gradients, setup_context=_save_se
 # ---- the whole ---------------------------------------------------------------------------------------------
 
 
-def _layouts(
-    q: Tensor, k: Tensor, k_win: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    lengths: Tensor | None, lengths_win: Tensor | None, config: NSAConfig,
-) -> Layouts:  # fmt: skip
-    where = (cu_q, cu_k, lengths)
-    return Layouts(
-        _layout(q, *where, k.shape[1], config.compress_block_size, config.compress_stride),
-        _layout(q, *where, k.shape[1], 1, 1),
-        _layout(q, cu_q, cu_k, lengths_win, k_win.shape[1], 1, 1),
-    )
-
-
-def whole_forward(
+@torch.library.custom_op("nsa::native_sparse_attention", mutates_args=())
+def whole(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
-    sizes: list[int], scale: float, nonnegative_gates: bool,
+    sizes: list[int], scale: float, nonnegative_gates: bool, max_keys: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out; then what backward needs: the branches' outputs and log-sum-exps (cmp, slc, win), block_indices.
 
-    As an operator (`whole`) it costs the host half a millisecond more, and is needed for gradients and for tracing.
+    An operator costs the host a third of a millisecond, so `kernels.functional` takes it only where it is traced.
     """
     config = _config(sizes)
-    layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
-    pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
-    with _serving(q, *(x for pair in pairs for x in pair), scale=scale):
-        out, saved = attention_forward(_rows(q), *pairs, gates.contiguous(), layouts, config, scale)
-    return out, *saved.outs, *saved.lses, saved.block_indices
-
-
-whole = torch.library.custom_op("nsa::native_sparse_attention", whole_forward, mutates_args=())
+    layouts = Layouts.of(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config, max_keys)
+    keys = (k_cmp, v_cmp, k, v, k_win, v_win)
+    with _serving(q, *keys, scale=scale):
+        out, saved = attention_forward(q, *pairs(keys), gates, layouts, config, scale)
+    return out, *saved.tensors
 
 
 @whole.register_fake
-def _(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, cu_q, cu_k, lengths, lengths_win, sizes, scale, nonnegative_gates):
+def _(
+    q,
+    k_cmp,
+    v_cmp,
+    k,
+    v,
+    k_win,
+    v_win,
+    gates,
+    cu_q,
+    cu_k,
+    lengths,
+    lengths_win,
+    sizes,
+    scale,
+    nonnegative_gates,
+    max_keys=0,
+):
     outs, lses = zip(*(_like_out(q, v) for _ in range(3)), strict=True)
     indices = q.new_empty(q.shape[0], q.shape[1], k.shape[2], sizes[3], dtype=torch.int32)
     return q.new_empty(*q.shape[:3], v.shape[3]), *outs, *lses, indices
@@ -239,15 +228,14 @@ def whole_backward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
     d_out: Tensor, saved: list[Tensor],
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
-    sizes: list[int], scale: float, nonnegative_gates: bool,
+    sizes: list[int], scale: float, nonnegative_gates: bool, max_keys: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     config = _config(sizes)
-    layouts = _layouts(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config)
-    pairs = [(_rows(x), _rows(y)) for x, y in ((k_cmp, v_cmp), (k, v), (k_win, v_win))]
-    kept = Saved(tuple(saved[:3]), tuple(saved[3:6]), saved[6])
-    with _serving(q, *(x for pair in pairs for x in pair), scale=scale):
+    layouts = Layouts.of(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config, max_keys)
+    keys = (k_cmp, v_cmp, k, v, k_win, v_win)
+    with _serving(q, *keys, scale=scale):
         dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
-            _rows(q), *pairs, gates.contiguous(), d_out.contiguous(), kept, layouts, config, scale, nonnegative_gates
+            q, *pairs(keys), gates, d_out, Saved.of(saved), layouts, config, scale, nonnegative_gates
         )
     return dq, *d_cmp, *d_slc, *d_win, d_gates
 
@@ -267,7 +255,7 @@ def _save_whole(ctx, inputs, output):
 def _whole_gradients(ctx, d_out, *_):
     tensors = ctx.saved_tensors
     grads = whole_backward(*tensors[:8], d_out, list(tensors[8:15]), *tensors[15:], *ctx.rest)
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 whole.register_autograd(_whole_gradients, setup_context=_save_whole)

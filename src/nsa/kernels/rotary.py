@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.integers import cdiv, next_power_of_2
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import wide
 
 ROWS = 64
@@ -45,9 +47,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):
-            rotate_kernel[(triton.cdiv(t * h, ROWS), b)](
+            start_kernel(
+                rotate_kernel, (cdiv(t * h, ROWS), b),
                 x, cos, sin, out, t * h, *x.stride()[:3], 0 if cos.shape[0] == 1 else t * d,
-                H=h, HALF=d // 2, HALF_PADDED=triton.next_power_of_2(d // 2), ROWS=ROWS, INVERSE=inverse,
-                num_warps=4,
+                H=h, HALF=d // 2, HALF_PADDED=next_power_of_2(d // 2), ROWS=ROWS, INVERSE=inverse, num_warps=4,
             )  # fmt: skip
     return out

@@ -1,15 +1,12 @@
 """dk and dv of attention over the selected blocks, by blocks of keys: each gathers the queries that selected it.
 
-The inverse index (which queries selected a block) is a stable sort on the device, so queries come in order and sums
-repeat bit by bit; nothing is added atomically. A popular block (every query selects the first one) is split into work
-items; their fp32 sums are added afterwards, in order.
+The inverse index (inverse.py) lists them in order, so sums repeat bit by bit; nothing is added atomically. A popular
+block (every query selects the first one) is split into work items; their fp32 sums are added afterwards, in order.
 
 dk, dv      grid (work items, steps of BLOCK_N keys): rows are BLOCK_Q gathered queries x GROUP heads; scores are kept
             transposed, so that P and dS feed the next product from registers
 sums        grid (blocks x KV heads, steps)
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,60 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels.integers import cdiv
+from nsa.kernels.inverse import invert
 from nsa.kernels.launch import Heads, empty, tile_for
-from nsa.kernels.layout import PACKED, Layout, sequence_of
+from nsa.kernels.layout import Layout
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import load_rows, log2_lse, wide
-
-# Work items are to be many times the programs that run at once, and not so many that their sums weigh.
-QUERIES_PER_ITEM = (128, 2048)
-WORK_ITEMS = 4096
-
-
-@dataclass(frozen=True)
-class InverseIndex:
-    """For each segment (KV head, block of the batch): its queries, ascending, cut into work items."""
-
-    queries: Tensor  # int32: b * t + column, by segment
-    segment_start: Tensor  # int32 [segments + 1]: into queries
-    item_start: Tensor  # int32 [segments + 1]: into the work items
-    item_segment: Tensor  # int32 [items]
-    per_item: int  # queries in a work item, at most
-    items: int  # a bound, known without asking the device
-    blocks: int  # of the whole batch, a bound too
-    block_sequence: Tensor | None  # packed: int32 [blocks]
-    block_start: Tensor | None  # packed: first block of each sequence, int32 [sequences + 1]
-
-
-def invert(block_indices: Tensor, layout: Layout, config: NSAConfig) -> InverseIndex:
-    b, t, g, n = block_indices.shape
-    device = block_indices.device
-    block_sequence = block_start = None
-    if layout.kind == PACKED:
-        block_map = layout.key_tiles(layout.s, config.select_block_size)
-        blocks, block_sequence, block_start = block_map.count, block_map.sequence, block_map.first
-        sequence = sequence_of(layout.cu_q, t)
-        first_block = block_start[sequence.long()].view(1, t, 1, 1)
-    else:
-        blocks = b * config.num_selection_blocks(layout.s)
-        first_block = torch.arange(0, blocks, blocks // b, device=device, dtype=torch.int32).view(b, 1, 1, 1)
-    groups = torch.arange(g, device=device, dtype=torch.int32).view(1, 1, g, 1)
-    segments = g * blocks
-    # [g, b, t, n], so that within a segment queries ascend; empty slots go last.
-    segment = torch.where(block_indices >= 0, groups * blocks + first_block + block_indices, segments)
-    ordered, order = segment.to(torch.int32).permute(2, 0, 1, 3).reshape(-1).sort(stable=True)
-    queries = (order.div_(n, rounding_mode="floor").remainder_(b * t)).to(torch.int32)
-    edges = torch.arange(segments + 1, device=device, dtype=torch.int32)
-    segment_start = torch.searchsorted(ordered, edges, out_int32=True)
-    item_start = torch.zeros_like(segment_start)
-    few, many = QUERIES_PER_ITEM
-    per_item = min(max(triton.next_power_of_2(block_indices.numel() // WORK_ITEMS), few), many)
-    items_each = (segment_start.diff() + (per_item - 1)).div(per_item, rounding_mode="floor")
-    torch.cumsum(items_each, 0, out=item_start[1:])
-    items = triton.cdiv(block_indices.numel(), per_item) + min(segments, block_indices.numel())
-    return InverseIndex(
-        queries, segment_start, item_start, sequence_of(item_start, items), per_item, items, blocks,
-        block_sequence, block_start,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -197,10 +146,10 @@ def selected_dkdv_kernel(
     tl.store(dv + out_rows[:, None] * EP + e[None, :], dv_sum)
 
 
-@triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows"])
+@triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows", "per_item"])
 def sum_items_kernel(
-    dk_items, dv_items, dk, dv, item_start, block_sequence, block_start, cu_q, cu_k, lengths,
-    blocks, num_queries, num_keys, num_rows, num_groups,
+    dk_items, dv_items, dk, dv, segment_start, item_start, block_sequence, block_start, cu_q, cu_k, lengths,
+    blocks, num_queries, num_keys, num_rows, num_groups, per_item,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     SELECT: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +164,9 @@ def sum_items_kernel(
     d, e = tl.arange(0, DP), tl.arange(0, EP)
     dk_sum = tl.zeros([BLOCK_N, DP], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, EP], tl.float32)
-    for item in tl.range(tl.load(item_start + segment), tl.load(item_start + segment + 1)):
+    listed = tl.load(segment_start + segment + 1) - tl.load(segment_start + segment)
+    first_item = tl.load(item_start + segment)
+    for item in tl.range(first_item, first_item + tl.cdiv(listed, per_item)):
         rows = (wide(item) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_N + tl.arange(0, BLOCK_N)
         dk_sum += tl.load(dk_items + rows[:, None] * DP + d[None, :])
         dv_sum += tl.load(dv_items + rows[:, None] * EP + e[None, :])
@@ -233,14 +184,15 @@ def selected_dkdv(
         return torch.zeros_like(k), torch.zeros_like(v)
     index = invert(block_indices, layout, config)
     tile = tile_for("selected_dkdv", heads, q, config.select_block_size)
-    steps = triton.cdiv(config.select_block_size, tile.block_n)
+    steps = cdiv(config.select_block_size, tile.block_n)
     dk_items, dv_items = (
         torch.empty((index.items, steps * tile.block_n, width), dtype=torch.float32, device=q.device)
         for width in (heads.padded_d, heads.padded_e)
     )
     segments = heads.g * index.blocks
     where = (index.block_sequence, index.block_start, layout.cu_q, layout.cu_k, layout.lengths)
-    selected_dkdv_kernel[(index.items, steps)](
+    start_kernel(
+        selected_dkdv_kernel, (index.items, steps),
         q, k, v, d_out, lse, delta, dk_items, dv_items,
         index.queries, index.segment_start, index.item_start, index.item_segment, *where,
         segments, index.blocks, layout.t, layout.s, layout.b, heads.h, index.per_item, scale,
@@ -249,9 +201,10 @@ def selected_dkdv(
         **tile.constants,
     )  # fmt: skip
     dk, dv = empty(layout, k.shape, k.dtype, k.device), empty(layout, v.shape, v.dtype, v.device)
-    sum_items_kernel[(segments, steps)](
-        dk_items, dv_items, dk, dv, index.item_start, *where,
-        index.blocks, layout.t, layout.s, layout.b, heads.g,
+    start_kernel(
+        sum_items_kernel, (segments, steps),
+        dk_items, dv_items, dk, dv, index.segment_start, index.item_start, *where,
+        index.blocks, layout.t, layout.s, layout.b, heads.g, index.per_item,
         D=heads.d, DP=heads.padded_d, E=heads.e, EP=heads.padded_e,
         SELECT=config.select_block_size, LAYOUT=layout.kind, BLOCK_N=tile.block_n, num_warps=8,
     )  # fmt: skip

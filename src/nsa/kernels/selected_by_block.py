@@ -24,9 +24,11 @@ from torch import Tensor
 
 from nsa.backend import PARTS_BYTES, SMALL_GROUP
 from nsa.config import NSAConfig
+from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads, TileSize, tile_for
-from nsa.kernels.layout import PACKED, Layout, sequence_of
+from nsa.kernels.layout import PACKED, Layout
 from nsa.kernels.selected_backward import keys_of
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import LN2, load_rows, wide
 
 MAX_SELECT, MAX_WIDTH = 128, 128
@@ -255,18 +257,17 @@ def selected_forward_by_block(
     token_sequence = block_sequence = block_start = None
     blocks = layout.b * config.num_selection_blocks(layout.s)
     if layout.kind == PACKED:
-        assert layout.cu_q is not None
         block_map = layout.key_tiles(layout.s, select)
         blocks, block_sequence, block_start = block_map.count, block_map.sequence, block_map.first
-        token_sequence = sequence_of(layout.cu_q, layout.t)
+        token_sequence = layout.query_tiles(1).sequence
     segments = 2 * heads.g * blocks
-    spread = min(16, max(1, COUNTERS // triton.next_power_of_2(segments)))
+    spread = min(16, max(1, COUNTERS // next_power_of_2(segments)))
     queries = layout.b * layout.t
-    passes = triton.cdiv(queries * n * heads.h * (heads.e * q.element_size() + 8), PARTS_BYTES)
-    at_once = triton.cdiv(queries, min(passes, queries))
+    passes = cdiv(queries * n * heads.h * (heads.e * q.element_size() + 8), PARTS_BYTES)
+    at_once = cdiv(queries, min(passes, queries))
     picks_at_once = at_once * heads.g * n
     per_item = max(tile.block_q, ITEM_ROWS // heads.padded_group)
-    items = triton.cdiv(picks_at_once, per_item) + min(segments, picks_at_once)
+    items = cdiv(picks_at_once, per_item) + min(segments, picks_at_once)
 
     part_out = torch.empty(picks_at_once * heads.per_group, heads.e, dtype=q.dtype, device=device)
     statistics = torch.empty(picks_at_once * heads.per_group, 2, dtype=torch.float32, device=device)
@@ -284,25 +285,30 @@ def selected_forward_by_block(
         counters = torch.zeros(2 + segments * spread, dtype=torch.int32, device=device)
         counts, totals = counters[:-2], counters[-2:]
         where = (first, picks, token_sequence, block_start, *lengths, blocks, *sizes)
-        programs = (triton.cdiv(picks, PICKS),)
-        count_picks_kernel[programs](
-            block_indices, counts, statistics, *where, G=heads.per_group, **listing, num_warps=4
-        )
-        segment_starts_kernel[(triton.cdiv(segments, SEGMENTS),)](
+        programs = (cdiv(picks, PICKS),)
+        start_kernel(
+            count_picks_kernel, programs, block_indices, counts, statistics, *where, G=heads.per_group, **listing,
+            num_warps=4,
+        )  # fmt: skip
+        start_kernel(
+            segment_starts_kernel, (cdiv(segments, SEGMENTS),),
             counts, starts, ends, item_starts, totals, segments,
             SPREAD=spread, PER_ITEM=per_item, SEGMENTS=SEGMENTS, num_warps=4,
         )  # fmt: skip
-        list_picks_kernel[programs](
+        start_kernel(
+            list_picks_kernel, programs,
             block_indices, counts, starts, item_starts, item_segments, listed, *where,
             **listing, PER_ITEM=per_item, num_warps=4,
         )  # fmt: skip
-        selected_parts_kernel[(triton.cdiv(picks, per_item) + min(segments, picks),)](
+        start_kernel(
+            selected_parts_kernel, (cdiv(picks, per_item) + min(segments, picks),),
             q, k, v, part_out, statistics, listed, starts, ends, item_starts, item_segments, totals,
             block_sequence, block_start, *lengths, first, blocks, *sizes, scale * 1.4426950408889634,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             **heads.constants, **common, PER_ITEM=per_item, **tile.constants,
         )  # fmt: skip
-        merge_parts_kernel[(triton.cdiv(rows * heads.h, MERGE_ROWS),)](
+        start_kernel(
+            merge_parts_kernel, (cdiv(rows * heads.h, MERGE_ROWS),),
             part_out, statistics, out, lse, first, rows * heads.h, G=heads.per_group, **shape,
-            NP=triton.next_power_of_2(n), E=heads.e, EP=heads.padded_e, ROWS=MERGE_ROWS, num_warps=4,
+            NP=next_power_of_2(n), E=heads.e, EP=heads.padded_e, ROWS=MERGE_ROWS, num_warps=4,
         )  # fmt: skip

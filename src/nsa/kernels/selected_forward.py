@@ -15,6 +15,7 @@ from nsa.kernels import hopper
 from nsa.kernels import selected_by_block as by_block
 from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import load_log2_lse, load_rows, locate, softmax_end, softmax_step, softmax_step_rows, wide
 from nsa.kernels.unions import unions
 
@@ -224,7 +225,8 @@ def selected_forward(
     if on_hopper:
         hopper.selected_forward(q, k, v, items, counts, out, lse, layout, tiles, heads, select, n, scale)
         return out, lse
-    selected_forward_kernel[(tiles.count, heads.g, layout.b)](
+    start_kernel(
+        selected_forward_kernel, (tiles.count, heads.g, layout.b),
         q, k, v, items, counts, out, lse, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         scale * 1.4426950408889634, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         **heads.constants, SELECT=select, N=n, LAYOUT=layout.kind,
@@ -245,7 +247,8 @@ def selected_dq(
     dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to
     tiles = layout.query_tiles(tile.block_q)
     items, counts = unions(block_indices, layout, tiles, tile.block_q, config.select_block_size)
-    selected_dq_kernel[(tiles.count, heads.g, layout.b)](
+    start_kernel(
+        selected_dq_kernel, (tiles.count, heads.g, layout.b),
         q, k, v, d_out, lse, delta, dq, items, counts, *layout.arguments, tiles.sequence, tiles.first,
         layout.t, layout.s, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
         **heads.constants, SELECT=config.select_block_size, N=block_indices.shape[3], LAYOUT=layout.kind,

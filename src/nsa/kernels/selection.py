@@ -17,8 +17,10 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels import hopper
+from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import PACKED, UNIFORM, Layout
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import keys_seen, load_rows, locate, log2_lse, wide
 
 # Bytes of scores kept at a time, own and spilled parts together.
@@ -188,12 +190,12 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
     if indices.numel() == 0:
         return indices
     per_block = config.select_block_size // config.compress_stride
-    per_block_padded = triton.next_power_of_2(per_block)
+    per_block_padded = next_power_of_2(per_block)
     on_hopper = hopper.serves_scoring(q, k_cmp, heads, per_block)
     tile = hopper.tile_of(hopper.SCORING, 1) if on_hopper else tile_for("scoring", heads, q)
     block_n = max(tile.block_n, per_block_padded)
     tiles = layout.query_tiles(tile.block_q)
-    num_blocks = max(1, config.num_selection_blocks(layout.s))
+    num_blocks = max(1, config.num_selection_blocks(layout.longest))
     pairs = layout.b * heads.g
     tiles_at_once = max(1, SCRATCH_BYTES // (8 * tile.block_q * num_blocks * pairs))
     tiles_at_once = min(tiles_at_once, tiles.count)
@@ -205,9 +207,9 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
         here = min(tiles_at_once, tiles.count - offset)
         # Tiles of a chunk see no more keys than its last query, where the layout says which that is.
         last = layout.s - layout.t + (offset + here) * tile.block_q
-        seen = config.num_compressed_blocks(layout.s if layout.kind == PACKED else min(last, layout.s))
+        seen = config.num_compressed_blocks(layout.longest if layout.kind == PACKED else min(last, layout.s))
         if seen > 0:
-            key_tiles = triton.cdiv(triton.cdiv(seen, per_block), block_n // per_block_padded)
+            key_tiles = cdiv(cdiv(seen, per_block), block_n // per_block_padded)
             if on_hopper:
                 hopper.scoring(
                     q,
@@ -226,17 +228,19 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
                     scale,
                 )
             else:
-                scoring_kernel[(here, key_tiles, pairs)](
+                start_kernel(
+                    scoring_kernel, (here, key_tiles, pairs),
                     q, k_cmp, lse, own, spill, *where, offset, num_blocks, heads.g, scale * 1.4426950408889634,
                     *q.stride()[:3], *k_cmp.stride()[:3], G=heads.per_group, D=heads.d, DP=heads.padded_d,
                     PER_BLOCK_PADDED=per_block_padded, **common, **{**tile.constants, "BLOCK_N": block_n},
                 )  # fmt: skip
         queries = min(TOP_QUERIES, tile.block_q)
-        most = num_blocks if layout.kind != UNIFORM else triton.cdiv(last, config.select_block_size)
-        blocks_at_once = min(max(triton.next_power_of_2(most), TOP_BLOCKS[0]), TOP_BLOCKS[1])
-        top_blocks_kernel[(here * tile.block_q // queries, pairs)](
+        most = num_blocks if layout.kind != UNIFORM else cdiv(last, config.select_block_size)
+        blocks_at_once = min(max(next_power_of_2(most), TOP_BLOCKS[0]), TOP_BLOCKS[1])
+        start_kernel(
+            top_blocks_kernel, (here * tile.block_q // queries, pairs),
             own, spill, indices, *where, offset, num_blocks, heads.g, here * tile.block_q,
-            SELECT=config.select_block_size, N=n, NP=triton.next_power_of_2(n),
+            SELECT=config.select_block_size, N=n, NP=next_power_of_2(n),
             INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, **common,
             BLOCK_Q=tile.block_q, QUERIES=queries, BLOCKS=blocks_at_once, num_warps=TOP_WARPS,
         )  # fmt: skip

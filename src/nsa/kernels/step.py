@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa.kernels import launch
+from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.tiles import wide
 
 # Rows of x that one launch takes; more are a matter for a matrix library.
@@ -131,12 +132,12 @@ def project(
     x = x if x.stride(-1) == 1 else x.contiguous()
     weight, up, add = (None if y is None else y.contiguous() for y in (weight, up, add))
     out = torch.empty((len(x), columns), dtype=x.dtype, device=x.device)
-    rows = max(8, triton.next_power_of_2(len(x)))
+    rows = max(8, next_power_of_2(len(x)))
     # As many steps ahead as fit twice into the shared memory.
     tile = plan.warps * plan.slice * (plan.columns * (1 if up is None else 2) + rows) * x.element_size()
     stages = max(2, min(plan.stages, 1 + launch.shared_memory(x.device) // 2 // tile))
     pdl = plan.pdl and launch.is_hopper(x.device)
-    project_kernel[(triton.cdiv(columns, plan.columns),)](
+    project_kernel[(cdiv(columns, plan.columns),)](
         x, weight, bias, up, add, out, len(x), columns, sigmoid_from or 0, x.stride(0), WIDTH=width, ROWS=rows,
         COLUMNS=plan.columns, SLICES=plan.warps, SLICE=plan.slice, STAGES=stages, HAS_SIGMOID=sigmoid_from is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=plan.warps,
@@ -152,7 +153,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     pdl = PLAN.pdl and launch.is_hopper(x.device)
     rms_norm_kernel[(rows,)](
-        x, weight, out, x.stride(0), eps, WIDTH=width, PADDED=triton.next_power_of_2(width), PDL=pdl, num_warps=8,
+        x, weight, out, x.stride(0), eps, WIDTH=width, PADDED=next_power_of_2(width), PDL=pdl, num_warps=8,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa.config import NSAConfig
 from nsa.kernels import launch
+from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.step import PLAN
 from nsa.kernels.tiles import wide
 
@@ -78,7 +79,7 @@ def begin(
         table's dtype.
     """
     (rows, t), width, d = ids.shape, table.shape[1], 2 * len(frequencies)
-    new = triton.cdiv(t, config.compress_stride)
+    new = cdiv(t, config.compress_stride)
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
     hidden, *factors = (
         torch.empty((rows, columns, size), dtype=table.dtype, device=table.device)
@@ -87,7 +88,7 @@ def begin(
     pdl = PLAN.pdl and launch.is_hopper(table.device)
     begin_kernel[(rows, t + new)](
         ids, table, lengths, counts, frequencies, hidden, *factors, t, new, float(scaling), ids.stride(0),
-        WIDTH=width, PADDED=triton.next_power_of_2(width), D=d, HALF=triton.next_power_of_2(d // 2),
+        WIDTH=width, PADDED=next_power_of_2(width), D=d, HALF=next_power_of_2(d // 2),
         BLOCK=config.compress_block_size, STRIDE=config.compress_stride, HAS_COUNTS=counts is not None, PDL=pdl,
         num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.integers import next_power_of_2
 from nsa.kernels.layout import Layout, TileMap
+from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import locate
 
 
@@ -61,16 +63,17 @@ def union_kernel(
 def unions(block_indices: Tensor, layout: Layout, tiles: TileMap, block_q: int, select: int) -> tuple[Tensor, Tensor]:
     """items int64 [b, tiles, g, block_q * n] (block << 32 | bits of the queries); how many past ones, and in all."""
     assert block_q <= 31
-    assert block_q * triton.next_power_of_2(block_indices.shape[3]) < 1 << 16
+    assert block_q * next_power_of_2(block_indices.shape[3]) < 1 << 16
     block_indices = block_indices.contiguous()
     _, _, g, n = block_indices.shape
-    n_padded = triton.next_power_of_2(n)
+    n_padded = next_power_of_2(n)
     shape = (layout.b, tiles.count, g)
     elements = block_q * n_padded
     step = min(64, elements, max(8, 4096 // elements))  # comparisons at a time: what registers hold
     items = torch.empty((*shape, block_q * n), dtype=torch.int64, device=block_indices.device)
     counts = torch.empty((*shape, 2), dtype=torch.int32, device=block_indices.device)
-    union_kernel[(tiles.count, g, layout.b)](
+    start_kernel(
+        union_kernel, (tiles.count, g, layout.b),
         block_indices, items, counts, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
         N=n, NP=n_padded, STEP=step, SELECT=select, LAYOUT=layout.kind, BLOCK_Q=block_q, num_warps=4,
     )  # fmt: skip

@@ -164,9 +164,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             raise ValueError("NSALlamaModel: give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past_key_values is None:
-            cu_seqlens, attention_mask, use_cache = self._packing(
-                embeds, attention_mask, position_ids, use_cache, kwargs
-            )
+            packed, attention_mask, use_cache = self._packing(embeds, attention_mask, position_ids, use_cache, kwargs)
             past_key_values = NSALlamaCache(self.config) if use_cache else None
         elif not isinstance(past_key_values, NSALlamaCache):
             got = type(past_key_values).__name__
@@ -179,7 +177,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         if past_key_values is None:
             kwargs["layout"] = TokenLayout.of(
                 embeds, self.rotary_emb, self.nsa_config,
-                attention_mask=attention_mask, cu_seqlens=cu_seqlens, position_ids=position_ids,
+                attention_mask=attention_mask, position_ids=position_ids, **packed,
             )  # fmt: skip
         else:
             fixed = past_key_values.fixed
@@ -198,24 +196,26 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
     def _packing(
         self, embeds: Tensor, mask: Tensor | None, position_ids: Tensor | None, use_cache: bool | None,
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor | None, Tensor | None, bool]:  # fmt: skip
-        """cu_seqlens of packed sequences, the mask without them, and whether this forward makes a cache.
+    ) -> tuple[dict[str, Any], Tensor | None, bool]:  # fmt: skip
+        """cu_seqlens and max_seqlen of packed sequences, the mask without them, and whether this forward makes a cache.
 
         A cache that nobody will read costs memory in training; it is made where generation can use it, and where its
         lengths say the positions.
         """
         cu_seqlens: Tensor | None = kwargs.pop("cu_seq_lens_q", None)
-        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        max_seqlen: int | None = kwargs.pop("max_length_q", None)
+        for name in ("cu_seq_lens_k", "max_length_k"):
             kwargs.pop(name, None)
         if cu_seqlens is None and position_ids is not None:
-            cu_seqlens = packed_boundaries(position_ids, mask, *embeds.shape[:2])
+            cu_seqlens, max_seqlen = packed_boundaries(position_ids, mask, *embeds.shape[:2])
             mask = mask if cu_seqlens is None else None
         wanted = not self.training and (self.config.use_cache if use_cache is None else use_cache)
         plain = cu_seqlens is None and (not wanted or follow_each_other(position_ids, mask))
         if use_cache and wanted and not plain:
             what = "packed sequences" if cu_seqlens is not None else "position_ids that do not count from 0"
             raise ValueError(f"NSALlamaModel: {what} leave no cache behind; expected use_cache=False")
-        return cu_seqlens, mask, wanted and plain
+        packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        return packed, mask, wanted and plain
 
     def decode(
         self,

@@ -11,8 +11,8 @@ from nsa.modules.token_layout import last_columns
 @torch.compiler.disable
 def packed_boundaries(
     position_ids: Int[Tensor, "_ t"], mask: Tensor | None, b: int, t: int
-) -> Int[Tensor, " sequences_plus_1"] | None:
-    """cu_seqlens of packed sequences, through all rows; None where each row is one sequence.
+) -> tuple[Int[Tensor, " sequences_plus_1"] | None, int | None]:
+    """cu_seqlens of packed sequences, through all rows, and the longest's length; None where each row is one sequence.
 
     A sequence begins wherever a position is not the one before it plus 1 (as transformers has it, whatever the first
     position is). Padding that `mask` names is a sequence of its own. It waits for the device and cuts a compiled graph
@@ -25,11 +25,12 @@ def packed_boundaries(
         is_token = last_columns(mask, b, t).to(restarts.device)
         restarts = restarts & is_token[:, 1:] & is_token[:, :-1]
     if not bool(restarts.any()):
-        return None
+        return None, None
     if mask is not None:
         restarts = restarts | (is_token.diff(dim=1) != 0)
     starts = torch.cat([restarts.new_ones(b, 1), restarts], dim=1).flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([b * t])]).to(torch.int32)
+    cu_seqlens = torch.cat([starts, starts.new_tensor([b * t])]).to(torch.int32)
+    return cu_seqlens, int(cu_seqlens.diff().max())
 
 
 def follow_each_other(position_ids: Tensor | None, mask: Tensor | None) -> bool:

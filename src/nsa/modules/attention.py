@@ -95,6 +95,7 @@ class NativeSparseAttention(nn.Module):
         cache: LayerCache | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
+        max_seqlen: int | None = None,
         position_ids: Int[Tensor, "_ t"] | None = None,
         layout: TokenLayout | None = None,
         factors: RotaryFactors | None = None,
@@ -110,9 +111,10 @@ class NativeSparseAttention(nn.Module):
                 may lie anywhere among them.
             cu_seqlens: packed sequences, which follow one another through all rows (no cache): from 0 to b t, rising;
                 empty ones are legal. They stay on the device and are trusted.
+            max_seqlen: a bound on the longest of them, trusted: it spares the selection work.
             position_ids: positions for the rotation, [b or 1, t]; by default every sequence begins at 0. They do not
                 say where sequences begin: `cu_seqlens` does. Not with a cache.
-            layout: made of the three before (`TokenLayout.of`), for layers that share it.
+            layout: made of the four before (`TokenLayout.of`), for layers that share it.
             factors: the same for layers over a cache.
 
         Returns:
@@ -134,7 +136,7 @@ class NativeSparseAttention(nn.Module):
         if layout is None:
             layout = TokenLayout.of(
                 x, self.rotary, self.config,
-                attention_mask=attention_mask, cu_seqlens=cu_seqlens, position_ids=position_ids,
+                attention_mask=attention_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, position_ids=position_ids,
             )  # fmt: skip
         q, k, v, k_win, v_win, k_raw, v_raw, gates = self._inputs(layout.sort(x), layout.cos, layout.sin)
         if layout.counts is not None:
@@ -142,7 +144,8 @@ class NativeSparseAttention(nn.Module):
         k_cmp, v_cmp = self._compress(k_raw, v_raw, layout)
         out = native_sparse_attention(
             q, k, v, gates, self.config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
-            cu_seqlens_q=layout.cu_seqlens, seqlens_k=layout.counts, seqlens_win=layout.counts, nonnegative_gates=True,
+            cu_seqlens_q=layout.cu_seqlens, seqlens_k=layout.counts, seqlens_win=layout.counts,
+            max_seqlen_k=layout.max_seqlen, nonnegative_gates=True,
         )  # fmt: skip
         return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
 

@@ -23,6 +23,7 @@ class TokenLayout:
     cos_cmp, sin_cmp: those of the compressed keys, which are rotated at their block's first token's position.
     cu_seqlens, blocks: of sequences that follow one another through all rows, int32 from 0 to b t.
     counts: how many of each row's columns are tokens, the last ones once `order` has moved padding to the front.
+    max_seqlen: a bound on the longest packed sequence, where one is known.
     order: columns in that order; None where padding is in front already.
     """
 
@@ -34,6 +35,7 @@ class TokenLayout:
     blocks: PackedBlocks | None = None
     counts: Int[Tensor, " b"] | None = None
     order: Int[Tensor, "b t"] | None = None
+    max_seqlen: int | None = None
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class TokenLayout:
         *,
         attention_mask: Tensor | None = None,
         cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
+        max_seqlen: int | None = None,
         position_ids: Int[Tensor, "_ t"] | None = None,
     ) -> "TokenLayout":
         """Of hidden states x; `NativeSparseAttention.forward` says what the others are."""
@@ -58,10 +61,11 @@ class TokenLayout:
                 columns = torch.arange(b * t, device=x.device)
                 sequence = (torch.searchsorted(bounds, columns, right=True) - 1).clamp(0, max(len(bounds) - 2, 0))
                 position_ids = columns - bounds[sequence]
-            cos, sin = rotary(
-                x, position_ids.expand(b, t).reshape(1, -1) if position_ids.dim() > 1 else position_ids[None]
-            )
-            return cls(cos, sin, blocks.of_first_token(cos), blocks.of_first_token(sin), bounds, blocks)
+            else:
+                position_ids = position_ids.expand(b, t).reshape(-1)
+            cos, sin = rotary(x, position_ids[None])
+            cos_cmp, sin_cmp = blocks.of_first_token(cos), blocks.of_first_token(sin)
+            return cls(cos, sin, cos_cmp, sin_cmp, bounds, blocks, max_seqlen=max_seqlen)
 
         columns = torch.arange(t, device=x.device)
         counts, order = padding(attention_mask, b, t)
