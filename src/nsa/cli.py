@@ -63,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _let_closed_pipes_be()
         return 141
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # which rich turns into an exit of its own
+            raise
+        return 141
     except Exception as error:
         said = explained(error)
         if said is None:

@@ -1,6 +1,7 @@
 """`nsa compare` from a folder to rows, tables and a report; resumed runs; memory that does not suffice."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,9 +174,31 @@ def test_errors_are_one_line(folder, tmp_path, capsys, flags, message):
     assert message in said
 
 
-def test_a_task_of_lm_eval_without_the_package_says_how_to_get_it(folder, tmp_path, monkeypatch):
-    import sys
-
+def test_a_task_of_lm_eval_without_the_package_says_how_to_get_it(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"^tasks of lm-eval need the package: pip install nsa\[lm-eval\]$"):
-        arguments(folder, tmp_path, tasks=("lm_eval:arc_easy",)).run()
+    command = ["compare", str(folder / "llama"), "--tasks", "lm_eval:arc_easy", "--text", str(folder / "text")]
+    assert main([*command, "--lengths", "128", "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == (
+        "nsa compare: error: this needs the package lm_eval, which is not installed: pip install 'lm-eval>=0.4.9'"
+    )
+
+
+def test_damaged_and_foreign_rows_are_run_again_not_believed(folder, tmp_path):
+    few = {"methods": ("full",), "tasks": ("needle", "continuation")}
+    arguments(folder, tmp_path, **few).run()
+    before = records(tmp_path)
+    lines = [{**before[0], "rows": [{**before[0]["rows"][0], "value": "high"}]}, {**before[1], "reads": None}]
+    foreign = ["[1, 2]", "7", '{"key": [1]}', "[" * 100_000, "\udcff", *map(json.dumps, lines)]
+    (tmp_path / "rows.jsonl").write_bytes("\n".join(foreign).encode(errors="surrogateescape") + b"\n")
+    arguments(folder, tmp_path, **few).run()
+    again = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_bytes().splitlines()[-2:]]
+    assert [r["rows"] for r in again] == [r["rows"] for r in before]
+
+
+def test_files_of_another_origin_are_not_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "report.html").write_text("mine")
+    command = ["compare", str(folder / "llama"), "--text", str(folder / "text"), "--output", str(tmp_path)]
+    assert main(command) == 2
+    assert f"{tmp_path} already holds report.html, which would be lost" in capsys.readouterr().err
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.html", "mine")]

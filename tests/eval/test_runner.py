@@ -162,9 +162,15 @@ def test_no_model_is_one_clear_line():
 
 def test_results_are_not_overwritten_unasked(folder, tmp_path):
     (tmp_path / "eval.json").write_text("kept", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"already holds an eval\.json; give another --output, or --overwrite"):
+    with pytest.raises(ValueError, match=r"already holds eval\.json, .*; give another --output, or --overwrite"):
         arguments(folder, "llama", output=tmp_path).run()
     assert (tmp_path / "eval.json").read_text(encoding="utf-8") == "kept"
+    (tmp_path / "eval.json").rename(tmp_path / "report.html")
+    with pytest.raises(ValueError, match=r"already holds report\.html"):
+        arguments(folder, "llama", output=tmp_path).run()
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "kept"
+    with pytest.raises(ValueError, match=r"report\.html is a file; expected a folder"):
+        arguments(folder, "llama", output=tmp_path / "report.html").run()
 
 
 def test_names_are_as_short_as_they_can_be():

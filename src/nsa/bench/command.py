@@ -57,7 +57,7 @@ class KernelArguments:
         unknown = sorted(set(self.rivals) - set(RIVALS))
         if unknown:
             raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS))}, got {unknown[0]!r}")
-        _check(self.lengths, self.repetitions)
+        _check(self, self.lengths)
         _run("kernels", self)
 
     def measure(self) -> "Iterator[Entry]":
@@ -95,7 +95,7 @@ class ModuleArguments:
     """Print the result as JSON instead of tables."""
 
     def run(self) -> None:
-        _check(self.lengths, self.repetitions)
+        _check(self, self.lengths)
         _run("module", self)
 
     def measure(self) -> "Iterator[Entry]":
@@ -130,7 +130,7 @@ class StepArguments:
     """Print the result as JSON instead of tables."""
 
     def run(self) -> None:
-        _check(self.lengths, self.repetitions)
+        _check(self, self.lengths)
         _run("step", self)
 
     def measure(self) -> "Iterator[Entry]":
@@ -198,11 +198,10 @@ class GenerateArguments:
                 "--lengths, --generate-at and --prompts: expected positive numbers of tokens, or none to leave a part "
                 f"out; got {list(self.lengths)}, {list(self.generate_at)} and {list(self.prompts)}"
             )
-        _check(lengths, self.repetitions)
-        if not self.batches or min(*self.batches, self.prefill_chunk) < 1 or self.new_tokens < 4:
+        _check(self, lengths)
+        if not self.batches or min(self.batches) < 1 or self.new_tokens < 4:
             raise ValueError(
-                "--batches, --new-tokens and --prefill-chunk: expected at least 1, 4 and 1, got "
-                f"{list(self.batches)}, {self.new_tokens} and {self.prefill_chunk}"
+                f"--batches and --new-tokens: expected at least 1 and 4, got {list(self.batches)} and {self.new_tokens}"
             )
         _run("generate", self)
 
@@ -253,7 +252,7 @@ class DecodeArguments:
         unknown = sorted(set(self.rivals) - set(RIVALS[:2]))
         if unknown:
             raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS[:2]))}, got {unknown[0]!r}")
-        _check(self.lengths, self.repetitions)
+        _check(self, self.lengths)
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"--batches: expected positive numbers of rows, got {list(self.batches)}")
         _run("decode", self)
@@ -285,12 +284,18 @@ class ShowArguments:
         if not self.result.is_file():
             raise ValueError(f"no such file: {self.result} (expected what `nsa bench ... --output` wrote)")
         try:
-            result = Result.from_json(self.result.read_text())
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.result} is no result of nsa bench: {error}") from error
-        print_tables(result)
-        if self.output:
-            write(result, self.output)
+            result = Result.from_json(self.result.read_text(encoding="utf-8"))
+            if self.output:
+                write(result, self.output)
+            print_tables(result)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # of a file by another program anything may be missing, or of another type
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.result} is no result of nsa bench: {reason}") from error
+
+
+Measured = KernelArguments | ModuleArguments | StepArguments | DecodeArguments | GenerateArguments
 
 
 def _subcommand(name: str, arguments: type) -> Any:
@@ -324,17 +329,20 @@ class BenchArguments:
         self.what.run()
 
 
-def _check(lengths: tuple[int, ...], repetitions: int) -> None:
+def _check(arguments: Measured, lengths: tuple[int, ...]) -> None:
     if not lengths or min(lengths) < 1:
         raise ValueError(f"--lengths: expected positive numbers of tokens, got {list(lengths)}")
-    if repetitions < 1:
-        raise ValueError(f"--repetitions: expected at least 1, got {repetitions}")
+    numbers = {name: value for name, value in asdict(arguments).items() if type(value) is int}
+    for name, value in numbers.items():
+        least = 0 if name == "dense_prompt" else 1
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    heads, kv_heads = numbers.get("heads", 1), numbers.get("kv_heads", 1)
+    if heads % kv_heads:
+        raise ValueError(f"--heads: expected a multiple of --kv-heads, got {heads} and {kv_heads}")
 
 
-def _run(
-    bench: str,
-    arguments: KernelArguments | ModuleArguments | StepArguments | DecodeArguments | GenerateArguments,
-) -> None:
+def _run(bench: str, arguments: Measured) -> None:
     """Measure, write down after every entry, show."""
     from nsa.bench.timing import require_cuda
 
@@ -344,16 +352,20 @@ def _run(
     from nsa.bench.timing import device_facts, matrix_rate
 
     if arguments.output:
+        there = arguments.output.with_name(arguments.output.name + ".json")
+        if there.exists() and there.stat().st_size:
+            raise ValueError(f"{there} is there already and would be lost; give another --output")
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        there.touch()  # not after the first measurement: a folder that cannot be written
     shape = {name: value for name, value in asdict(arguments).items() if name not in ("output", "json")}
     result = Result(bench=bench, facts=device_facts() | when_and_where(), shape=shape, matrix_rate=matrix_rate())
     for entry in arguments.measure():
         result.entries.append(entry)
         if arguments.output:
-            arguments.output.with_name(arguments.output.name + ".json").write_text(result.to_json())
+            there.write_text(result.to_json(), encoding="utf-8")
+    if arguments.output:  # before anything is printed: a terminal may be gone by now
+        write(result, arguments.output)
     if arguments.json:
         print(result.to_json())
     else:
         print_tables(result)
-    if arguments.output:
-        write(result, arguments.output)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nsa.eval.compare_command import CompareArguments
 
 OUT_OF_MEMORY = "out of memory"
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 Prepared = dict[str, Method]  # by Cell.preparation: methods after what they do offline
 
 
@@ -176,7 +176,13 @@ def _run(cell: Cell, method: Method | None) -> dict[str, Any]:
 
 
 def load_model(arguments: CompareArguments) -> Candidate:
-    return load(arguments.model, name=arguments.model.name, device=arguments.device, dtype=arguments.dtype)
+    return load(
+        arguments.model,
+        name=arguments.model.name,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def _tuples(value: Any) -> Any:
