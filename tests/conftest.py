@@ -1,6 +1,6 @@
 """Before anything of nsa is imported: shape checks, one seed, one thread, reproducible hypothesis."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jaxtyping
 import pytest
@@ -23,6 +23,17 @@ settings.register_profile(
 settings.load_profile("reproducible")
 
 torch.set_num_threads(1)  # tests are small; waiting for a second thread costs more than it gives
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=0, help="cases of each fuzzer, instead of its own few")
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """cases(default): how many cases a fuzzer tries, `--cases` if that was given."""
+    asked = request.config.getoption("--cases")
+    return lambda default: asked or default
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def load(
     Raises:
         ValueError: whatever makes the folder no such model, in one line.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     import nsa.models  # noqa: F401  (registers nsa_llama with the Auto classes)
@@ -79,6 +79,8 @@ def load(
     logging.set_verbosity_error()  # what does not fit is our error below, in one line
     shared: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
+        config = AutoConfig.from_pretrained(folder, **shared)
+        check_size(folder, config)
         tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
         found: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True, **shared
@@ -94,10 +96,29 @@ def load(
         logging.set_verbosity(verbosity)
     model, loaded = found
     missing, misshapen = loaded["missing_keys"], loaded["mismatched_keys"]
-    if missing or misshapen:
-        counts = f"{len(missing)} missing, {len(misshapen)} of another shape"
+    unused = [key for key in loaded["unexpected_keys"] if _would_belong(key, model)]
+    if missing or misshapen or unused:
+        counts = f"{len(missing)} missing, {len(misshapen)} of another shape, {len(unused)} without a place"
         raise ValueError(f"{folder}: the weights do not fit config.json: {counts}")
     return Candidate(name, folder, model.to(place).eval().requires_grad_(False), tokenizer)
+
+
+def check_size(folder: Path, config: Any) -> None:
+    """ValueError before memory is taken for a model that the folder's weights are nowhere near large enough for."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    asked = sum(p.numel() for p in model.parameters())
+    held = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if asked > 16 * held:  # half a bit for each
+        raise ValueError(f"config.json asks for {asked:,} parameters, and all files are {held:,} bytes")
+
+
+def _would_belong(key: str, model: nn.Module) -> bool:
+    """Whether it is of a layer that the model lacks; not of a picture's encoder beside it, nor a computed table."""
+    part = ".".join(key.split(".")[:2])  # such as model.layers
+    return part in dict(model.named_modules()) and not key.endswith("inv_freq")
 
 
 def device_of(device: str) -> torch.device:
