@@ -100,6 +100,7 @@ def test_ctrl_c_is_one_line_and_130(stopped, said, monkeypatch, capsys):
         (SafetensorError("Error while deserializing header"), "Error while deserializing header"),
         (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
         (Exception("data did not match any variant\nof untagged enum"), "any variant of untagged enum"),  # tokenizers'
+        (RecursionError("maximum recursion depth exceeded while decoding a JSON array"), "decoding a JSON array"),
         (MemoryError(), "out of memory: MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory."),
         (
@@ -118,7 +119,9 @@ def test_what_files_memory_and_packages_cause_is_one_line_and_2(error, said, mon
     assert re.fullmatch(r"nsa train: error: [^\n]+\n", printed)
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), RuntimeError("x"), ModuleNotFoundError(name="nsa.x")])
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), TypeError("x"), RuntimeError("x"), RecursionError("x"), ModuleNotFoundError(name="nsa.x")]
+)
 def test_a_fault_of_its_own_shows_where_it_was_raised_and_says_so(error, monkeypatch, capsys):
     running(monkeypatch, error)
     assert main(["train"]) == 1

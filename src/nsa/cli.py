@@ -132,6 +132,7 @@ def explained(error: Exception) -> str | None:
     # What the parsers of files raise besides ValueError (JSON's and Unicode's are ValueErrors): safetensors and zip
     # files have errors of their own, tokenizers raises a bare Exception.
     of_files = type(error) is Exception or type(error).__name__ in ("SafetensorError", "BadZipFile")
+    of_files |= isinstance(error, RecursionError) and "JSON" in str(error)  # nested without end
     return one_line(error) if of_files or isinstance(error, ValueError | OSError) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def compare(arguments: CompareArguments) -> Result:
     cells = list(cells_of(arguments, candidate))
     make_writable(arguments.output)
     path = arguments.output / "rows.jsonl"
+    path.open("ab").close()
     finished = read_finished(path)
     todo = [cell for cell in cells if cell.key not in finished]
     console = Console(stderr=True, markup=False, emoji=False)
@@ -54,9 +56,10 @@ def compare(arguments: CompareArguments) -> Result:
     apart = arguments.processes > 1 and len(todo) > 1
     running = run_apart(todo, arguments, prepared, console) if apart else run_here(todo, candidate, prepared, console)
     try:
-        for record in running:
-            append(path, record)
-            finished[record["key"]] = record
+        with closing(running):  # its bars go before an error's line comes
+            for record in running:
+                append(path, record)
+                finished[record["key"]] = record
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command goes on where it was ({path})") from None
     records = [finished[cell.key] for cell in cells]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -35,7 +35,7 @@ Prepared = dict[str, Method]  # by Cell.preparation: methods after what they do 
 
 def run_here(
     cells: Sequence[Cell], candidate: Candidate, prepared: Prepared, console: Console
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Records of the cells, one after another."""
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         overall = progress.add_task("cells", total=len(cells))
@@ -50,7 +50,7 @@ def run_here(
 
 def run_apart(
     cells: Sequence[Cell], arguments: CompareArguments, prepared: Prepared, console: Console
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Records of the cells as they are finished by `arguments.processes` processes, the longest texts first.
 
     Each process loads the model and has its share of torch's threads. Cells whose method prepares itself offline wait
