@@ -1,12 +1,15 @@
 """The command: help without waiting for torch, one line and exit code 2 for a user's error."""
 
+import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +67,22 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert re.fullmatch(r"nsa[ a-z]*: error: [^\n]+\n", said)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_an_option_is_its_own_and_no_heading_of_a_section(command, capsys):
+    """Comments that stand above several fields are no help on the first of them, or on all."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    source = Path(inspect.getfile(type_of(command))).read_text(encoding="utf-8")
+    for heading in re.findall(r"^    # ([^\n]+)$", source, re.MULTILINE):
+        assert f" {heading} (default" not in said
+
+
+def type_of(command: str) -> type:
+    module, _, name = COMMANDS[command][0].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def test_flags_change_single_values_of_the_preset():

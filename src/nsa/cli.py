@@ -110,6 +110,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
                 description=inspect.cleandoc(command.__doc__ or ""),
                 args=list(arguments),
                 default=default,
+                config=(tyro.conf.HelptextFromCommentsOff,),  # a comment above a field is the heading of a section
             )
     except SystemExit as stop:
         if not stop.code:  # --help
