@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from nsa.bench.run import check, run
 
 if TYPE_CHECKING:
     from nsa.bench.result import Entry
@@ -57,8 +59,8 @@ class KernelArguments:
         unknown = sorted(set(self.rivals) - set(RIVALS))
         if unknown:
             raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS))}, got {unknown[0]!r}")
-        _check(self, self.lengths)
-        _run("kernels", self)
+        check(self, self.lengths)
+        run("kernels", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.kernels import measure
@@ -95,8 +97,8 @@ class ModuleArguments:
     """Print the result as JSON instead of tables."""
 
     def run(self) -> None:
-        _check(self, self.lengths)
-        _run("module", self)
+        check(self, self.lengths)
+        run("module", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.layer import measure
@@ -130,8 +132,8 @@ class StepArguments:
     """Print the result as JSON instead of tables."""
 
     def run(self) -> None:
-        _check(self, self.lengths)
-        _run("step", self)
+        check(self, self.lengths)
+        run("step", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.step import measure
@@ -198,12 +200,12 @@ class GenerateArguments:
                 "--lengths, --generate-at and --prompts: expected positive numbers of tokens, or none to leave a part "
                 f"out; got {list(self.lengths)}, {list(self.generate_at)} and {list(self.prompts)}"
             )
-        _check(self, lengths)
+        check(self, lengths)
         if not self.batches or min(self.batches) < 1 or self.new_tokens < 4:
             raise ValueError(
                 f"--batches and --new-tokens: expected at least 1 and 4, got {list(self.batches)} and {self.new_tokens}"
             )
-        _run("generate", self)
+        run("generate", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.generate import measure
@@ -252,10 +254,10 @@ class DecodeArguments:
         unknown = sorted(set(self.rivals) - set(RIVALS[:2]))
         if unknown:
             raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS[:2]))}, got {unknown[0]!r}")
-        _check(self, self.lengths)
+        check(self, self.lengths)
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"--batches: expected positive numbers of rows, got {list(self.batches)}")
-        _run("decode", self)
+        run("decode", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.decode import measure
@@ -295,9 +297,6 @@ class ShowArguments:
             raise ValueError(f"{self.result} is no result of nsa bench: {reason}") from error
 
 
-Measured = KernelArguments | ModuleArguments | StepArguments | DecodeArguments | GenerateArguments
-
-
 def _subcommand(name: str, arguments: type) -> Any:
     return tyro.conf.subcommand(name, prefix_name=False, description=inspect.cleandoc(arguments.__doc__ or ""))
 
@@ -327,45 +326,3 @@ class BenchArguments:
 
     def run(self) -> None:
         self.what.run()
-
-
-def _check(arguments: Measured, lengths: tuple[int, ...]) -> None:
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"--lengths: expected positive numbers of tokens, got {list(lengths)}")
-    numbers = {name: value for name, value in asdict(arguments).items() if type(value) is int}
-    for name, value in numbers.items():
-        least = 0 if name == "dense_prompt" else 1
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
-    heads, kv_heads = numbers.get("heads", 1), numbers.get("kv_heads", 1)
-    if heads % kv_heads:
-        raise ValueError(f"--heads: expected a multiple of --kv-heads, got {heads} and {kv_heads}")
-
-
-def _run(bench: str, arguments: Measured) -> None:
-    """Measure, write down after every entry, show."""
-    from nsa.bench.timing import require_cuda
-
-    require_cuda()
-    from nsa.bench.result import Result, when_and_where
-    from nsa.bench.show import print_tables, write
-    from nsa.bench.timing import device_facts, matrix_rate
-
-    if arguments.output:
-        there = arguments.output.with_name(arguments.output.name + ".json")
-        if there.exists() and there.stat().st_size:
-            raise ValueError(f"{there} is there already and would be lost; give another --output")
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        there.touch()  # not after the first measurement: a folder that cannot be written
-    shape = {name: value for name, value in asdict(arguments).items() if name not in ("output", "json")}
-    result = Result(bench=bench, facts=device_facts() | when_and_where(), shape=shape, matrix_rate=matrix_rate())
-    for entry in arguments.measure():
-        result.entries.append(entry)
-        if arguments.output:
-            there.write_text(result.to_json(), encoding="utf-8")
-    if arguments.output:  # before anything is printed: a terminal may be gone by now
-        write(result, arguments.output)
-    if arguments.json:
-        print(result.to_json())
-    else:
-        print_tables(result)

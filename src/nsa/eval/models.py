@@ -80,7 +80,8 @@ def load(
     shared: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **shared)
-        check_size(folder, config)
+        if not trust_remote_code:
+            check_size(folder, config)
         tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
         found: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True, **shared
