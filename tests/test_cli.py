@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import SafetensorError
 
 import nsa
@@ -117,6 +118,8 @@ def test_ctrl_c_is_one_line_and_130(stopped, said, monkeypatch, capsys):
         (json.JSONDecodeError("Expecting value", "x", 0), "Expecting value"),
         (PermissionError(13, "Permission denied", "/there"), "[Errno 13] Permission denied: '/there'"),
         (SafetensorError("Error while deserializing header"), "Error while deserializing header"),
+        (EOFError("No data left in file"), "No data left in file"),
+        (StrictDataclassFieldValidationError("bos_token_id", TypeError("of another type")), "for field 'bos_token_id'"),
         (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
         (Exception("data did not match any variant\nof untagged enum"), "any variant of untagged enum"),  # tokenizers'
         (RecursionError("maximum recursion depth exceeded while decoding a JSON array"), "decoding a JSON array"),

@@ -27,6 +27,13 @@ COMMANDS = {
     "demo": ("nsa.eval.command:DemoArguments", "train three twins on this machine, judge them, write a report"),
 }
 
+# What the parsers of files raise besides ValueError, by name, for their modules need not be loaded: safetensors, zip
+# files, numpy's, and config.json with values of other types.
+OF_FILES = (
+    "SafetensorError", "BadZipFile", "EOFError", "StrictDataclassFieldValidationError",
+    "StrictDataclassClassValidationError",
+)  # fmt: skip
+
 HELP = """usage: nsa COMMAND [--help] ...
 
 Native Sparse Attention: train, generate, judge.
@@ -130,11 +137,10 @@ def explained(error: Exception) -> str | None:
         return f"{needs}: {how_to_install(module)}" if module else needs
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch
         return f"out of memory: {one_line(error)}"
-    # What the parsers of files raise besides ValueError (JSON's and Unicode's are ValueErrors): safetensors and zip
-    # files have errors of their own, tokenizers raises a bare Exception.
-    of_files = type(error) is Exception or type(error).__name__ in ("SafetensorError", "BadZipFile")
-    of_files |= isinstance(error, RecursionError) and "JSON" in str(error)  # nested without end
-    return one_line(error) if of_files or isinstance(error, ValueError | OSError) else None
+    if isinstance(error, ValueError | OSError) or type(error).__name__ in OF_FILES:
+        return one_line(error)
+    nested = isinstance(error, RecursionError) and "JSON" in str(error)
+    return one_line(error) if nested or type(error) is Exception else None  # tokenizers raises the bare type
 
 
 def one_line(error: BaseException) -> str:

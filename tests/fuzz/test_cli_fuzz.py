@@ -15,7 +15,7 @@ from cli_cases import Case, make, write_files
 from nsa.cli import main
 from nsa.eval import demo, fetch
 
-CASES = 150
+CASES = 250
 
 
 @pytest.fixture
