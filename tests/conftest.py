@@ -1,5 +1,6 @@
 """Before anything of nsa is imported: shape checks, one seed, one thread, reproducible hypothesis."""
 
+import ast
 from collections.abc import Callable, Iterator
 
 import jaxtyping
@@ -7,6 +8,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+from jaxtyping._import_hook import JaxtypingTransformer
+
+_check = JaxtypingTransformer.visit_FunctionDef
+
+
+def _check_unless_inner(transformer: JaxtypingTransformer, node: ast.FunctionDef) -> ast.FunctionDef:
+    """A function inside another is made at every call, and its checks compiled every time: milliseconds each."""
+    inner = any(isinstance(parent, ast.FunctionDef) for parent in transformer._parents)
+    return node if inner else _check(transformer, node)
+
+
+JaxtypingTransformer.visit_FunctionDef = _check_unless_inner
 
 # Every annotated shape of the library is checked while the tests run (Hugging Face's dataclasses do not bear it).
 CHECKED = ("cache", "config", "functional", "modules", "ops", "shapes", "testing")
