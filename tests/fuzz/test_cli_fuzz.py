@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_cases import Case, make, write_files
+from cli_cases import Case, lines_of, make, write_files
 
-from nsa.cli import main
+from nsa.cli import COMMANDS, main
 from nsa.eval import demo, fetch
 
 CASES = 250
@@ -52,6 +52,10 @@ def call(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     if code == 2 and re.fullmatch(one_line, said.lstrip()):
         return None
     return f"exit code {code}, and on stderr:\n{said}"
+
+
+def test_no_command_is_left_out(tmp_path: Path) -> None:
+    assert set(lines_of(tmp_path)) == set(COMMANDS) - {"corpus"}  # which downloads
 
 
 @pytest.mark.filterwarnings("default")
