@@ -41,9 +41,9 @@ bench: $(STAMP)  ## ours beside torch's SDPA on this CPU, one interleaved run
 	$(BIN)/python benchmarks/bench_cpu.py
 
 bench-gpu:  ## kernels, layer and training step beside dense attention, on a machine with CUDA
-	$(PYTHON) -m nsa.cli bench kernels
-	$(PYTHON) -m nsa.cli bench module
-	$(PYTHON) -m nsa.cli bench step
+	$(PYTHON) -m nsa bench kernels
+	$(PYTHON) -m nsa bench module
+	$(PYTHON) -m nsa bench step
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,12 +1,25 @@
 """Before anything of nsa is imported: shape checks, one seed, one thread, reproducible hypothesis."""
 
-from collections.abc import Iterator
+import ast
+from collections.abc import Callable, Iterator
 
 import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+from jaxtyping._import_hook import JaxtypingTransformer
+
+_check = JaxtypingTransformer.visit_FunctionDef
+
+
+def _check_unless_inner(transformer: JaxtypingTransformer, node: ast.FunctionDef) -> ast.FunctionDef:
+    """A function inside another is made at every call, and its checks compiled every time: milliseconds each."""
+    inner = any(isinstance(parent, ast.FunctionDef) for parent in transformer._parents)
+    return node if inner else _check(transformer, node)
+
+
+JaxtypingTransformer.visit_FunctionDef = _check_unless_inner
 
 # Every annotated shape of the library is checked while the tests run (Hugging Face's dataclasses do not bear it).
 CHECKED = ("cache", "config", "functional", "modules", "ops", "shapes", "testing")
@@ -23,6 +36,17 @@ settings.register_profile(
 settings.load_profile("reproducible")
 
 torch.set_num_threads(1)  # tests are small; waiting for a second thread costs more than it gives
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=0, help="cases of each fuzzer, instead of its own few")
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """cases(default): how many cases a fuzzer tries, `--cases` if that was given."""
+    asked = request.config.getoption("--cases")
+    return lambda default: asked or default
 
 
 @pytest.fixture(autouse=True)

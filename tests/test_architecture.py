@@ -25,7 +25,7 @@ LAYERS = [
     {"modules"},
     {"models"},
     {"training", "eval", "serving", "bench"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -1,11 +1,23 @@
 """The command: help without waiting for torch, one line and exit code 2 for a user's error."""
 
+import importlib
+import importlib.metadata
+import inspect
+import json
+import os
 import re
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors import SafetensorError
 
+import nsa
+from nsa.bench.result import Result
 from nsa.cli import COMMANDS, main, parse
 from nsa.training.config import TrainConfig
 from nsa.training.presets import preset
@@ -58,6 +70,22 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert re.fullmatch(r"nsa[ a-z]*: error: [^\n]+\n", said)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_an_option_is_its_own_and_no_heading_of_a_section(command, capsys):
+    """Comments that stand above several fields are no help on the first of them, or on all."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    source = Path(inspect.getfile(type_of(command))).read_text(encoding="utf-8")
+    for heading in re.findall(r"^    # ([^\n]+)$", source, re.MULTILINE):
+        assert f" {heading} (default" not in said
+
+
+def type_of(command: str) -> type:
+    module, _, name = COMMANDS[command][0].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def test_flags_change_single_values_of_the_preset():
     config = parse("train", ["--preset", "small", "--hidden-size", "64", "--nsa.window-size", "32"])
     small = preset("small")
@@ -73,10 +101,100 @@ def test_traceback_shows_where_an_error_was_raised():
         main(["generate", "/nowhere", "--prompt", "x", "--traceback"])
 
 
-def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys):
-    def interrupted(self):
-        raise KeyboardInterrupt("stopped at step 3")
-
-    monkeypatch.setattr(TrainConfig, "run", interrupted)
+@pytest.mark.parametrize(
+    ("stopped", "said"),
+    [(KeyboardInterrupt("stopped at step 3"), "interrupted; stopped at step 3"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_ctrl_c_is_one_line_and_130(stopped, said, monkeypatch, capsys):
+    running(monkeypatch, stopped)
     assert main(["train"]) == 130
-    assert capsys.readouterr().err == "\nnsa train: stopped at step 3\n"
+    assert capsys.readouterr().err == f"\nnsa train: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "'utf-8' codec can't decode byte 0xff"),
+        (json.JSONDecodeError("Expecting value", "x", 0), "Expecting value"),
+        (PermissionError(13, "Permission denied", "/there"), "[Errno 13] Permission denied: '/there'"),
+        (SafetensorError("Error while deserializing header"), "Error while deserializing header"),
+        (EOFError("No data left in file"), "No data left in file"),
+        (StrictDataclassFieldValidationError("bos_token_id", TypeError("of another type")), "for field 'bos_token_id'"),
+        (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
+        (Exception("data did not match any variant\nof untagged enum"), "any variant of untagged enum"),  # tokenizers'
+        (RecursionError("maximum recursion depth exceeded while decoding a JSON array"), "decoding a JSON array"),
+        (MemoryError(), "out of memory: MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory."),
+        (
+            ModuleNotFoundError("No module named 'gguf'", name="gguf"),
+            "which is not installed: pip install 'gguf>=0.17'",
+        ),
+        (ImportError("peft is required: pip install peft"), "peft is required: pip install peft"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_files_memory_and_packages_cause_is_one_line_and_2(error, said, monkeypatch, capsys):
+    running(monkeypatch, error)
+    assert main(["train"]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert re.fullmatch(r"nsa train: error: [^\n]+\n", printed)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), TypeError("x"), RuntimeError("x"), RecursionError("x"), ModuleNotFoundError(name="nsa.x")]
+)
+def test_a_fault_of_its_own_shows_where_it_was_raised_and_says_so(error, monkeypatch, capsys):
+    running(monkeypatch, error)
+    assert main(["train"]) == 1
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert last == "nsa train: this is a fault of nsa; please report it with the lines above"
+
+
+def test_without_a_package_every_command_says_what_to_install():
+    """In one line, with what the same extra lacks besides, and with no index that would have to hold nsa."""
+    code = """
+import sys
+for name in ("tyro", "rich", "accelerate"):
+    sys.modules[name] = None
+from nsa.cli import COMMANDS, main
+assert [main([name]) for name in COMMANDS] == [2] * len(COMMANDS)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = "this needs the package tyro, which is not installed: pip install 'accelerate>=1.10' 'rich>=14' 'tyro>=1.0'"
+    assert done.stderr.splitlines() == [f"nsa {command}: error: {said}" for command in COMMANDS]
+
+
+@pytest.mark.parametrize("arguments", ["--help", "fetch --help", "bench show shown.json"])
+def test_a_closed_pipe_is_no_traceback(arguments, tmp_path):
+    (tmp_path / "shown.json").write_text(Result(bench="step", facts={}, shape={}, matrix_rate=1.0).to_json())
+    command = f"{sys.executable} -m nsa {arguments} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_a_locale_without_a_character_shows_its_code():
+    code = r"import sys; from nsa.cli import main; main([]); print('1 \xb1 2 \udcff')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.splitlines()[-1] == r"1 \xb1 2 \udcff", done.stderr
+
+
+def test_the_version_has_one_place(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nsa {nsa.__version__}\n"
+    assert importlib.metadata.version("nsa") == nsa.__version__
+    done = subprocess.run([sys.executable, "-m", "nsa", "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout == f"nsa {nsa.__version__}\n", done.stderr
+
+
+def running(monkeypatch, error: BaseException) -> None:
+    """`nsa train` meets this error."""
+
+    def run(self):
+        raise error
+
+    monkeypatch.setattr(TrainConfig, "run", run)

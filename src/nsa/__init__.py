@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nsa.functional import native_sparse_attention
     from nsa.modules.attention import NativeSparseAttention
 
+__version__ = "0.1.0.dev0"
+
 __all__ = ["NSACache", "NSAConfig", "NativeSparseAttention", "native_sparse_attention"]
 
 _HOME = {

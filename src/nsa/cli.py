@@ -3,10 +3,14 @@
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
+import os
 import re
+import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +27,13 @@ COMMANDS = {
     "demo": ("nsa.eval.command:DemoArguments", "train three twins on this machine, judge them, write a report"),
 }
 
+# What the parsers of files raise besides ValueError, by name, for their modules need not be loaded: safetensors, zip
+# files, numpy's, and config.json with values of other types.
+OF_FILES = (
+    "SafetensorError", "BadZipFile", "EOFError", "StrictDataclassFieldValidationError",
+    "StrictDataclassClassValidationError",
+)  # fmt: skip
+
 HELP = """usage: nsa COMMAND [--help] ...
 
 Native Sparse Attention: train, generate, judge.
@@ -38,35 +49,56 @@ options of every command:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0, 2 for a user's error (one line on stderr), 130 for Ctrl-C."""
+    """Run a subcommand.
+
+    Returns:
+        The exit code: 0; 2 for what a user can mend, with one line on stderr; 130 for Ctrl-C; 141 where the reader of
+        the output went away, as after SIGPIPE; 1 for a fault of this program, with its traceback.
+    """
     rest = list(sys.argv[1:] if arguments is None else arguments)
-    if not rest or rest[0] in ("-h", "--help"):
-        lines = (f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
-        print(HELP.format(commands="\n".join(lines)))
-        return 0
-    if rest[0] == "--version":
-        print(f"nsa {importlib.metadata.version('nsa')}")
-        return 0
-    name = rest.pop(0)
-    if name not in COMMANDS:
-        print(f"nsa: error: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    traceback = "--traceback" in rest
+    name = rest[0] if rest and rest[0] in COMMANDS else ""
+    who = f"nsa {name}".rstrip()
+    show_traceback = "--traceback" in rest
     rest = [argument for argument in rest if argument != "--traceback"]
+    _print_any_character()
     try:
-        parse(name, rest).run()
+        _run(rest)
+        sys.stdout.flush()
     except KeyboardInterrupt as interruption:
-        print(f"\nnsa {name}: {interruption or 'interrupted'}", file=sys.stderr)
+        print(f"\n{who}: interrupted" + (f"; {interruption}" if str(interruption) else ""), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
-        return 0
-    except (ValueError, OSError) as error:
-        if traceback:
+    except BrokenPipeError:
+        _let_closed_pipes_be()
+        return 141
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # which rich turns into an exit of its own
             raise
-        print(f"nsa {name}: error: {one_line(error)}", file=sys.stderr)
+        return 141
+    except Exception as error:
+        said = explained(error)
+        if said is None:
+            traceback.print_exc()
+            print(f"{who}: this is a fault of nsa; please report it with the lines above", file=sys.stderr)
+            return 1
+        if show_traceback:
+            raise
+        print(f"{who}: error: {said}", file=sys.stderr)
         return 2
     return 0
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = (f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)))
+    elif arguments[0] == "--version":
+        import nsa
+
+        print(f"nsa {nsa.__version__}")
+    elif arguments[0] in COMMANDS:
+        parse(arguments[0], arguments[1:]).run()
+    else:
+        raise ValueError(f"unknown command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}")
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:
@@ -85,6 +117,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
                 description=inspect.cleandoc(command.__doc__ or ""),
                 args=list(arguments),
                 default=default,
+                config=(tyro.conf.HelptextFromCommentsOff,),  # a comment above a field is the heading of a section
             )
     except SystemExit as stop:
         if not stop.code:  # --help
@@ -94,8 +127,62 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         raise ValueError(frame.sub(" ", said.getvalue())) from None
 
 
+def explained(error: Exception) -> str | None:
+    """One line on an error that arguments, files, memory or missing packages can cause; None for a fault of nsa."""
+    if isinstance(error, ImportError):
+        module = (error.name or "").partition(".")[0]
+        if module == "nsa":
+            return None
+        needs = f"this needs the package {module}, which is not installed" if module else one_line(error)
+        return f"{needs}: {how_to_install(module)}" if module else needs
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch
+        return f"out of memory: {one_line(error)}"
+    if isinstance(error, ValueError | OSError) or type(error).__name__ in OF_FILES:
+        return one_line(error)
+    nested = isinstance(error, RecursionError) and "JSON" in str(error)
+    return one_line(error) if nested or type(error) is Exception else None  # tokenizers raises the bare type
+
+
 def one_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+
+
+def how_to_install(module: str) -> str:
+    """The pip command for what is not here of the extra that brings `module`; nsa itself need be on no index."""
+    extras: dict[str, list[str]] = {}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for line in importlib.metadata.requires("nsa") or ():
+            requirement, _, marker = (part.strip() for part in line.partition(";"))
+            extras.setdefault(marker, []).append(requirement)
+    for requirements in sorted(extras.values(), key=len):  # the tools of development include all the others
+        modules = {re.split(r"[^\w-]", requirement)[0].replace("-", "_"): requirement for requirement in requirements}
+        if module in modules:
+            missing = [requirement for name, requirement in modules.items() if name == module or not _is_here(name)]
+            return f"pip install {shlex.join(missing)}"
+    return f"pip install {module}"
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _print_any_character() -> None:
+    """A locale that lacks a character shows its code in its place, and the work before is not lost."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _let_closed_pipes_be() -> None:
+    """Python flushes both streams once more when it ends, and would complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

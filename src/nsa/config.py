@@ -26,15 +26,24 @@ class NSAConfig:
     n >= initial + local blocks. That the query heads are a multiple of the KV heads is checked where heads are known.
     """
 
-    compress_block_size: int = 32  # l: tokens in one compression block
-    compress_stride: int = 16  # d: tokens between the starts of two compression blocks
-    select_block_size: int = 64  # l': tokens in one selection block
-    num_selected_blocks: int = 16  # n: blocks each query selects, the forced ones included
-    num_initial_blocks: int = 1  # forced: the first blocks of the sequence
-    num_local_blocks: int = 2  # forced: the query's own block and those just before it
-    window_size: int = 512  # w: keys in the sliding window, the query's own position included
-    compression: Compression = "mlp"  # phi
-    shared_kv: bool = False  # one k, v for the three branches instead of one pair each
+    compress_block_size: int = 32
+    """l: tokens in one compression block."""
+    compress_stride: int = 16
+    """d: tokens between the starts of two compression blocks."""
+    select_block_size: int = 64
+    """l': tokens in one selection block."""
+    num_selected_blocks: int = 16
+    """n: blocks each query selects, the forced ones included."""
+    num_initial_blocks: int = 1
+    """Forced: the first blocks of the sequence."""
+    num_local_blocks: int = 2
+    """Forced: the query's own block and those just before it."""
+    window_size: int = 512
+    """w: keys in the sliding window, the query's own position included."""
+    compression: Compression = "mlp"
+    """phi, which makes one key or value of a block."""
+    shared_kv: bool = False
+    """One k, v for the three branches instead of one pair each."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from rigged import write_text
+from safetensors.torch import load_file
 
 from nsa.config import NSAConfig
 from nsa.eval import demo, demo_work, pictures, twins
@@ -157,16 +159,19 @@ def test_a_twin_that_was_stopped_goes_on_from_its_checkpoint(tiny, monkeypatch, 
 
 
 def test_processes_of_their_own_do_the_same_work(finished, text, tmp_path, monkeypatch):
-    """The same weights, bit by bit, and the same answers."""
+    """The same weights and the same answers, up to the rounding of sums over another number of threads."""
     shrink(monkeypatch, text)
     out, _ = finished
     recipes = {twin: demo.recipe(tmp_path, twin, steps=None, seed=0) for twin in TWINS}
     rows = twins.train_and_judge(recipes, 2, Console(file=io.StringIO()))
     for twin in TWINS:
         name = f"{twin}/model.safetensors"
-        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+        torch.testing.assert_close(load_file(tmp_path / name), load_file(out / name))
     monkeypatch.undo()  # processes of their own ask the demo's own questions
-    assert rows["nsa"] == demo_work.judge_twin("nsa", recipes["nsa"], quiet=True)
+    here = demo_work.judge_twin("nsa", recipes["nsa"], quiet=True)
+    assert [(row["where"], row["n"]) for row in rows["nsa"]] == [(row["where"], row["n"]) for row in here]
+    for row, expected in zip(rows["nsa"], here, strict=True):
+        assert row["values"] == pytest.approx(expected["values"], rel=1e-5)
 
 
 def test_a_twin_that_fails_in_its_process_says_why(text, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +98,23 @@ def test_the_page_has_every_section_and_closes_every_tag():
     assert page.ids == ["results", "context", "needle", "curves", "blocks", "keys", "sample", "run"]
     for words in ("A title", "A lead", "97%", "x): return x < 1", "nsa eval <runs>", "a note & <more>", "x<y"):
         assert words in page.text
+
+
+def test_names_are_escaped_everywhere():
+    report = example_report()
+    odd = '<img src=x onerror="run()">&'
+    for model in report.result.models:
+        model |= {"name": model["name"] + odd, "folder": odd, "attention": odd if model["name"] == "nsa" else "dense"}
+    report.result.rows = {name + odd: rows for name, rows in report.result.rows.items()}
+    report.curves, report.samples = {"nsa" + odd: report.curves["nsa"]}, {"nsa" + odd: (odd, odd)}
+    report.picture, report.keys = replace(report.picture, model=odd, answer=odd), replace(report.keys, model=odd)
+    report.title, report.lead, report.tiles = odd, odd, [(odd, odd)]
+    report.result.run["command"] = report.result.run["versions"]["torch"] = report.result.run["date"] = odd
+    html = report.render()
+    assert "<img" not in html
+    page = Page(html)
+    assert not any(tag == "img" for tag, _, _ in page.attributes)
+    assert page.text.count(odd) > 20
 
 
 def test_the_page_loads_nothing():

@@ -1,17 +1,20 @@
 """`nsa eval` from folders to table, JSON and report; and what it says when it cannot."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from rigged import write_text
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from nsa.cli import main
+from nsa.cli import main, parse
 from nsa.eval import pictures
 from nsa.eval.command import EvalArguments
-from nsa.eval.models import names_of
+from nsa.eval.models import device_of, names_of
 from nsa.eval.result import Result
 from nsa.eval.tasks import TASKS
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
@@ -142,13 +145,25 @@ def test_weights_of_another_attention_are_refused_not_drawn_at_random(folder, tm
         EvalArguments(models=(tmp_path,)).run()
 
 
+@pytest.mark.parametrize(("weights", "changed"), [("nsa", {"attention": "dense"}), ("dense", {"num_hidden_layers": 1})])
+def test_weights_that_have_no_place_are_refused_not_left_out(folder, tmp_path, weights, changed):
+    model = copy_of(folder / weights, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(ValueError, match=r"0 missing, 0 of another shape, \d+ without a place"):
+        EvalArguments(models=(model,)).run()
+
+
 def test_an_unknown_task_is_one_clear_line(folder):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         arguments(folder, "nsa", tasks=("needle", "needel")).run()
     assert one_line(error) == f"unknown task needel; expected some of {', '.join(TASKS)}"
 
 
-@pytest.mark.parametrize(("device", "message"), [("cup", "no such device: 'cup'"), ("cuda:99", "torch sees \\d+ CUDA")])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cup", "no such device: 'cup'"), ("meta", "no such device: 'meta'"), ("cuda:99", "torch sees \\d+ CUDA")],
+)
 def test_a_device_that_is_not_there_is_one_clear_line(folder, device, message):
     with pytest.raises(ValueError, match=message) as error:
         arguments(folder, "llama", device=device).run()
@@ -162,9 +177,138 @@ def test_no_model_is_one_clear_line():
 
 def test_results_are_not_overwritten_unasked(folder, tmp_path):
     (tmp_path / "eval.json").write_text("kept", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"already holds an eval\.json; give another --output, or --overwrite"):
+    with pytest.raises(ValueError, match=r"already holds eval\.json, .*; give another --output, or --overwrite"):
         arguments(folder, "llama", output=tmp_path).run()
     assert (tmp_path / "eval.json").read_text(encoding="utf-8") == "kept"
+    (tmp_path / "eval.json").rename(tmp_path / "report.html")
+    with pytest.raises(ValueError, match=r"already holds report\.html"):
+        arguments(folder, "llama", output=tmp_path).run()
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "kept"
+    with pytest.raises(ValueError, match=r"report\.html is a file; expected a folder"):
+        arguments(folder, "llama", output=tmp_path / "report.html").run()
+
+
+def copy_of(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder))
+
+
+FEW = ["--tasks", "needle", "--lengths", "64", "--depths", "0.5", "--samples", "1"]
+
+
+def test_results_are_saved_before_anything_is_printed(folder, tmp_path, monkeypatch):
+    """A pipe that was closed meanwhile, or a locale without the table's characters, loses no evaluation."""
+
+    whole = Console.print
+
+    def closed(self, *what, **how):
+        if self.stderr:  # of the progress before
+            return whole(self, *what, **how)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Console, "print", closed)
+    monkeypatch.setattr(pictures, "SAMPLE_TOKENS", 2)
+    command = ["eval", str(folder / "llama"), *FEW, "--text", str(folder / "text"), "--output", str(tmp_path / "out")]
+    assert main(command) == 141
+    assert Result.from_json((tmp_path / "out" / "eval.json").read_text(encoding="utf-8")).names == ["llama"]
+    assert "</html>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_of_folders_are_text_and_no_markup(folder, tmp_path, monkeypatch, capsys):
+    """Neither rich's, which would raise or swallow them, nor HTML's, which would run in the report."""
+    monkeypatch.setattr(pictures, "SAMPLE_TOKENS", 2)
+    names = ["[red]m", "x[", "<b>&amp;"]
+    models = [
+        copy_of(folder / kind, tmp_path / name) for kind, name in zip(("nsa", "dense", "llama"), names, strict=True)
+    ]
+    closing = copy_of(folder / "dense", tmp_path / "a[" / "b]:smile:")  # a path with [/b] in it
+    command = ["eval", *map(str, [*models, closing]), *FEW, "--text", str(folder / "text")]
+    assert main([*command, "--output", str(tmp_path / "o[" / "b]")]) == 0
+    printed = capsys.readouterr()
+    assert all(name in printed.out for name in [*names, "b]:smile:"])
+    assert f"wrote {tmp_path}/o[/b]/report.html\n" in printed.err
+    html = (tmp_path / "o[" / "b]" / "report.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;amp;" in html
+    assert "<b>" not in html
+
+
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_python_code_in_a_folder_runs_only_if_it_is_trusted(folder, tmp_path, monkeypatch, capsys, command):
+    model, ran = copy_of(folder / "llama", tmp_path / "model"), tmp_path / "ran"
+    lines = ["from transformers import LlamaConfig", f"open({str(ran)!r}, 'w').close()"]
+    lines += ["class Ours(LlamaConfig):", "    model_type = 'ours'"]
+    (model / "code_of_theirs.py").write_text("\n".join(lines))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "ours", "auto_map": {"AutoConfig": "code_of_theirs.Ours"}}
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *asked: "yes")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    asked = [command, str(model), "--text", str(folder / "text")]
+    assert main(asked) == 2
+    assert "which runs only with --trust-remote-code" in capsys.readouterr().err
+    assert not ran.exists()
+    assert main([*asked, "--trust-remote-code"]) == 2  # the class of the model is not in the folder
+    assert ran.exists()
+
+
+DAMAGED = {
+    "config.json": [b"", b"\xff\xfe", b"[]", b"7", b"[" * 100_000, b'{"model_type": 5}', b'{"model_type": "llama"}'],
+    "model.safetensors": [b"", b"\0" * 64, b"\xff" * 64, b"\x08" + b"\0" * 7 + b"{}      "],
+    "tokenizer.json": [b"", b"{}", b"[]", b'{"model": {"type": "none"}}'],
+    "tokenizer_config.json": [b"[]", b"7", b'{"tokenizer_class": 7}'],
+    "train_config.json": [b"", b"[]", b"{}", b'{"data": 7}', b"\xff"],
+}
+
+
+@pytest.mark.parametrize(("file", "content"), [(file, content) for file, all in DAMAGED.items() for content in all])
+def test_damaged_files_of_a_model_are_one_line(folder, tmp_path, capsys, file, content):
+    model = copy_of(folder / "llama", tmp_path / "model")
+    (model / file).write_bytes(content)
+    text = [] if file == "train_config.json" else ["--text", str(folder / "text")]
+    assert main(["eval", str(model), *FEW, *text]) == 2
+    said = capsys.readouterr().err
+    assert str(model) in said
+    assert re.fullmatch(r"nsa eval: error: [^\n]+\n", said)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "rope_parameters", "hidden_act"])
+@pytest.mark.parametrize("value", ["wide", None, [], {}, -1, 0, 1.5])
+def test_values_of_other_types_in_config_json_are_one_line(folder, tmp_path, capsys, key, value):
+    model = copy_of(folder / "nsa", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, key: value}))
+    code = main(["eval", str(model), *FEW, "--text", str(folder / "text")])
+    said = capsys.readouterr().err
+    assert (code, said.strip()) == (0, "") or (code == 2 and re.fullmatch(r"nsa eval: error: [^\n]+\n", said))
+
+
+def test_a_tokenizer_of_another_model_is_one_line(folder, tmp_path):
+    model = tmp_path / "model"
+    LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 90})).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    with pytest.raises(ValueError, match=r"the tokenizer gave token \d+, but the model's vocabulary has 90"):
+        EvalArguments(models=(model,), lengths=(64,), samples=1, text=folder / "text").run()
+
+
+def test_texts_longer_than_a_table_of_positions_are_one_line(folder, tmp_path):
+    model = tmp_path / "model"
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=64, n_embd=16, n_layer=1, n_head=1)).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    with pytest.raises(ValueError, match=r"model: 128 tokens are more than the 64 positions it was made for: index"):
+        EvalArguments(models=(model,), lengths=(128,), samples=1, text=folder / "text").run()
+
+
+def test_zero_is_no_window(folder):
+    with pytest.raises(ValueError, match="recall: window_size must be positive, got 0"):
+        arguments(folder, "nsa", tasks=("recall",), window_size=0).run()
+
+
+def test_a_gpu_is_used_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of(parse("eval", ["x"]).device) == torch.device("cuda")
+    assert device_of(parse("compare", ["x"]).device) == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("auto") == torch.device("cpu")
 
 
 def test_names_are_as_short_as_they_can_be():

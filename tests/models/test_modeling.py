@@ -135,7 +135,11 @@ def test_saved_and_loaded_by_the_auto_classes_it_is_the_same_model(attention, tm
     assert type(loaded) is NSALlamaForCausalLM
     assert loaded.config.attention == attention
     assert loaded.config.nsa_config == built.config.nsa_config
-    assert torch.equal(loaded(ids).logits, built(ids).logits)
+    for name, parameter in built.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    # Not so the logits: a file's weights lie at other addresses, and sums of other vector widths round differently.
+    truth = loaded.double()(ids).logits
+    torch.testing.assert_close(truth, built.double()(ids).logits, rtol=1e-9, atol=1e-9)
     assert AutoConfig.from_pretrained(tmp_path).nsa["window_size"] == 10
 
 
@@ -185,7 +189,7 @@ def test_gradient_checkpointing_changes_no_gradient(attention):
     plain = gradients()
     built.gradient_checkpointing_enable()
     for one, two in zip(plain, gradients(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=0)
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 def test_the_trainer_trains_saves_and_its_checkpoint_loads(tmp_path):

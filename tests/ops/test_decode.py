@@ -121,5 +121,5 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     out = decode_attention(scene.q, scene.gates, scene.cache(lengths), SMALL)
     alone = Scene(DecodeCase(lengths=lengths, t=2, config=SMALL, **DOUBLE))
     others = decode_attention(alone.q, alone.gates, alone.cache((5, 60, 33)), SMALL)
-    assert torch.equal(out[2], others[2])
+    torch.testing.assert_close(out[2], others[2], rtol=0.0, atol=1e-10)  # another column of the batch, other addresses
     assert not out[1].any()

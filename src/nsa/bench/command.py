@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from nsa.bench.run import check, run
 
 if TYPE_CHECKING:
     from nsa.bench.result import Entry
@@ -57,8 +59,8 @@ class KernelArguments:
         unknown = sorted(set(self.rivals) - set(RIVALS))
         if unknown:
             raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS))}, got {unknown[0]!r}")
-        _check(self.lengths, self.repetitions)
-        _run("kernels", self)
+        check(self, self.lengths)
+        run("kernels", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.kernels import measure
@@ -95,8 +97,8 @@ class ModuleArguments:
     """Print the result as JSON instead of tables."""
 
     def run(self) -> None:
-        _check(self.lengths, self.repetitions)
-        _run("module", self)
+        check(self, self.lengths)
+        run("module", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.layer import measure
@@ -130,8 +132,8 @@ class StepArguments:
     """Print the result as JSON instead of tables."""
 
     def run(self) -> None:
-        _check(self.lengths, self.repetitions)
-        _run("step", self)
+        check(self, self.lengths)
+        run("step", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.step import measure
@@ -198,13 +200,12 @@ class GenerateArguments:
                 "--lengths, --generate-at and --prompts: expected positive numbers of tokens, or none to leave a part "
                 f"out; got {list(self.lengths)}, {list(self.generate_at)} and {list(self.prompts)}"
             )
-        _check(lengths, self.repetitions)
-        if not self.batches or min(*self.batches, self.prefill_chunk) < 1 or self.new_tokens < 4:
+        check(self, lengths)
+        if not self.batches or min(self.batches) < 1 or self.new_tokens < 4:
             raise ValueError(
-                "--batches, --new-tokens and --prefill-chunk: expected at least 1, 4 and 1, got "
-                f"{list(self.batches)}, {self.new_tokens} and {self.prefill_chunk}"
+                f"--batches and --new-tokens: expected at least 1 and 4, got {list(self.batches)} and {self.new_tokens}"
             )
-        _run("generate", self)
+        run("generate", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.generate import measure
@@ -253,10 +254,10 @@ class DecodeArguments:
         unknown = sorted(set(self.rivals) - set(RIVALS[:2]))
         if unknown:
             raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS[:2]))}, got {unknown[0]!r}")
-        _check(self.lengths, self.repetitions)
+        check(self, self.lengths)
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"--batches: expected positive numbers of rows, got {list(self.batches)}")
-        _run("decode", self)
+        run("decode", self)
 
     def measure(self) -> "Iterator[Entry]":
         from nsa.bench.decode import measure
@@ -285,12 +286,15 @@ class ShowArguments:
         if not self.result.is_file():
             raise ValueError(f"no such file: {self.result} (expected what `nsa bench ... --output` wrote)")
         try:
-            result = Result.from_json(self.result.read_text())
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.result} is no result of nsa bench: {error}") from error
-        print_tables(result)
-        if self.output:
-            write(result, self.output)
+            result = Result.from_json(self.result.read_text(encoding="utf-8"))
+            if self.output:
+                write(result, self.output)
+            print_tables(result)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # of a file by another program anything may be missing, or of another type
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.result} is no result of nsa bench: {reason}") from error
 
 
 def _subcommand(name: str, arguments: type) -> Any:
@@ -322,38 +326,3 @@ class BenchArguments:
 
     def run(self) -> None:
         self.what.run()
-
-
-def _check(lengths: tuple[int, ...], repetitions: int) -> None:
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"--lengths: expected positive numbers of tokens, got {list(lengths)}")
-    if repetitions < 1:
-        raise ValueError(f"--repetitions: expected at least 1, got {repetitions}")
-
-
-def _run(
-    bench: str,
-    arguments: KernelArguments | ModuleArguments | StepArguments | DecodeArguments | GenerateArguments,
-) -> None:
-    """Measure, write down after every entry, show."""
-    from nsa.bench.timing import require_cuda
-
-    require_cuda()
-    from nsa.bench.result import Result, when_and_where
-    from nsa.bench.show import print_tables, write
-    from nsa.bench.timing import device_facts, matrix_rate
-
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    shape = {name: value for name, value in asdict(arguments).items() if name not in ("output", "json")}
-    result = Result(bench=bench, facts=device_facts() | when_and_where(), shape=shape, matrix_rate=matrix_rate())
-    for entry in arguments.measure():
-        result.entries.append(entry)
-        if arguments.output:
-            arguments.output.with_name(arguments.output.name + ".json").write_text(result.to_json())
-    if arguments.json:
-        print(result.to_json())
-    else:
-        print_tables(result)
-    if arguments.output:
-        write(result, arguments.output)

@@ -210,7 +210,7 @@ def notes(result: Result) -> list[str]:
 
 
 def print_tables(result: Result) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for note in notes(result):
         console.print(note, highlight=False)
     for table in tables(result):
@@ -226,7 +226,7 @@ def markdown(result: Result) -> str:
 
 def write(result: Result, stem: Path) -> None:
     """STEM.md and STEM.svg."""
-    stem.with_name(stem.name + ".md").write_text(markdown(result))
+    stem.with_name(stem.name + ".md").write_text(markdown(result), encoding="utf-8")
     plot(result, stem.with_name(stem.name + ".svg"))
 
 

@@ -45,10 +45,12 @@ class EvalArguments:
     """Replace the results in --output."""
     json: bool = False
     """Print the result as JSON instead of a table."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda, cuda:1."""
+    device: str = "auto"
+    """Where to run: auto (CUDA if there is a GPU), cpu, cuda, cuda:1."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the models."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings, as some models need."""
 
     def run(self) -> None:
         from nsa.eval.runner import judge

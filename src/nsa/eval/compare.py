@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from nsa.eval.compare_rows import append, read_finished
 from nsa.eval.compare_run import Prepared, load_model, remember, run_apart, run_here
 from nsa.eval.compare_table import comparison_markdown, comparison_tables
 from nsa.eval.costs import Cost, Costs
+from nsa.eval.files import make_writable, refuse_to_lose
 from nsa.eval.method_sections import quality_charts
 from nsa.eval.methods import METHODS
 from nsa.eval.models import Candidate, check_folder
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from nsa.eval.compare_command import CompareArguments
 
 
+WRITTEN = ("compare.json", "report.html", "tables.md", "quality.svg")  # after the rows
 # Which of the report's colours a method takes; the others take the remaining ones.
 TWIN_OF = {"nsa": "nsa", "full": "dense", "streaming_llm": "window"}
 
@@ -38,23 +42,26 @@ def compare(arguments: CompareArguments) -> Result:
     check(arguments)
     candidate = load_model(arguments)
     cells = list(cells_of(arguments, candidate))
+    make_writable(arguments.output)
     path = arguments.output / "rows.jsonl"
+    path.open("ab").close()
     finished = read_finished(path)
     todo = [cell for cell in cells if cell.key not in finished]
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     if len(todo) < len(cells):
-        console.print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished in {path}", highlight=False)
+        print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished in {path}", file=sys.stderr)
     prepared: Prepared = {}
     for cell in cells:
         remember(prepared, cell, finished.get(cell.key, {}))
     apart = arguments.processes > 1 and len(todo) > 1
     running = run_apart(todo, arguments, prepared, console) if apart else run_here(todo, candidate, prepared, console)
     try:
-        for record in running:
-            append(path, record)
-            finished[record["key"]] = record
+        with closing(running):  # its bars go before an error's line comes
+            for record in running:
+                append(path, record)
+                finished[record["key"]] = record
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; the same command goes on where it was ({path})") from None
+        raise KeyboardInterrupt(f"the same command goes on where it was ({path})") from None
     records = [finished[cell.key] for cell in cells]
     result, costs = gather(candidate, cells, records)
     result.save(arguments.output / "compare.json")
@@ -67,17 +74,19 @@ def compare(arguments: CompareArguments) -> Result:
     if arguments.json:
         print(json.dumps({**json.loads(result.to_json()), "costs": [asdict(cost) for cost in costs.rows]}, indent=1))
         return result
-    out = Console()
+    out = Console(markup=False, emoji=False)
     out.print(comparison_tables(result, costs))
     for note in result.notes:
-        out.print(f"note: {note}", style="yellow")
-    console.print(f"wrote {arguments.output / 'report.html'}", highlight=False)
+        out.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    print(f"wrote {arguments.output / 'report.html'}", file=sys.stderr)
     return result
 
 
 def check(arguments: CompareArguments) -> None:
     """One clear line for what can be seen to be wrong before a model is loaded."""
     check_folder(arguments.model)
+    ours = (arguments.output / "rows.jsonl").is_file()
+    refuse_to_lose(arguments.output, *(() if ours else WRITTEN), unless="")
     unknown = [name for name in arguments.methods if name not in METHODS]
     if unknown:
         raise ValueError(f"unknown method {', '.join(unknown)}; expected some of {', '.join(METHODS)}")

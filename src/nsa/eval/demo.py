@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from nsa.eval.files import make_writable, read_object, refuse_to_lose
 from nsa.eval.regions import BEYOND, INSIDE, OUT_OF_REACH
 from nsa.eval.twins import WORK, Rows, processes_for, train_and_judge
 from nsa.eval.workers import Worker
@@ -35,7 +37,7 @@ COLUMNS = (
 
 def demo(arguments: DemoArguments) -> None:
     """Train what is not trained yet, judge, print, write."""
-    console, out = Console(), arguments.output
+    console, out = Console(markup=False, emoji=False), arguments.output
     if arguments.processes < 0:
         raise ValueError(f"--processes should be 0 (as many as there are cores) or more, got {arguments.processes}")
     recipes: dict[str, TrainConfig] = {
@@ -46,17 +48,31 @@ def demo(arguments: DemoArguments) -> None:
     check_same_settings(recipes)
     processes = arguments.processes or processes_for(len(recipes))
     if (out / "demo.json").exists():
-        show(json.loads((out / "demo.json").read_text(encoding="utf-8")), console)
-        console.print(f"These results were there already; --overwrite trains again.\nreport: {out / 'report.html'}")
+        show(read_summary(out / "demo.json"), console)
+        print(f"These results were there already; --overwrite trains again.\nreport: {out / 'report.html'}")
         return
+    if not any((config.out / CONFIG_FILE).exists() for config in recipes.values()):
+        refuse_to_lose(out, "report.html", unless="")
+    make_writable(out)
     try:
         rows = train_and_judge(recipes, processes, console)
         summary = write_report(recipes, rows, out / "report.html", processes)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; the same command goes on where it was ({out})") from None
+        raise KeyboardInterrupt(f"the same command goes on where it was ({out})") from None
     save(summary, out / "demo.json")
     show(summary, console)
-    console.print(f"report: {out / 'report.html'}", highlight=False)
+    print(f"report: {out / 'report.html'}")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What an earlier demo found; ValueError in one line if another program wrote the file."""
+    what = "the results of a demo"
+    summary = read_object(path, what)
+    try:
+        show(summary, Console(quiet=True))
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected {what}, got another JSON; --overwrite trains again") from error
+    return summary
 
 
 def write_report(recipes: dict[str, TrainConfig], rows: dict[str, Rows], path: Path, processes: int) -> dict[str, Any]:
@@ -88,7 +104,8 @@ def check_same_settings(recipes: dict[str, TrainConfig]) -> None:
     """One clear line if the folder holds twins of other settings: they would be judged beside strangers."""
     for config in recipes.values():
         path = config.out / CONFIG_FILE
-        changed = differences(json.loads(path.read_text(encoding="utf-8")), config) if path.exists() else []
+        what = "the configuration of a run of `nsa train`"
+        changed = differences(read_object(path, what), config) if path.exists() else []
         if changed:
             raise ValueError(
                 f"{config.out} was trained with other settings ({'; '.join(changed)}); "
@@ -114,12 +131,12 @@ def show(summary: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name, row in summary["table"].items():
         recall = [_recall_cell(row["recall"].get(region)) for region in (INSIDE, BEYOND, OUT_OF_REACH)]
-        difference = "" if name == "dense" else _two_lines(f"{row['difference']:+.3f}", row["difference_error"])
+        difference = _two_lines(f"{row['difference']:+.3f}", row["difference_error"])
         time = "" if row["seconds_per_step"] is None else f"{1000 * row['seconds_per_step']:.0f}"
         table.add_row(
             name,
             _two_lines(f"{row['loss']:.3f}", row["loss_error"]),
-            difference,
+            "" if name == "dense" else difference,
             *recall,
             f"{row['keys_per_query']:.0f}",
             time,
@@ -131,7 +148,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         style="dim",
     )
     sample = summary["sample"]
-    console.print("\n[bold]NSA goes on after[/bold] [dim](held-out file)[/dim]")
+    console.print(Text.assemble("\n", ("NSA goes on after", "bold"), (" (held-out file)", "dim")))
     console.print(sample["prompt"], style="dim", end="", markup=False, highlight=False)
     console.print(sample["text"] + "\n", markup=False, highlight=False)
 
@@ -143,12 +160,12 @@ def save(summary: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def _two_lines(value: str, error: float) -> str:
-    return f"{value}\n[dim]± {error:.3f}[/dim]"
+def _two_lines(value: str, error: float) -> Text:
+    return Text.assemble(value, (f"\n± {error:.3f}", "dim"))
 
 
-def _recall_cell(found: list[float] | None) -> str:
+def _recall_cell(found: list[float] | None) -> Text:
     if found is None:
-        return "–"
+        return Text("–")
     correct, n, low, high = found
-    return f"{correct / n:.0%}\n[dim]{100 * low:.0f}-{high:.0%}[/dim]"
+    return Text.assemble(f"{correct / n:.0%}", (f"\n{100 * low:.0f}-{high:.0%}", "dim"))

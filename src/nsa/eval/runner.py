@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -19,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nsa.eval.files import make_writable, read_object, refuse_to_lose
 from nsa.eval.models import Candidate, check_folder, load, names_of
 from nsa.eval.report import Report
 from nsa.eval.result import Result
@@ -40,37 +40,48 @@ def judge(arguments: EvalArguments) -> Result:
         raise ValueError("name at least one model's folder")
     for folder in arguments.models:
         check_folder(folder)
-    if arguments.output is not None and (arguments.output / "eval.json").exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.output} already holds an eval.json; give another --output, or --overwrite")
+    if arguments.output is not None:
+        written = [] if arguments.overwrite else ["eval.json", "report.html"]
+        refuse_to_lose(arguments.output, *written, unless=", or --overwrite")
+    text = text_of(arguments.text, arguments.models)
 
     names = names_of(list(arguments.models))
     candidates = [
-        load(folder, name=name, device=arguments.device, dtype=arguments.dtype)
+        load(
+            folder,
+            name=name,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        )
         for folder, name in zip(arguments.models, names, strict=True)
     ]
-    result = evaluate(candidates, tasks_of(arguments, candidates))
+    tasks = tasks_of(arguments, candidates)
+    if arguments.output is not None:
+        make_writable(arguments.output)
+    result = evaluate(candidates, tasks)
+    if arguments.output is not None:  # before anything is printed: a terminal may be gone by now
+        result.save(arguments.output / "eval.json")
+        Report.of(candidates, result, text=text).save(arguments.output / "report.html")
     if arguments.json:
         print(result.to_json())
     else:
-        console = Console()
+        console = Console(markup=False, emoji=False)
         console.print(rich_table(result))
         for note in result.notes:
-            console.print(f"note: {note}", style="yellow")
+            console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
     if arguments.output is not None:
-        result.save(arguments.output / "eval.json")
-        report = Report.of(candidates, result, text=text_of(arguments.text, arguments.models))
-        report.save(arguments.output / "report.html")
-        Console(stderr=True).print(f"wrote {Path(arguments.output, 'report.html')}", highlight=False)
+        print(f"wrote {arguments.output / 'report.html'}", file=sys.stderr)
     return result
 
 
 def tasks_of(arguments: EvalArguments, candidates: Sequence[Candidate]) -> list[Task]:
     """The tasks asked for; what was not given follows from the models."""
-    configs: list[Any] = [candidate.model.config for candidate in candidates]
-    positions = min(getattr(config, "max_position_embeddings", 1024) for config in configs)
+    configs: list[Any] = [candidate.config for candidate in candidates]
+    positions = min(getattr(config, "max_position_embeddings", None) or 1024 for config in configs)
     lengths = arguments.lengths or tuple(sorted({positions // 4, positions // 2, positions}))
     windows = [config.nsa["window_size"] for config in configs if getattr(config, "nsa", None)]
-    window_size = arguments.window_size or (windows[0] if windows else 512)
+    window_size = arguments.window_size if arguments.window_size is not None else (windows or [512])[0]
     shared: dict[str, Any] = {"text": text_of(arguments.text, arguments.models)}
     if arguments.samples is not None:
         shared["samples"] = arguments.samples
@@ -97,7 +108,7 @@ def tasks_of(arguments: EvalArguments, candidates: Sequence[Candidate]) -> list[
 def evaluate(candidates: Sequence[Candidate], tasks: Sequence[Task], *, console: Console | None = None) -> Result:
     """Run every task on every model; progress goes to `console` (stderr by default)."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
@@ -112,7 +123,12 @@ def run_tasks(candidate: Candidate, tasks: Sequence[Task], progress: Progress) -
     rows: list[Row] = []
     for task in tasks:
         bar = progress.add_task(f"{candidate.name}: {task.name}", total=task.num_steps(candidate.tokenizer))
-        rows += task.run(candidate.model, candidate.tokenizer, _advance(progress, bar))
+        try:
+            rows += task.run(candidate.model, candidate.tokenizer, _advance(progress, bar))
+        except IndexError as error:  # of a table of positions
+            if too_long := _too_long(candidate, [task]):
+                raise ValueError(f"{too_long}: {error}") from error
+            raise
         progress.remove_task(bar)
     return rows
 
@@ -132,7 +148,13 @@ def text_of(asked: Path | None, folders: Sequence[Path]) -> str:
     """The text asked for; else what the training of these models held out; else the `python` corpus' held-out part."""
     if asked is not None:
         return str(asked)
-    sources = {json.loads(file.read_text())["data"] for f in folders if (file := f / CONFIG_FILE).is_file()}
+    sources = set()
+    for file in (folder / CONFIG_FILE for folder in folders):
+        if file.is_file():
+            source = read_object(file, "the configuration of a run of `nsa train`").get("data")
+            if not isinstance(source, str):
+                raise ValueError(f"{file} does not say what text the model was trained on; name a text with --text")
+            sources.add(source)
     if len(sources) > 1:
         raise ValueError(f"the models were trained on {', '.join(sorted(sources))}; name a text for all with --text")
     source = next(iter(sources), "python")
@@ -149,26 +171,22 @@ def notes_on(candidates: Sequence[Candidate], tasks: Sequence[Task]) -> list[str
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         notes.append(f"the models differ in size: {listed} parameters")
-    for candidate in candidates:
-        config: Any = candidate.model.config
-        limit = getattr(config, "max_position_embeddings", None)
-        longest = max((max(_lengths(task)) for task in tasks), default=0)
-        if limit is not None and longest > limit:
-            notes.append(f"{candidate.name}: {longest} tokens are more than the {limit} positions it was made for")
-    return notes
+    return notes + [note for candidate in candidates if (note := _too_long(candidate, tasks))]
 
 
 def circumstances() -> dict[str, Any]:
     """Command, date, versions and hardware: the origin of every number of a result."""
-    packages = {}
-    for package in ("nsa", "torch", "transformers", "tokenizers"):
+    import nsa
+
+    packages = {"nsa": nsa.__version__}
+    for package in ("torch", "transformers", "tokenizers"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
             packages[package] = "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
     return {
-        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join([os.path.basename(sys.argv[0]).replace("__main__.py", "nsa"), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": {"python": platform.python_version(), **packages},
         "hardware": {
@@ -178,6 +196,15 @@ def circumstances() -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
         },
     }
+
+
+def _too_long(candidate: Candidate, tasks: Sequence[Task]) -> str:
+    """That the tasks' texts are longer than the model was made for; "" if they are not, or if nothing is known."""
+    limit = getattr(candidate.config, "max_position_embeddings", None)
+    longest = max((max(_lengths(task)) for task in tasks), default=0)
+    if not limit or longest <= limit:
+        return ""
+    return f"{candidate.name}: {longest} tokens are more than the {limit} positions it was made for"
 
 
 def _lengths(task: Task) -> Sequence[int]:

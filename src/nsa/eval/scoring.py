@@ -103,6 +103,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _logits(model: nn.Module, tokens: Int[Tensor, "b t"], keep: int, decode: int = 0) -> Float[Tensor, "b keep v"]:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is not None and int(tokens.max()) >= vocabulary:
+        raise ValueError(f"the tokenizer gave token {int(tokens.max())}, but the model's vocabulary has {vocabulary}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     phases = {"decode": decode} if getattr(model, "has_phases", False) else {}
     with torch.inference_mode():

@@ -45,7 +45,8 @@ def table(result: Result, colors: Colors) -> str:
     dense = ' class="dense"' if len(result.names) > 5 else ""
     text = "Exact match of greedy answers: right answers of all, and the 95% Wilson interval. "
     text += "Losses in nats per token with their standard error over sequences"
-    text += f"; beside {result.reference}, the paired difference and its standard error." if result.reference else "."
+    reference = escape(result.reference or "")
+    text += f"; beside {reference}, the paired difference and its standard error." if reference else "."
     return section(
         "results",
         "Results",

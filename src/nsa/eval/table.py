@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from nsa.eval.result import Result, paired_difference
 from nsa.eval.tasks.task import Row
@@ -63,13 +64,15 @@ def rich_table(result: Result) -> Group:
     """For the terminal: one table a task, its name above it."""
     tables = []
     for block in blocks_of(result):
-        table = Table(title=block.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=Text(block.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         table.add_column("", min_width=22)
         for name in result.names:
-            table.add_column(name, justify="right")
+            table.add_column(Text(name), justify="right")
         for line in block.lines:
-            cells = [f"{value}\n[dim]{detail}[/dim]" for value, detail in line.cells]
-            table.add_row(line.where, *cells)
+            cells = [Text.assemble(value, (f"\n{detail}", "dim")) for value, detail in line.cells]
+            table.add_row(Text(line.where), *cells)
         tables.append(table)
     return Group(*tables)
 

@@ -29,7 +29,7 @@ def held_out_texts(source: str) -> tuple[str, ...]:
         if not corpus.validation:
             raise ValueError(f"{corpus.source} holds tokens, not text; name a text with --text")
         return tuple(document.text for document in corpus.validation)
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(f"no such text: {path} (expected a file or folder of held-out text)")
     paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

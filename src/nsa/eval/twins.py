@@ -5,17 +5,17 @@ one that is trained is judged while the others train. What is finished is never 
 goes on from its last checkpoint.
 """
 
-import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from nsa.eval.files import read_records
 from nsa.eval.workers import Worker, start_server
 from nsa.training.config import TrainConfig
 from nsa.training.folder import METRICS_FILE, is_trained, last_checkpoint
@@ -33,7 +33,7 @@ def train_and_judge(recipes: Mapping[str, TrainConfig], processes: int, console:
         KeyboardInterrupt: stopped; all keep their checkpoints.
     """
     for number, (twin, config) in enumerate(recipes.items(), start=1):
-        console.print(f"[bold]{number}/{len(recipes)} {twin}[/bold]: {plan(config)}", highlight=False)
+        console.print(Text.assemble((f"{number}/{len(recipes)} {twin}", "bold"), f": {plan(config)}"))
     if processes > 1:
         return _at_once(recipes, processes, console)
     from nsa.eval.demo_work import judge_twin, train_twin
@@ -98,12 +98,9 @@ def _news(config: TrainConfig) -> dict[str, Any]:
         return {"completed": config.total_steps, "news": "trained; judged on names it has not seen"}
     news: dict[str, Any] = {}
     losses: dict[str, float] = {}
-    with suppress(FileNotFoundError):
-        for line in (config.out / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                news["completed"] = record["step"]
-                losses |= {name: record[name] for name in ("loss", "eval_text_loss") if name in record}
+    for record in read_records(config.out / METRICS_FILE):
+        news["completed"] = record["step"]
+        losses |= {name: record[name] for name in ("loss", "eval_text_loss") if name in record}
     if losses:
         shown = {"loss": "training loss", "eval_text_loss": "held-out text"}
         news["news"] = "  ".join(f"{shown[name]} {value:.3f}" for name, value in losses.items())

@@ -27,7 +27,7 @@ class LMEval:
         samples: documents of it.
         path: a folder of further task files.
 
-    Needs `pip install nsa[lm-eval]`.
+    Needs the package lm-eval.
     """
 
     name: ClassVar[str] = "lm_eval"
@@ -72,12 +72,10 @@ def _manager(path: str | None) -> Any:
 
 
 def _import() -> Any:
-    try:
-        import lm_eval
-        import lm_eval.models.huggingface
-        import lm_eval.tasks
-    except ImportError as error:
-        raise ValueError("tasks of lm-eval need the package: pip install nsa[lm-eval]") from error
+    import lm_eval
+    import lm_eval.models.huggingface
+    import lm_eval.tasks
+
     return lm_eval
 
 
