@@ -175,7 +175,7 @@ class NativeSparseAttention(nn.Module):
         # In a chunk, the columns before a row's tokens fall on positions of its past; they are still padding.
         return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
 
-    def input_projections(self) -> list[nn.Linear]:
+    def input_projections(self) -> list[nn.Module]:
         """q, k, v; and those of the window's and of compression's keys and values where they have their own."""
         own = [self.q_proj, self.k_proj, self.v_proj]
         if self.config.shared_kv:

@@ -43,10 +43,10 @@ def is_hooked(module: nn.Module) -> bool:
     ) or "forward" in vars(module)
 
 
-def project(x: Float[Tensor, "b t hidden"], maps: Sequence[nn.Linear]) -> list[Float[Tensor, "b t _"]]:
+def project(x: Float[Tensor, "b t hidden"], maps: Sequence[nn.Module]) -> list[Float[Tensor, "b t _"]]:
     """[one(x) for one in maps]; where all are plain, one product of their weights side by side."""
-    if not all(map(is_plain, maps)):
+    plain = [one for one in maps if isinstance(one, nn.Linear) and is_plain(one)]
+    if len(plain) < len(maps):
         return [one(x) for one in maps]
-    sizes = [one.out_features for one in maps]
-    parts = F.linear(x, torch.cat([one.weight for one in maps])).split(sizes, -1)
-    return [part if one.bias is None else part + one.bias.to(part.dtype) for one, part in zip(maps, parts, strict=True)]
+    parts = F.linear(x, torch.cat([one.weight for one in plain])).split([one.out_features for one in plain], -1)
+    return [y if one.bias is None else y + one.bias.to(y.dtype) for one, y in zip(plain, parts, strict=True)]
