@@ -177,7 +177,7 @@ class NativeSparseAttention(nn.Module):
 
     def input_projections(self) -> list[nn.Module]:
         """q, k, v; and those of the window's and of compression's keys and values where they have their own."""
-        own = [self.q_proj, self.k_proj, self.v_proj]
+        own: list[nn.Module] = [self.q_proj, self.k_proj, self.v_proj]
         if self.config.shared_kv:
             return own
         return [*own, self.k_proj_win, self.v_proj_win, self.k_proj_cmp, self.v_proj_cmp]
