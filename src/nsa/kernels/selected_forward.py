@@ -243,7 +243,7 @@ def selected_dq(
     heads = Heads.of(q, k, v)
     tile = selected_tile("selected_dq", heads, q, config)
     if q.numel() == 0 or k.shape[1] == 0:
-        return torch.zeros_like(q) if add_to is None else add_to
+        return q.new_zeros(q.shape) if add_to is None else add_to
     dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to
     tiles = layout.query_tiles(tile.block_q)
     items, counts = unions(block_indices, layout, tiles, tile.block_q, config.select_block_size)
