@@ -256,7 +256,7 @@ def test_shapes_that_do_not_fit_are_one_line(generator: torch.Generator) -> None
         ((q, k, v[:, :5], gates), {}, r"v should have shape \[b=1, s=19, g=2, e\]"),
         ((q, k, v, gates[..., :2]), {}, r"gates should have shape"),
         ((q, k, v, gates), {"k_cmp": k_cmp, "v_cmp": v_cmp}, "expected 8 compressed blocks for 19 keys, got 3"),
-        ((q, k[:, :9], v[:, :9], gates), {}, "expected t <= s, got 19 and 9"),
+        ((q, k[:, :9], v[:, :9], gates), {}, "expected t <= s, got t = 19, s = 9"),
         ((q, k, v, gates), {"seqlens_k": cu}, r"seqlens_k should have shape \[b=1\]"),
         ((q, k, v, gates), {"cu_seqlens_q": cu, "seqlens_win": cu[:1]}, "either cu_seqlens_q"),
     ):

@@ -37,12 +37,12 @@ def _dq_range(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - lse[:, None])
+        d_s = p * (d_p - delta[:, None])
         if MASKED:
             visible = keys[None, :] < high[:, None]
             if HAS_WINDOW:
                 visible &= keys[None, :] >= low[:, None]
-            p = tl.where(visible, p, 0.0)
-        d_s = p * (d_p - delta[:, None])
+            d_s = tl.where(visible, d_s, 0.0)  # not only p: 0 times NaN
         dq = tl.dot(d_s.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
