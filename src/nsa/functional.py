@@ -1,5 +1,8 @@
 """Native Sparse Attention as a function: the six steps of the paper, in order, or the kernels that do the same."""
 
+from contextlib import nullcontext
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -8,9 +11,18 @@ from nsa.backend import Backend, resolve
 from nsa.composed import composed, composed_attention, is_traced
 from nsa.config import NSAConfig
 from nsa.ops.compress import compress, phi_mean
-from nsa.shapes import Sequences
+from nsa.ops.tiled_attention import factor
+from nsa.shapes import Sequences, bind, check_lengths
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULT = NSAConfig()
+
+
+class Lengths(NamedTuple):
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    seqlens_k: Tensor | None
+    seqlens_win: Tensor | None
 
 
 def native_sparse_attention(
@@ -42,19 +54,20 @@ def native_sparse_attention(
 
     Args:
         q: queries of all heads; h is a multiple of g.
-        k, v: keys and values of the selection branch.
+        k, v: keys and values of the selection branch. All keys and values have q's dtype and device.
         gates: one scalar per query, head and branch, in the order cmp, slc, win.
         config: block sizes and counts.
         k_cmp, v_cmp: compressed keys and values; by default the block means of k and v.
-        k_win, v_win: keys and values of the window branch, at least the last t + w - 1 of them; by default k and v.
+        k_win, v_win: keys and values of the window branch, at least the last t + w - 1 of them (all, where sequences
+            are packed); by default k and v.
         cu_seqlens_q, cu_seqlens_k: packed sequences (b == 1) as in FlashAttention's varlen API; the second only
             where a sequence has more keys than queries.
         seqlens_k: keys of each row, left-aligned, where rows differ; queries are right-aligned, and those at a
             negative position are padding.
-        seqlens_win: the same for k_win, where it holds fewer keys than k.
+        seqlens_win: the same for k_win; by default seqlens_k, where k_win holds as many keys as k.
         max_seqlen_k: for packed sequences, a bound on the keys of the longest, as in FlashAttention's varlen API. The
             kernels trust it and spare the selection what no sequence reaches; the PyTorch operations check it.
-        scale: factor of the scores, d ** -0.5 by default.
+        scale: factor of the scores, > 0, d ** -0.5 by default.
         nonnegative_gates: whether no gate is negative, as none from a sigmoid is. The kernels' backward then needs no
             copy of the output's gradient for each branch; with it a negative gate's gradients are NaN.
         backend: "torch" for the PyTorch operations of `nsa.ops`; "triton" for the kernels (docs/kernels.md says what
@@ -74,56 +87,146 @@ def native_sparse_attention(
     Source: paper section 3. Tested against the fp64 brute force of nsa.testing, and against itself under every
     split into prefill chunks and decoding steps.
     """
-    for pair, one, other in (("k_cmp and v_cmp", k_cmp, v_cmp), ("k_win and v_win", k_win, v_win)):
-        if (one is None) != (other is None):
-            raise ValueError(f"native_sparse_attention: give {pair} together, got only one of them")
-    if cu_seqlens_q is not None and seqlens_win is not None:
-        raise ValueError("native_sparse_attention: give either cu_seqlens_q (packed) or seqlens_win (ragged rows)")
+    tensors = {"q": q, "k": k, "v": v, "gates": gates}
+    given = {"k_cmp": k_cmp, "v_cmp": v_cmp, "k_win": k_win, "v_win": v_win}
+    tensors |= {name: x for name, x in given.items() if x is not None}
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win)
+    _check_kinds(tensors, lengths, config)
+    if max_seqlen_k is not None and (not isinstance(max_seqlen_k, int) or max_seqlen_k < 0):
+        raise ValueError(f"{OP}: max_seqlen_k should be a number of keys, got {max_seqlen_k!r}")
+    scale = factor(q, scale)
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqlens_k)
-    if k_win is None or v_win is None:
-        k_win, v_win, seqlens_win = k, v, seqlens_k
-
     device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if is_autocast:
         dtype = torch.get_autocast_dtype(device)
-        q, k, v, k_win, v_win = (_autocast(x, dtype) for x in (q, k, v, k_win, v_win))
-        if k_cmp is not None and v_cmp is not None:
-            k_cmp, v_cmp = _autocast(k_cmp, dtype), _autocast(v_cmp, dtype)
-        # The sums inside are fp32; autocast would round their terms.
-        with torch.autocast(device, enabled=False):
-            return native_sparse_attention(
-                q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
-                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqlens_k=seqlens_k, seqlens_win=seqlens_win,
-                max_seqlen_k=max_seqlen_k, scale=scale, nonnegative_gates=nonnegative_gates, backend=backend,
-            )  # fmt: skip
+        tensors = {name: x if name == "gates" else _autocast(x, dtype) for name, x in tensors.items()}
+    _check_tensors(tensors, lengths, config)
 
-    if k_cmp is None or v_cmp is None:
-        k_cmp = compress(k, phi_mean, config, sequences=sequences)
-        v_cmp = compress(v, phi_mean, config, sequences=sequences)
-    if resolve(q, k, v, k_cmp, v_cmp, k_win, v_win, scale=scale, backend=backend) == "triton":
-        from nsa.kernels.functional import native_sparse_attention as on_kernels  # only where triton is installed
+    if "k_win" not in tensors:
+        tensors |= {"k_win": tensors["k"], "v_win": tensors["v"]}
+    if seqlens_win is None:
+        lengths = lengths._replace(seqlens_win=seqlens_k)
+    # The sums inside are fp32; autocast would round their terms.
+    with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
+        if "k_cmp" not in tensors:
+            tensors |= {f"{x}_cmp": compress(tensors[x], phi_mean, config, sequences=sequences) for x in "kv"}
+        q, k, v, k_cmp, v_cmp, k_win, v_win = (
+            tensors[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win")
+        )
+        if resolve(q, k, v, k_cmp, v_cmp, k_win, v_win, scale=scale, backend=backend) == "triton":
+            from nsa.kernels.functional import native_sparse_attention as on_kernels  # only where triton is installed
 
-        return on_kernels(
-            q, k, v, gates, config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqlens_k=seqlens_k, seqlens_win=seqlens_win,
-            scale=scale, nonnegative_gates=nonnegative_gates, max_seqlen_k=max_seqlen_k,
-        )  # fmt: skip
-
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    tensors = (q, k_cmp, v_cmp, k, v, k_win, v_win, gates)
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win)
-    if is_traced(q):
-        return composed_attention(*tensors, *lengths, config.sizes, scale)
-    if cu_seqlens_q is not None and max_seqlen_k is not None:
-        longest = int((cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).diff().max())
-        if longest > max_seqlen_k:
-            raise ValueError(
-                f"native_sparse_attention: max_seqlen_k is {max_seqlen_k}, but a sequence has {longest} keys"
+            return on_kernels(
+                q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *lengths, config, scale, nonnegative_gates, max_seqlen_k
             )
-    return composed(*tensors, *lengths, config, scale)
+        if is_traced(q):
+            return composed_attention(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *lengths, config.sizes, scale)
+        _check_values(tensors, lengths, config, max_seqlen_k)
+        return composed(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *lengths, config, scale)
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What torch.autocast does with an argument: fp64 stays."""
     return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+# ---- what the function takes ----
+
+OP = "native_sparse_attention"
+SHAPES = {
+    "q": "b t h d", "k": "b s g d", "v": "b s g e", "gates": "b t h 3",
+    "k_cmp": "b c g d", "v_cmp": "b c g e", "k_win": "b u g d", "v_win": "b u g e",
+}  # fmt: skip
+
+
+def _check_kinds(tensors: dict[str, Tensor], lengths: Lengths, config: NSAConfig) -> None:
+    """What has to hold before anything can be asked of the arguments."""
+    if not isinstance(config, NSAConfig):
+        raise ValueError(f"{OP}: config should be an NSAConfig (NSAConfig.from_dict), got {type(config).__name__}")
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"{OP}: {name} should be a tensor [{', '.join(SHAPES[name].split())}], got {type(x).__name__}"
+            )
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{OP}: {name} should be of float64, float32, bfloat16 or float16, got {x.dtype}")
+    for name, rows in zip(Lengths._fields, lengths, strict=True):
+        if rows is not None:
+            check_lengths(name, rows)
+    for one, other in (("k_cmp", "v_cmp"), ("k_win", "v_win")):
+        if (one in tensors) != (other in tensors):
+            raise ValueError(f"{OP}: give {one} and {other} together, got only one of them")
+    if lengths.seqlens_win is not None and "k_win" not in tensors:
+        raise ValueError(f"{OP}: seqlens_win is the length of k_win and v_win, which were not given")
+    if lengths.cu_seqlens_q is not None and lengths.seqlens_win is not None:
+        raise ValueError(f"{OP}: give either cu_seqlens_q (packed) or seqlens_win (ragged rows), not both")
+
+
+def _check_tensors(tensors: dict[str, Tensor], lengths: Lengths, config: NSAConfig) -> None:
+    """What shapes, dtypes and devices tell: nothing that would have to ask the device."""
+    q, gates = tensors["q"], tensors["gates"]
+    if q.dim() == gates.dim() == 4 and q.shape[1] != q.shape[2] and q.shape[1:3] == gates.shape[2:0:-1]:
+        raise ValueError(f"{OP}: q should have tokens before heads, as gates do: [b, t, h, d], got {list(q.shape)}")
+    sizes = bind(OP, **{name: (x, SHAPES[name]) for name, x in tensors.items()})
+    b, t, s = (sizes[letter] for letter in "bts")
+    c, u = sizes.get("c"), sizes.get("u", s)
+    for name, x in tensors.items():
+        if x.dtype != q.dtype and name != "gates":
+            raise ValueError(f"{OP}: {name} should have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{OP}: {name} should be on q's device {q.device}, got {x.device}")
+    cu_q, cu_k, seqlens_k, seqlens_win = lengths
+    for name, rows in (("seqlens_k", seqlens_k), ("seqlens_win", seqlens_win)):
+        if rows is not None and rows.shape[0] != b:
+            raise ValueError(f"{OP}: {name} should have shape [b={b}], got {list(rows.shape)}")
+
+    if cu_q is not None:
+        if b != 1:
+            raise ValueError(f"{OP}: packed sequences should come with b = 1, got b = {b}")
+        if cu_k is not None and len(cu_q) != len(cu_k):
+            raise ValueError(
+                f"{OP}: cu_seqlens_q and cu_seqlens_k should name as many sequences, "
+                f"got {len(cu_q) - 1} and {len(cu_k) - 1}"
+            )
+        if cu_k is None and t != s:
+            raise ValueError(f"{OP}: cu_seqlens_k should be given where t and s differ, got t = {t}, s = {s}")
+        if u != s:
+            raise ValueError(f"{OP}: k_win should hold the s = {s} keys that are packed in k, got {u}")
+        return
+    if seqlens_k is None and t > s:
+        raise ValueError(f"{OP}: q holds the last t of the s positions of k: expected t <= s, got t = {t}, s = {s}")
+    expected = config.num_compressed_blocks(s)
+    if c is not None and (c != expected if seqlens_k is None else c < expected):
+        raise ValueError(f"{OP}: k_cmp: expected {expected} compressed blocks for {s} keys, got {c}")
+    if seqlens_win is not None:
+        return
+    needed = min(s, t + config.window_size - 1)
+    if seqlens_k is not None and u != s:
+        raise ValueError(f"{OP}: seqlens_win should be given where k_win has not the s = {s} keys of k, got {u}")
+    if seqlens_k is None and not needed <= u <= s:
+        raise ValueError(
+            f"{OP}: k_win should hold the last {needed} to {s} keys, for {t} queries and a window of "
+            f"{config.window_size}, got {u}"
+        )
+
+
+def _check_values(tensors: dict[str, Tensor], lengths: Lengths, config: NSAConfig, max_seqlen_k: int | None) -> None:
+    """What only the values of lengths tell, beside what `nsa.shapes.Sequences` finds."""
+    cu_q, cu_k, seqlens_k, seqlens_win = lengths
+    cu = cu_q if cu_k is None else cu_k
+    if cu is not None and max_seqlen_k is not None and len(cu) > 1:
+        longest = int(cu.diff().max())
+        if longest > max_seqlen_k:
+            raise ValueError(f"{OP}: max_seqlen_k is {max_seqlen_k}, but a sequence has {longest} keys")
+    if seqlens_win is None or seqlens_win is seqlens_k:
+        return
+    (b, t), s, u = tensors["q"].shape[:2], tensors["k"].shape[1], tensors["k_win"].shape[1]
+    # How many keys a ragged row needs is not known: some of its queries may be padding.
+    needed = min(s, t + config.window_size - 1) if seqlens_k is None else 0
+    found, bounds = seqlens_win.tolist(), [s] * b if seqlens_k is None else seqlens_k.tolist()
+    if any(not needed <= length <= min(bound, u) for length, bound in zip(found, bounds, strict=True)):
+        raise ValueError(
+            f"{OP}: seqlens_win should lie between {needed} and the rows' keys, at most k_win's {u}, "
+            f"got {found} for rows of {bounds}"
+        )

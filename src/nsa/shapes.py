@@ -35,11 +35,21 @@ def bind(op: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:
             expected = ", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in letters)
             raise ValueError(f"{op}: {name} should have shape [{expected}], got {list(shape)}")
         sizes.update(zip(letters, shape, strict=True))
-    if sizes.get("g") == 0 or ("h" in sizes and "g" in sizes and sizes["h"] % sizes["g"]):
+    if 0 in (sizes.get("h"), sizes.get("g")):
+        raise ValueError(f"{op}: there should be a query head and a KV head, got {sizes.get('h')} and {sizes.get('g')}")
+    if "h" in sizes and "g" in sizes and sizes["h"] % sizes["g"]:
         raise ValueError(
             f"{op}: the query heads should be a multiple of the KV heads, got {sizes['h']} and {sizes['g']}"
         )
     return sizes
+
+
+def check_lengths(name: str, lengths: Tensor) -> None:
+    """ValueError where they are not a 1-D tensor of int32 or int64."""
+    if isinstance(lengths, Tensor) and lengths.dim() == 1 and lengths.dtype in (torch.int32, torch.int64):
+        return
+    got = f"{lengths.dtype} {list(lengths.shape)}" if isinstance(lengths, Tensor) else type(lengths).__name__
+    raise ValueError(f"{name} should be a 1-D int32 or int64 tensor, got {got}")
 
 
 @dataclass(frozen=True)
@@ -85,10 +95,8 @@ class Sequences:
             raise ValueError("give either cu_seqlens_q (packed) or seqlens_k (ragged rows), not both")
         for name in ("cu_seqlens_q", "cu_seqlens_k", "seqlens_k"):
             lengths = getattr(self, name)
-            if lengths is not None and (lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64)):
-                raise ValueError(
-                    f"{name} should be a 1-D int32 or int64 tensor, got {lengths.dtype} {list(lengths.shape)}"
-                )
+            if lengths is not None:
+                check_lengths(name, lengths)
 
     @property
     def is_uniform(self) -> bool:

@@ -5,7 +5,9 @@ and block sizes that are no powers of two, ties, empty rows. What it cannot show
 to `tests/gpu` and `test_compile.py`.
 """
 
+import itertools
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -181,11 +183,44 @@ def test_a_branch_alone_is_the_op_and_its_gradient(generator: torch.Generator) -
             assert_close_to_fp64(x, plain, truth, f"{name} {part}", largest_score=100.0)
 
 
-def test_strided_inputs_are_read_as_they_are(generator: torch.Generator) -> None:
-    inputs = _inputs(torch.float32, generator)
-    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
-    for x, y in zip(_out_and_gradients(in_triton, inputs), _out_and_gradients(in_triton, strided), strict=True):
-        assert torch.equal(x, y)
+STRIDES: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # heads before tokens
+    lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),  # head dims before tokens
+    lambda x: torch.stack([x, x.flip(1)], dim=2).flatten(1, 2)[:, ::2],  # every second token of more
+]
+LENGTHS, SIZES = (None, None, None), library.sizes_of(SMALL)
+OPERATORS = {
+    "q k v": lambda *x: library.contiguous_attention(*x, *LENGTHS, x[1].shape[1], 1, 1, 2, 0.3)[0],
+    "q k_cmp v_cmp": lambda *x: library.contiguous_attention(*x, *LENGTHS, x[0].shape[1] + 1, 4, 2, 0, 0.3)[0],
+    "q k v indices": lambda *x: library.selected_attention(*x, *LENGTHS, SIZES, 0.3)[0],
+    "q k_cmp v_cmp k v k_win v_win gates": lambda *x: library.whole(*x, *LENGTHS, None, SIZES, 0.3, False)[0],
+}
+
+
+@pytest.mark.parametrize("names", OPERATORS)
+@pytest.mark.parametrize("length", [3, 9])  # of three tokens no block of l = 4 is complete
+def test_no_output_and_no_gradient_depends_on_strides(length: int, names: str, generator: torch.Generator) -> None:
+    tokens = {"": length, "_cmp": SMALL.num_compressed_blocks(length), "_win": length}
+    shapes = {f"{x}{branch}": (1, many, 2, 8) for branch, many in tokens.items() for x in "kv"}
+    shapes |= {"q": (1, length - 1, 4, 8), "gates": (1, length - 1, 4, 3)}
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    given["indices"] = torch.full((1, length - 1, 2, 4), -1, dtype=torch.int32)
+    given["indices"][..., 0] = 0
+    given["indices"][:, 7:, :, 1] = 1  # the ninth token's own block
+    d_out = torch.randn(shapes["q"], generator=generator)
+
+    def found(*changes: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """Each input under the next of the changes."""
+        change = itertools.cycle(changes)
+        inputs = {name: next(change)(given[name].clone()) for name in names.split()}
+        leaves = [x.requires_grad_() for name, x in inputs.items() if name != "indices"]
+        out = OPERATORS[names](*inputs.values())
+        return [out.detach(), *torch.autograd.grad(out, leaves, next(change)(d_out))]
+
+    expected = found(torch.clone)
+    for first in range(len(STRIDES)):
+        for x, y in zip(found(*STRIDES[first:], *STRIDES[:first]), expected, strict=True):
+            assert torch.equal(x, y)
 
 
 def test_gradients_repeat_bit_by_bit(generator: torch.Generator) -> None:
@@ -221,7 +256,7 @@ def test_shapes_that_do_not_fit_are_one_line(generator: torch.Generator) -> None
         ((q, k, v[:, :5], gates), {}, r"v should have shape \[b=1, s=19, g=2, e\]"),
         ((q, k, v, gates[..., :2]), {}, r"gates should have shape"),
         ((q, k, v, gates), {"k_cmp": k_cmp, "v_cmp": v_cmp}, "expected 8 compressed blocks for 19 keys, got 3"),
-        ((q, k[:, :9], v[:, :9], gates), {}, "expected t <= s, got 19 and 9"),
+        ((q, k[:, :9], v[:, :9], gates), {}, "expected t <= s, got t = 19, s = 9"),
         ((q, k, v, gates), {"seqlens_k": cu}, r"seqlens_k should have shape \[b=1\]"),
         ((q, k, v, gates), {"cu_seqlens_q": cu, "seqlens_win": cu[:1]}, "either cu_seqlens_q"),
     ):

@@ -6,15 +6,17 @@ Without the conftest: its shape checks wrap functions in a way that torch.compil
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
-@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_decoding.py", "interpreted_step.py"])
-def test_the_kernels_pass_their_checks_in_the_interpreter(file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["interpreted.py", "interpreted_decoding.py", "interpreted_step.py", "interpreted_fuzz.py"]
+)
+def test_the_kernels_pass_their_checks_in_the_interpreter(file: str, cases: Callable[[int], int]) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CASES": str(cases(0))}
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

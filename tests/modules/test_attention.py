@@ -179,3 +179,27 @@ def test_a_wrong_shape_is_one_clear_line(build, message):
     with pytest.raises(ValueError, match=message) as error:
         build()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("x", "arguments", "message"),
+    [
+        (torch.zeros(3, 24), {}, r"x should have shape \[b, t, hidden=24\], got \[3, 24\]"),
+        (torch.zeros(1, 3, 24, dtype=torch.int64), {}, "x should be a tensor .* of floating point, got torch.int64"),
+        ([[0.0] * 24], {}, "x should be a tensor .*, got list"),
+        (torch.zeros(1, 3, 24), {"attention_mask": [[1, 1, 1]]}, "attention_mask should be a tensor .*, got list"),
+        (torch.zeros(1, 3, 24), {"cu_seqlens": [0, 3]}, "cu_seqlens should be a 1-D int32 or int64 tensor, got list"),
+        (torch.zeros(1, 3, 24), {"position_ids": [[0, 1, 2]]}, "position_ids should be a tensor .*, got list"),
+    ],
+)
+def test_what_is_no_tensor_of_the_right_kind_is_named(x, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        NativeSparseAttention(24, 4, 2, config=CONFIG)(x, **arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_a_configuration_that_is_a_dict_is_named():
+    with pytest.raises(ValueError, match=r"config should be an NSAConfig \(NSAConfig.from_dict\), got dict"):
+        NativeSparseAttention(24, 4, 2, config=CONFIG.to_dict())

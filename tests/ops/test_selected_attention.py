@@ -71,7 +71,7 @@ def test_keys_that_are_not_selected_change_nothing_however_they_score(tiling, sc
 @pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("group", [1, 3, 16])
 def test_longer_sequences_in_tiny_tiles_equal_the_brute_force(monkeypatch, tiling, group):
-    monkeypatch.setattr("nsa.ops.tiled_attention.TILE_ELEMENTS", 1000)
+    monkeypatch.setattr("nsa.ops.tiles.TILE_ELEMENTS", 1000)
     branch = BRANCHES["selected " + tiling.replace("_", " ")]
     case = branch.case(Layout(t=100, s=130), h=2 * group)
     torch.testing.assert_close(branch.run(case), branch.expected(case), **EXACT)

@@ -56,7 +56,7 @@ def check(layout: Layout, config: NSAConfig, q: Tensor, k_cmp: Tensor) -> None:
 @pytest.mark.parametrize("tile_elements", [1 << 20, 60])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_brute_force_in_every_layout(monkeypatch, tile_elements, layout):
-    monkeypatch.setattr("nsa.ops.tiled_attention.TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr("nsa.ops.tiles.TILE_ELEMENTS", tile_elements)
     check(LAYOUTS[layout], SMALL, *inputs(LAYOUTS[layout], SMALL))
 
 

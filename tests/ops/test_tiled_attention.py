@@ -25,7 +25,7 @@ def branch(request) -> Branch:
 def tile_elements(request, monkeypatch) -> None:
     """Tests are small; with tiles of 60 scores and pieces of 3 keys they still meet every seam between them."""
     if request.param is not None:
-        monkeypatch.setattr("nsa.ops.tiled_attention.TILE_ELEMENTS", request.param)
+        monkeypatch.setattr("nsa.ops.tiles.TILE_ELEMENTS", request.param)
         monkeypatch.setattr("nsa.ops.tiled_attention.PIECE", 3)
         monkeypatch.setattr("nsa.ops.tiled_attention.PIECE_SCORES", 1)
 

@@ -37,12 +37,12 @@ def _dq_range(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - lse[:, None])
+        d_s = p * (d_p - delta[:, None])
         if MASKED:
             visible = keys[None, :] < high[:, None]
             if HAS_WINDOW:
                 visible &= keys[None, :] >= low[:, None]
-            p = tl.where(visible, p, 0.0)
-        d_s = p * (d_p - delta[:, None])
+            d_s = tl.where(visible, d_s, 0.0)  # not only p: 0 times NaN
         dq = tl.dot(d_s.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -273,7 +273,7 @@ def contiguous_dq(
 ) -> Tensor:  # fmt: skip
     heads = Heads.of(q, k, v)
     if q.numel() == 0 or k.shape[1] == 0:
-        return torch.zeros_like(q) if add_to is None else add_to
+        return q.new_zeros(q.shape) if add_to is None else add_to
     dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to
     tile = tile_for("contiguous_dq" if window is None else "window_dq", heads, q)
     tiles = layout.query_tiles(tile.block_q)
@@ -293,7 +293,7 @@ def contiguous_dkdv(
     heads = Heads.of(q, k, v)
     key_rows = k.shape[1]
     if q.numel() == 0 or key_rows == 0:
-        return torch.zeros_like(k), torch.zeros_like(v)
+        return k.new_zeros(k.shape), v.new_zeros(v.shape)
     tile = tile_for("contiguous_dkdv" if window is None else "window_dkdv", heads, q)
     tiles = layout.key_tiles(key_rows, tile.block_n)
     splits = 1

@@ -50,16 +50,17 @@ def _start_copies(
 
 @gluon.jit
 def _load_queries(
-    q_buf, q, row, q_start, first, t, group, stride_qb, stride_qt, stride_qh,
+    q_buf, q, row, q_start, first, t, s, group, stride_qb, stride_qt, stride_qh,
     G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, LOAD: gl.constexpr,
 ):  # fmt: skip
-    """Rows are queries x heads of the group, 0 where they do not exist."""
+    """Rows are queries x heads of the group, 0 where they do not exist or are padding."""
     wide = gl.to_tensor(0).to(gl.int64)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOAD))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, LOAD))
     q_rows = q + row * (wide + stride_qb) + (q_start + first) * (wide + stride_qt) + group * G * (wide + stride_qh)
     q_rows = q_rows + (rows // GP) * (wide + stride_qt) + (rows % GP) * (wide + stride_qh)
-    mask = (first + rows // GP < t) & (rows % GP < G)
+    column = first + rows // GP
+    mask = (column < t) & (s - t + column >= 0) & (rows % GP < G)
     q_buf.store(gl.load(q_rows[:, None] + d[None, :], mask=mask[:, None], other=0.0))
     fence_async_shared()
 
@@ -170,7 +171,7 @@ def selected_forward_hopper_kernel(
             k_desc, v_desc, k_bufs, v_bufs, bars, key_row + base, group, D, E, stage, stage < num_past, STAGES
         )
     _load_queries(
-        q_buf, q, row, q_start, first, t, group, stride_qb, stride_qt, stride_qh, G, GP, D, ROWS, LOAD_D
+        q_buf, q, row, q_start, first, t, s, group, stride_qb, stride_qt, stride_qh, G, GP, D, ROWS, LOAD_D
     )  # fmt: skip
 
     query = gl.arange(0, ROWS, layout=S_ROWS) // GP
@@ -283,7 +284,7 @@ def compressed_forward_hopper_kernel(
         base = key_row + stage * BLOCK_N
         _start_copies(k_desc, v_desc, k_bufs, v_bufs, bars, base, group, D, E, stage, stage < num_past, STAGES)
     _load_queries(
-        q_buf, q, row, q_start, first, t, group, stride_qb, stride_qt, stride_qh, G, GP, D, ROWS, LOAD_D
+        q_buf, q, row, q_start, first, t, s, group, stride_qb, stride_qt, stride_qh, G, GP, D, ROWS, LOAD_D
     )  # fmt: skip
 
     query = gl.arange(0, ROWS, layout=S_ROWS) // GP

@@ -116,7 +116,7 @@ def top_blocks(
     config = _config(sizes)
     layout = _layout(q, cu_q, cu_k, lengths, num_keys, config.compress_block_size, config.compress_stride)
     with _serving(q, k_cmp, scale=scale):
-        return select_top_blocks(as_rows(q), as_rows(k_cmp), lse, layout, config, scale)
+        return select_top_blocks(as_rows(q), as_rows(k_cmp), lse.contiguous(), layout, config, scale)
 
 
 @top_blocks.register_fake

@@ -100,7 +100,7 @@ def delta_kernel(
 
 
 def combine(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
-    out = torch.empty_like(out_cmp)
+    out = torch.empty(out_cmp.shape, dtype=out_cmp.dtype, device=out_cmp.device)
     num_rows, grid, sizes = _sizes(out)
     if num_rows:
         start_kernel(combine_kernel, grid, out_cmp, out_slc, out_win, gates, out, num_rows, **sizes)

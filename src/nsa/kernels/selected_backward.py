@@ -181,7 +181,7 @@ def selected_dkdv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     heads = Heads.of(q, k, v)
     if q.numel() == 0 or k.shape[1] == 0:
-        return torch.zeros_like(k), torch.zeros_like(v)
+        return k.new_zeros(k.shape), v.new_zeros(v.shape)
     index = invert(block_indices, layout, config)
     tile = tile_for("selected_dkdv", heads, q, config.select_block_size)
     steps = cdiv(config.select_block_size, tile.block_n)

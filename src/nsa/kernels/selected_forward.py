@@ -73,12 +73,12 @@ def _dq_range(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - tl.where(attends, lse, float("inf"))[:, None])
+        d_s = p * (d_p - delta[:, None])
         if MASKED:
             visible = keys[None, :] <= position[:, None]
             if SELECT % BLOCK_N != 0:
                 visible &= (in_block + offsets < SELECT)[None, :]
-            p = tl.where(visible, p, 0.0)
-        d_s = p * (d_p - delta[:, None])
+            d_s = tl.where(visible, d_s, 0.0)  # not only p: 0 times NaN
         acc = tl.dot(d_s.to(k.dtype), k, acc, input_precision=PRECISION)
     return acc
 
@@ -106,7 +106,8 @@ def selected_forward_kernel(
     d, e = tl.arange(0, DP), tl.arange(0, EP)
     q_rows = row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
     q_in_tile = query * stride_qt + wide(head) * stride_qh
-    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], row_mask, d < D, True, D != DP)
+    is_token = row_mask & (position >= 0)  # what padding holds is not looked at
+    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], is_token, d < D, True, D != DP)
     offsets = tl.arange(0, BLOCK_N)
     k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
     v_rows = v + row.to(tl.int64) * stride_vb + k_start.to(tl.int64) * stride_vs + group * stride_vg
@@ -165,10 +166,11 @@ def selected_dq_kernel(
     d, e = tl.arange(0, DP), tl.arange(0, EP)
     q_rows = row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
     q_in_tile = query * stride_qt + wide(head) * stride_qh
-    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], row_mask, d < D, True, D != DP)
+    is_token = row_mask & (position >= 0)  # what padding holds is not looked at
+    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], is_token, d < D, True, D != DP)
     o_rows = row.to(tl.int64) * stride_ob + (q_start + first).to(tl.int64) * stride_ot + group * G * stride_oh
     o_in_tile = query * stride_ot + wide(head) * stride_oh
-    d_outs = load_rows(d_out + o_rows + o_in_tile[:, None] + e[None, :], row_mask, e < E, True, E != EP)
+    d_outs = load_rows(d_out + o_rows + o_in_tile[:, None] + e[None, :], is_token, e < E, True, E != EP)
     heads = tl.num_programs(1) * G
     flat_rows = (row.to(tl.int64) * num_queries + q_start + first) * heads + group * G
     in_tile = query * heads + head
@@ -243,7 +245,7 @@ def selected_dq(
     heads = Heads.of(q, k, v)
     tile = selected_tile("selected_dq", heads, q, config)
     if q.numel() == 0 or k.shape[1] == 0:
-        return torch.zeros_like(q) if add_to is None else add_to
+        return q.new_zeros(q.shape) if add_to is None else add_to
     dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to
     tiles = layout.query_tiles(tile.block_q)
     items, counts = unions(block_indices, layout, tiles, tile.block_q, config.select_block_size)

@@ -107,6 +107,7 @@ def _score_bits(
     if HAS_SPILL:
         left = mask & (block > 0) & ((block - 1) * PER_BLOCK < high)
         score += tl.load(spill + block - 1, mask=left, other=0.0)
+    score = tl.where(score == score, score, 0.0)  # the bits of NaN would go before those of forced blocks
     forced = (block < INITIAL) | (block > own_block - LOCAL)
     score = tl.where(forced, float("inf"), score)
     return tl.where(mask & (block <= own_block), score.to(tl.int32, bitcast=True), -1)

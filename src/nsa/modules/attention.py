@@ -68,6 +68,11 @@ class NativeSparseAttention(nn.Module):
                 "NativeSparseAttention: give head_dim, or a hidden_size divisible by num_heads; "
                 f"got {hidden_size} and {num_heads}"
             )
+        if config is not None and not isinstance(config, NSAConfig):
+            raise ValueError(
+                "NativeSparseAttention: config should be an NSAConfig (NSAConfig.from_dict), "
+                f"got {type(config).__name__}"
+            )
         self.config = config = config or NSAConfig()
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim = head_dim = head_dim or hidden_size // num_heads
@@ -123,8 +128,11 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or arguments that exclude each other.
         """
+        expected = f"[b, t, hidden={self.hidden_size}]"
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = getattr(x, "dtype", type(x).__name__)
+            raise ValueError(f"NativeSparseAttention: x should be a tensor {expected} of floating point, got {got}")
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
-            expected = f"[b, t, hidden={self.hidden_size}]"
             raise ValueError(f"NativeSparseAttention: x should have shape {expected}, got {list(x.shape)}")
         if cache is not None:
             if cu_seqlens is not None or position_ids is not None:

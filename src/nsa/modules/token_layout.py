@@ -13,6 +13,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.modules.rotary import Rotary
 from nsa.ops.packed_blocks import PackedBlocks
+from nsa.shapes import check_lengths
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def padding(mask: Tensor | None, b: int, t: int) -> tuple[Tensor | None, Tensor 
 
 def last_columns(mask: Tensor, b: int, t: int) -> Tensor:
     """Which of the last t columns are tokens."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attention_mask should be a tensor [b={b}, at least t={t}], got {type(mask).__name__}")
     if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] < t:
         raise ValueError(f"attention_mask should have shape [b={b}, at least t={t}], got {list(mask.shape)}")
     return mask[:, mask.shape[1] - t :] != 0
@@ -139,9 +142,9 @@ def last_columns(mask: Tensor, b: int, t: int) -> Tensor:
 def _check(b: int, t: int, mask: Tensor | None, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> None:
     if cu_seqlens is not None and mask is not None:
         raise ValueError("NativeSparseAttention: give cu_seqlens or an attention_mask, not both")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"cu_seqlens should be a 1-D int32 or int64 tensor, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
+    if cu_seqlens is not None:
+        check_lengths("cu_seqlens", cu_seqlens)
+    if position_ids is not None and not isinstance(position_ids, Tensor):
+        raise ValueError(f"position_ids should be a tensor [b={b} or 1, t={t}], got {type(position_ids).__name__}")
     if position_ids is not None and (position_ids.dim() != 2 or tuple(position_ids.shape) not in ((b, t), (1, t))):
         raise ValueError(f"position_ids should have shape [b={b} or 1, t={t}], got {list(position_ids.shape)}")

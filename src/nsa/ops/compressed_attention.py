@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.tiled_attention import Mask, Tile, tile_elements, tiled_attention
+from nsa.ops.tiled_attention import tiled_attention
+from nsa.ops.tiles import Mask, Tile, tile_elements
 from nsa.shapes import UNIFORM, Part, Sequences, bind
 
 # More queries in a tile than this would mostly add blocks that the first of them do not see.

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.tiled_attention import Mask, Tile, tile_elements, tiled_attention
+from nsa.ops.tiled_attention import tiled_attention
+from nsa.ops.tiles import Mask, Tile, tile_elements
 from nsa.shapes import UNIFORM, Part, Sequences, bind
 
 Tiling = Literal["by_query", "by_block", "masked"]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.ops.compressed_attention import compressed_parts, compressed_tiles
-from nsa.ops.tiled_attention import Tile, tiled_attention
+from nsa.ops.tiled_attention import tiled_attention
+from nsa.ops.tiles import Tile
 from nsa.shapes import UNIFORM, Sequences, bind
 
 # Queries that share the operations of the choice.
@@ -38,7 +39,8 @@ def compressed_attention_and_selection(
         out, lse: those of `compressed_attention`.
         block_indices: int32, ascending, no repeats, -1 last; all -1 for padding. Forced are the first
             `num_initial_blocks` and the last `num_local_blocks` up to the query's own; a block after it is never
-            selected; ties go to the lower index.
+            selected; of equal scores the lower index wins, as they are computed: scores that are equal in exact
+            arithmetic may be computed a rounding apart. A score that is NaN counts as 0.
 
     Source: paper eqs. 8-11. Tested against the fp64 brute force of nsa.testing, by scores.
     """
@@ -109,9 +111,10 @@ def block_scores(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = q.new_zeros((b, k_cmp.shape[2], t, blocks), dtype=wide)
 
-    def observe(tile: Tile, p: Tensor) -> None:
+    def observe(tile: Tile, p: Tensor, of: Tensor | None) -> None:
         tile_scores = _sum_into_blocks(p, config)[..., :blocks]
-        scores[tile.rows, :, tile.queries, : tile_scores.shape[-1]] = tile_scores
+        known = scores[tile.rows, :, tile.queries, : tile_scores.shape[-1]]
+        known.copy_(tile_scores if of is None else tile_scores.where(of.unsqueeze(-1), known))
 
     tiled_attention(q, k_cmp, k_cmp[..., :0], tiles, scale=scale, observe=observe)
     return scores.transpose(1, 2)
@@ -127,10 +130,11 @@ class _Chooser:
         self.block_indices, self.config = block_indices, config  # [b, g, t, n], written here
         self.tiles: list[Tile] = []
         self.scores: list[Tensor] = []
+        self.of: list[Tensor | None] = []
         self.queries = slice(0, 0)
 
-    def observe(self, tile: Tile, p: Tensor) -> None:
-        """What `tiled_attention` shows of a tile: probabilities [b, g, queries, c], summed over a group's heads."""
+    def observe(self, tile: Tile, p: Tensor, of: Tensor | None) -> None:
+        """What `tiled_attention` shows of a tile, `nsa.ops.tiles.Observer`."""
         assert isinstance(tile.queries, slice)
         if self.tiles and not self._is_next(tile):
             self.choose()
@@ -138,6 +142,7 @@ class _Chooser:
         self.queries = slice(first, tile.queries.stop)
         self.tiles.append(tile)
         self.scores.append(_sum_into_blocks(p, self.config))
+        self.of.append(of)
         if self.queries.stop - first >= QUERIES_TO_CHOOSE_FOR:
             self.choose()
 
@@ -154,8 +159,14 @@ class _Chooser:
         scores = torch.cat([F.pad(x, (0, blocks - x.shape[-1])) for x in self.scores], dim=2)
         positions = torch.cat([tile.positions for tile in self.tiles if tile.positions is not None])
         rows, groups = self.tiles[0].rows, self.tiles[0].groups
-        self.block_indices[rows, groups, self.queries] = _top_blocks(scores, positions, self.config)
-        self.tiles, self.scores = [], []
+        known = self.block_indices[rows, groups, self.queries]
+        # Only queries that are looked at again have scores that are NaN, which topk would prefer to forced blocks.
+        found = _top_blocks(scores if self.of[0] is None else scores.nan_to_num(0.0), positions, self.config)
+        of = [x for x in self.of if x is not None]  # all tiles of a pass alike
+        if of:
+            found = found.where(torch.cat(of, dim=2).unsqueeze(-1), known)
+        known.copy_(found)
+        self.tiles, self.scores, self.of = [], [], []
 
 
 def _start(run: slice | Tensor) -> int | None:

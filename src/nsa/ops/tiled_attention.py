@@ -10,72 +10,37 @@ holds about `tile_elements()` scores.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsa.ops.careful_attention import careful_backward, careful_forward
+from nsa.ops.tiles import (
+    Observer,
+    Tile,
+    accumulation_dtype,
+    add_keys,
+    add_queries,
+    are_finite,
+    by_group,
+    from_group,
+    lines,
+    put_queries,
+    take_keys,
+    visible,
+)
+
 # exp() of this is far from overflow, and far above any sum of probabilities that is let pass.
 LARGEST_EXPONENT = 80.0
 # Sums of exponentials relative to a reference may grow to this; the outputs they weigh still have room. The difference
 # to the reference is then rounded to 2e-6 at most in fp32, as scores of that size are themselves.
 LARGEST_MASS = 1e25
-# Scores in one tile for each thread. 2 MB of fp32: small enough for the cache of a core, large enough that Python costs
-# little.
-TILE_ELEMENTS = 1 << 19
-MAX_THREADS = 8  # that make a tile larger
 # A long row of keys is scored in pieces, so that scores and keys stay in the cache of a core from step to step: of so
 # many keys at least, and so many scores.
 PIECE, PIECE_SCORES = 512, 1 << 17
-
-
-def tile_elements() -> int:
-    """Scores in one tile, all threads together."""
-    return TILE_ELEMENTS * min(torch.get_num_threads(), MAX_THREADS)
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which keys are visible to which queries, in one stretch of a tile's keys."""
-
-    first: int  # key of the tile
-    visible: Tensor  # [b, g, queries, n], fp32, 1 or 0; dimensions of size 1 where all are alike
-    width: int = 1  # how many neighbouring keys each of the n stands for
-
-    def of(self, x: Tensor) -> Tensor:
-        """Its stretch of x [b, g, queries, heads, keys], as [..., n, width]."""
-        n = self.visible.shape[-1]
-        return x[..., self.first : self.first + n * self.width].unflatten(-1, (n, self.width))
-
-    @property
-    def factor(self) -> Tensor:
-        return self.visible[..., None, :, None]
-
-    @staticmethod
-    def alike(first: int, visible: Tensor) -> "Mask":
-        """Of bools [queries, n], the same for all rows and groups."""
-        return Mask(first, visible.float()[None, None])
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Queries against keys. Keys that no mask covers are visible to all of the tile's queries."""
-
-    rows: slice  # of the batch
-    groups: slice  # KV heads
-    queries: slice | Tensor  # columns of q; one by one only in a tile of one row and group
-    keys: slice | Tensor  # columns of k and v
-    masks: tuple[Mask, ...] = ()
-    # For each query (or for all) a key of the tile whose score is probably not far below the row's largest.
-    typical_key: int | Tensor = 0
-    partial: bool = False  # whether its queries meet more keys in other tiles
-    positions: Tensor | None = None  # of the queries in their sequence, for those who observe
-
-
-# Called in forward with a tile and the probabilities [b, g, queries, keys], summed over the heads of each group.
-Observer = Callable[[Tile, Tensor], None]
 
 
 def tiled_attention(
@@ -97,11 +62,26 @@ def tiled_attention(
 
     Returns:
         out [b, t, h, e] in q's dtype and lse [b, t, h] (natural log; fp32, fp64 for fp64 inputs).
-        A query without a visible key has out 0, lse -inf and gradient 0. Both are differentiable, once.
+        A query without a visible key has out 0, lse -inf and gradient 0. Both are differentiable, once. A number that
+        is not finite reaches the queries that see it, and changes no bit of the others' results: what comes out not
+        finite is computed again by `careful_attention`, forward and backward each.
     """
+    return _TiledAttention.apply(q, k, v, tiles, factor(q, scale), observe)
+
+
+def factor(q: Tensor, scale: float | None) -> float:
+    """The factor of the scores; d ** -0.5 by default.
+
+    Raises:
+        ValueError: a scale that is not a finite number above 0, or no head dim.
+    """
+    if q.shape[-1] == 0:
+        raise ValueError(f"q should have a head dim of at least 1, got {list(q.shape)}")
     if scale is None:
-        scale = q.shape[-1] ** -0.5
-    return _TiledAttention.apply(q, k, v, tiles, scale, observe)
+        return q.shape[-1] ** -0.5
+    if not isinstance(scale, int | float) or not 0.0 < scale < math.inf:
+        raise ValueError(f"scale should be a finite number above 0, got {scale!r}")
+    return float(scale)
 
 
 class _Scratch:
@@ -128,9 +108,9 @@ class _Scratch:
         """The tile's queries of x [b, g, t, ...]: a view where they are a slice, else a copy."""
         if isinstance(tile.queries, slice):
             return x[tile.rows, tile.groups, tile.queries]
-        lines = _lines(x, tile)
-        found = self.take((len(tile.queries), lines.shape[1]), x)
-        return torch.index_select(lines, 0, tile.queries, out=found).view(1, 1, -1, *x.shape[3:])
+        rows = lines(x, tile)
+        found = self.take((len(tile.queries), rows.shape[1]), x)
+        return torch.index_select(rows, 0, tile.queries, out=found).view(1, 1, -1, *x.shape[3:])
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -138,8 +118,8 @@ class _TiledAttention(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, tiles, scale, observe):
         b, t, h, _ = q.shape
         g, e = v.shape[2:]
-        wide = _accumulation_dtype(q.dtype)
-        q_heads = _by_group(q.to(wide) * scale, g)
+        wide = accumulation_dtype(q.dtype)
+        q_heads = by_group(q.to(wide) * scale, g)
         k_heads, v_heads = (x.to(wide).transpose(1, 2).contiguous() for x in (k, v))
         out = torch.zeros(b, g, t, h // g, e, dtype=wide, device=q.device)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=wide, device=q.device)
@@ -149,19 +129,21 @@ class _TiledAttention(torch.autograd.Function):
         for tile in tiles():
             scratch.clear()
             q_tile = scratch.queries(q_heads, tile)
-            k_tile, v_tile = (_take_keys(x, tile) for x in (k_heads, v_heads))
+            k_tile, v_tile = (take_keys(x, tile) for x in (k_heads, v_heads))
             if tile.partial:
                 sums.add(tile, q_tile, k_tile, v_tile, scratch)
                 continue
             tile_out, tile_lse, share, ps = _attend_whole(tile, q_tile, k_tile, v_tile, scratch)
-            _put_queries(lse, tile, tile_lse)
-            _put_queries(out, tile, tile_out)
+            put_queries(lse, tile, tile_lse)
+            put_queries(out, tile, tile_out)
             if observe is not None:
                 sums_over_heads = [_sum_over_heads(p, share) for p in ps]
-                observe(tile, torch.cat(sums_over_heads, -1) if len(ps) > 1 else sums_over_heads[0])
+                observe(tile, torch.cat(sums_over_heads, -1) if len(ps) > 1 else sums_over_heads[0], None)
         sums.divide()
+        if not are_finite(out, lse.masked_fill(lse == -torch.inf, 0.0)):
+            out, lse = careful_forward(q_heads, k_heads, v_heads, tiles, observe, out, lse)
 
-        out, lse = _from_group(out).to(q.dtype), _from_group(lse)
+        out, lse = from_group(out).to(q.dtype), from_group(lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tiles, ctx.scale = tiles, scale
         return out, lse
@@ -172,76 +154,34 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         g = k.shape[2]
         wide = lse.dtype
-        q_heads = _by_group(q.to(wide) * ctx.scale, g)
+        q_heads = by_group(q.to(wide) * ctx.scale, g)
         k_heads, v_heads = (x.to(wide).transpose(1, 2).contiguous() for x in (k, v))
         # dS = P (dP - rowsum(dO O) + dlse): one number per row.
-        delta = _by_group((d_out.to(wide) * out).sum(-1) - d_lse, g)
-        d_out = _by_group(d_out.to(wide), g)
-        lse = _by_group(lse.masked_fill(lse == -torch.inf, torch.inf), g)  # so that empty rows get P = 0
+        delta = by_group((d_out.to(wide) * out).sum(-1) - d_lse, g)
+        d_out = by_group(d_out.to(wide), g)
+        lse = by_group(lse.masked_fill(lse == -torch.inf, torch.inf), g)  # so that empty rows get P = 0
         dq, dk, dv = torch.zeros_like(q_heads), torch.zeros_like(k_heads), torch.zeros_like(v_heads)
         scratch = _Scratch()
 
         for tile in ctx.tiles():
             scratch.clear()
             q_tile = scratch.queries(q_heads, tile)
-            k_tile, v_tile = (_take_keys(x, tile) for x in (k_heads, v_heads))
+            k_tile, v_tile = (take_keys(x, tile) for x in (k_heads, v_heads))
             d_out_tile = scratch.queries(d_out, tile)
             p = _exponentials(tile, _attend(q_tile, k_tile.transpose(-1, -2), scratch), scratch.queries(lse, tile))
             ds = _attend(d_out_tile, v_tile.transpose(-1, -2), scratch)
             ds.sub_(scratch.queries(delta, tile).unsqueeze(-1)).mul_(p)
-            _add_keys(dv, tile, _transposed(p) @ d_out_tile.flatten(2, 3))
-            _add_keys(dk, tile, _transposed(ds) @ q_tile.flatten(2, 3))
-            _add_queries(dq, tile, _attend(ds, k_tile, scratch))
+            add_keys(dv, tile, _transposed(p) @ d_out_tile.flatten(2, 3))
+            add_keys(dk, tile, _transposed(ds) @ q_tile.flatten(2, 3))
+            add_queries(dq, tile, _attend(ds, k_tile, scratch))
 
-        dq = _from_group(dq.mul_(ctx.scale)).to(q.dtype)
+        if not are_finite(dq, dk, dv):
+            careful = careful_backward(q_heads, k_heads, v_heads, d_out, lse, delta, ctx.tiles)
+            dq, dk, dv = (x.where(x.isfinite(), y) for x, y in zip((dq, dk, dv), careful, strict=True))
+
+        dq = from_group(dq.mul_(ctx.scale)).to(q.dtype)
         dk, dv = dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
         return dq, dk, dv, None, None, None
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _by_group(x: Tensor, g: int) -> Tensor:
-    """[b, t, h, ...] -> [b, g, t, heads of the group, ...], contiguous."""
-    return x.unflatten(2, (g, -1)).transpose(1, 2).contiguous()
-
-
-def _from_group(x: Tensor) -> Tensor:
-    """The inverse of `_by_group`."""
-    return x.transpose(1, 2).flatten(2, 3)
-
-
-def _lines(x: Tensor, tile: Tile) -> Tensor:
-    """x [b, g, t, ...] of the tile's one row and group as a matrix, a line a query: indexing it is fast."""
-    return x[tile.rows, tile.groups].flatten(0, 2).flatten(1)
-
-
-def _put_queries(x: Tensor, tile: Tile, values: Tensor) -> None:
-    if isinstance(tile.queries, slice):
-        x[tile.rows, tile.groups, tile.queries] = values
-    else:
-        _lines(x, tile).index_copy_(0, tile.queries, values.flatten(0, 2).flatten(1))
-
-
-def _add_queries(x: Tensor, tile: Tile, values: Tensor) -> None:
-    if isinstance(tile.queries, slice):
-        x[tile.rows, tile.groups, tile.queries] += values
-    else:
-        _lines(x, tile).index_add_(0, tile.queries, values.flatten(0, 2).flatten(1))
-
-
-def _take_keys(x: Tensor, tile: Tile) -> Tensor:
-    x = x[tile.rows, tile.groups]
-    return x[:, :, tile.keys] if isinstance(tile.keys, slice) else x.index_select(2, tile.keys)
-
-
-def _add_keys(x: Tensor, tile: Tile, values: Tensor) -> None:
-    x = x[tile.rows, tile.groups]
-    if isinstance(tile.keys, slice):
-        x[:, :, tile.keys] += values
-    else:
-        x.index_add_(2, tile.keys, values)
 
 
 def _attend(rows: Tensor, keys: Tensor, scratch: _Scratch) -> Tensor:
@@ -298,8 +238,10 @@ def _attend_whole(
     if not bool(near.all()):
         tops = [_largest(_part(tile, piece), _attend(q_tile, keys, scratch)) for piece, keys in pieces]
         largest = torch.stack(tops).amax(0)
+        lost = _lost(tile, largest, k_tile.shape[2])
         reference = torch.where(near, reference, largest.masked_fill_(largest == -torch.inf, 0.0))
         ps, mass = exponentials()
+        mass.masked_fill_(lost, torch.nan)
     share = mass.masked_fill(mass == 0.0, 1.0).reciprocal_()  # a row that sees no key: p is 0
     outs = [_attend(p, v_tile[:, :, piece], scratch) for p, (piece, _) in zip(ps, pieces, strict=True)]
     out = outs[0]
@@ -331,10 +273,18 @@ def _typical_scores(tile: Tile, q_tile: Tensor, k_tile: Tensor, scratch: _Scratc
 
 def _largest(tile: Tile, scores: Tensor) -> Tensor:
     """The largest visible score of each row, -inf where there is none."""
-    visible = scores.clone()
+    scores = scores.clone()
     for mask in tile.masks:
-        mask.of(visible).masked_fill_(mask.factor == 0, -torch.inf)
-    return visible.amax(-1)
+        mask.of(scores).masked_fill_(mask.factor == 0, -torch.inf)
+    return scores.amax(-1)
+
+
+def _lost(tile: Tile, largest: Tensor, num_keys: int) -> Tensor:
+    """Rows that see keys, but none with a score above -inf: their softmax is undefined."""
+    lost = largest == -torch.inf
+    if bool(lost.any()):
+        lost &= visible(tile, (*largest.shape, num_keys), largest.device).any(-1)
+    return lost
 
 
 def _sum_over_heads(p: Tensor, share: Tensor) -> Tensor:
@@ -364,14 +314,16 @@ class _Sums:
             p = _exponentials(tile, _attend(q_tile, keys, scratch), reference)
             mass = p.sum(-1)
             if bool((mass < LARGEST_MASS).all()):
-                _add_queries(self.mass, tile, mass)
-                _add_queries(self.out, tile, _attend(p, v_tile, scratch))
+                add_queries(self.mass, tile, mass)
+                add_queries(self.out, tile, _attend(p, v_tile, scratch))
                 return
         scores = _attend(q_tile, keys, scratch)
-        raised = self._raise(tile, reference, _largest(tile, scores))
+        largest = _largest(tile, scores)
+        lost = _lost(tile, largest, k_tile.shape[2])
+        raised = self._raise(tile, reference, largest)
         p = _exponentials(tile, scores, raised.masked_fill(raised == -torch.inf, 0.0))
-        _add_queries(self.mass, tile, p.sum(-1))
-        _add_queries(self.out, tile, _attend(p, v_tile, scratch))
+        add_queries(self.mass, tile, p.sum(-1).masked_fill_(lost, torch.nan))
+        add_queries(self.out, tile, _attend(p, v_tile, scratch))
 
     def _raise(self, tile: Tile, reference: Tensor, largest: Tensor) -> Tensor:
         """The reference of each row, moved to `largest` where that is far above it, the sums so far brought along."""
@@ -380,9 +332,9 @@ class _Sums:
         far = ~(largest - reference < math.log(LARGEST_MASS)) & (largest > -torch.inf)
         raised = torch.where(far, largest, reference)
         kept = torch.where(far, (reference - raised).exp_(), 1.0)
-        _put_queries(self.reference, tile, raised)
+        put_queries(self.reference, tile, raised)
         for sums, factor in ((self.mass, kept), (self.out, kept.unsqueeze(-1))):
-            _put_queries(sums, tile, sums[tile.rows, tile.groups, tile.queries] * factor)
+            put_queries(sums, tile, sums[tile.rows, tile.groups, tile.queries] * factor)
         return raised
 
     def divide(self) -> None:

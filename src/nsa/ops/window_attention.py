@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.ops.tiled_attention import Mask, Tile, tile_elements, tiled_attention
+from nsa.ops.tiled_attention import tiled_attention
+from nsa.ops.tiles import Mask, Tile, tile_elements
 from nsa.shapes import UNIFORM, Sequences, bind
 
 # Queries that share a tile, or a quarter of the window if that is more: four of five keys are then visible to a query.

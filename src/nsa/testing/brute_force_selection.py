@@ -105,7 +105,8 @@ def select(scores: list[float], position: int, config: NSAConfig) -> list[int]:
         own = position // config.select_block_size
         chosen = forced_blocks(position, config)
         others = [block for block in range(own + 1) if block not in chosen]
-        others.sort(key=lambda block: (-scores[block], block))  # of equal scores, the lower block
+        # Of equal scores, the lower block; NaN counts as 0.
+        others.sort(key=lambda block: (0.0 if math.isnan(scores[block]) else -scores[block], block))
         chosen.update(others[: config.num_selected_blocks - len(chosen)])
     return sorted(chosen) + [-1] * (config.num_selected_blocks - len(chosen))
 
