@@ -9,18 +9,33 @@ lengths when it must know them.
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache, row_indices
+from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache
+from nsa.cache.rings import after, left_aligned, read_rings, write_ring
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 
 # A chunk of so many tokens has its keys copied side by side, one layer's at a time: the kernels for Hopper read them
 # by TMA, which does not take the heads' distance in a cache, and such a chunk is worth a copy.
 COPY_FROM = 1024
+
+
+@dataclass
+class _Before:
+    """What a transaction goes back to."""
+
+    tensors: CacheTensors | None
+    bounds: list[int]
+    exact: bool
+    longest: list[int]
+    lengths: Tensor | None  # the device's, where the host does not know them
+    rings: tuple[Tensor, ...] | None = None  # copies, once more than max_new tokens have come
 
 
 class FixedNSACache(LayerCache):
@@ -59,6 +74,9 @@ class FixedNSACache(LayerCache):
     def _took_back(self) -> None:
         """Rows have become shorter."""
 
+    def _gave_memory_up(self) -> None:
+        """There are no tensors any more."""
+
     # ---- state --------------------------------------------------------------------------------------------
 
     @property
@@ -71,6 +89,10 @@ class FixedNSACache(LayerCache):
     @property
     def is_allocated(self) -> bool:
         return self._tensors is not None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._bounds)
 
     def can_step(self, t: int) -> bool:
         """Whether t new tokens are a decoding step rather than a prefill."""
@@ -100,31 +122,35 @@ class FixedNSACache(LayerCache):
 
     # ---- a decoding step ------------------------------------------------------------------------------------
 
-    def make_room(self, t: int, *, some_may_wait: bool = False) -> None:
-        """Prepare for a decoding step of t tokens a row; call it before the step, which advances the lengths.
+    def make_room(self, t: int, counts: Tensor | None = None) -> None:
+        """Prepare for a decoding step of t columns a row; call it before the step, which advances the lengths.
 
         Nothing here waits for the device, unless the room seems to be used up and rows have sat steps out.
 
         Args:
             t: new tokens of each row, at most max_new.
-            some_may_wait: whether rows may take fewer than t in this step.
+            counts: how many of the t columns are tokens in each row, on the device, where rows take fewer.
 
         Raises:
             ValueError: no room, or t > max_new; the cache is then what it was.
         """
         if t > self.max_new:
             raise ValueError(f"{type(self).__name__}: expected at most max_new={self.max_new} new tokens, got {t}")
-        ends = [length + t for length in self._bounds]
+        starts, exact = self._bounds, self._exact and counts is None
+        ends = [length + t for length in starts]
         try:
-            self._give_room(self._bounds, ends)
+            self._give_room(starts, ends)
         except ValueError:
-            if self._exact:
+            if exact:
                 raise
-            lengths = self.lengths
-            ends = [length + t for length in lengths]
-            self._give_room(lengths, ends)
-        self._bounds = ends
-        self._exact = self._exact and not some_may_wait
+            # With the numbers themselves in place of their bounds, and without what rows took for steps they sat out.
+            starts, exact = self.lengths, True
+            self._took_back()
+            new = [t] * len(starts) if counts is None else counts.tolist()
+            ends = [length + count for length, count in zip(starts, new, strict=True)]
+            self._give_room(starts, ends)
+        self._keep_rings(ends)
+        self._bounds, self._exact = ends, exact
 
     # ---- tokens of a prefill ----------------------------------------------------------------------------------
 
@@ -140,17 +166,24 @@ class FixedNSACache(LayerCache):
         *,
         counts: list[int] | None = None,
     ) -> CacheViews:
-        b, t, g, d = k.shape
         if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, k_win, v_win, k_raw, v_raw)):
             raise ValueError(f"{type(self).__name__} is for inference: expected torch.no_grad(), got a graph")
-        if self._tensors is None:
-            self.allocate(b, g, d, v.shape[-1], k.dtype, k.device)
-        else:
-            self.check_rows(b)
-        counts = [t] * b if counts is None else counts
-        starts = self.lengths
+        memory = () if self._tensors is None else (self._tensors.k, self._tensors.v)
+        pairs, counts = self._as_kept((k, v, k_win, v_win, k_raw, v_raw), counts, memory)
+        with self.transaction():
+            if self._tensors is None:
+                b, _, g, d = k.shape
+                self.allocate(b, g, d, v.shape[-1], pairs[0].dtype, k.device)
+            return self._append(*pairs, compress_run, counts)
+
+    def _append(
+        self, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, k_raw: Tensor, v_raw: Tensor,
+        compress_run: CompressRun, counts: list[int],
+    ) -> CacheViews:  # fmt: skip
+        starts, t = self.lengths, k.shape[1]
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         self._give_room(starts, ends)
+        self._keep_rings(ends)
 
         tensors = self.tensors
         runs = _runs(starts, counts)
@@ -162,18 +195,18 @@ class FixedNSACache(LayerCache):
                 self._write_pages(tensors.k, tensors.v, run, start, k[run, new], v[run, new])
                 self._compress(tensors, run, start, count, k_raw[run, new], v_raw[run, new], compress_run)
                 if tensors.k_win is not None and tensors.v_win is not None:
-                    _write_ring(tensors.k_win, run, start, k_win[run, new])
-                    _write_ring(tensors.v_win, run, start, v_win[run, new])
-                _write_ring(tensors.k_raw, run, start, k_raw[run, new])
-                _write_ring(tensors.v_raw, run, start, v_raw[run, new])
+                    write_ring(tensors.k_win, run, start, k_win[run, new])
+                    write_ring(tensors.v_win, run, start, v_win[run, new])
+                write_ring(tensors.k_raw, run, start, k_raw[run, new])
+                write_ring(tensors.v_raw, run, start, v_raw[run, new])
         _write_lengths(tensors.lengths, ends)
         self.know_lengths(ends)
         self._longest = [max(pair) for pair in zip(self._longest, ends, strict=True)]
 
-        longest = max(ends, default=0)
-        uniform = len(set(ends)) <= 1 and min(counts, default=t) == t
+        longest = max(ends)
+        uniform = len(set(ends)) == 1 and min(counts) == t
         seqlens = None if uniform else torch.tensor(ends, device=k.device)
-        if uniform and longest == t and k.dtype == tensors.k.dtype:
+        if uniform and longest == t:
             k_slc, v_slc = k, v  # all that there is
         else:
             k_slc, v_slc = self._read_tokens(tensors, longest)
@@ -182,7 +215,7 @@ class FixedNSACache(LayerCache):
         k_cmp, v_cmp = self._read_compressed(tensors, longest)
         if tensors.k_win is None:
             return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_slc, v_slc, seqlens, seqlens)
-        k_near, v_near = (_left_aligned([pair[i] for pair in windows], runs) for i in (0, 1))
+        k_near, v_near = (left_aligned([pair[i] for pair in windows], runs) for i in (0, 1))
         near = [windows[i][0].shape[1] for i, run in enumerate(runs) for _ in range(run.start, run.stop)]
         seqlens_win = None if uniform else torch.tensor(near, device=k.device)
         return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_near, v_near, seqlens, seqlens_win)
@@ -196,7 +229,7 @@ class FixedNSACache(LayerCache):
             return k[run, :0], v[run, :0]
         first = max(0, start - self.config.window_size + 1)
         k_near, v_near = (
-            _after(ring, run, first, start, x[run, t - count :]) for ring, x in ((tensors.k_win, k), (tensors.v_win, v))
+            after(ring, run, first, start, x[run, t - count :]) for ring, x in ((tensors.k_win, k), (tensors.v_win, v))
         )
         return k_near, v_near
 
@@ -210,10 +243,10 @@ class FixedNSACache(LayerCache):
         first = have * self.config.compress_stride
         until = (want - 1) * self.config.compress_stride + self.config.compress_block_size
         k, v = (
-            _after(ring, run, first, start, x)[:, : until - first]
+            after(ring, run, first, start, x)[:, : until - first]
             for ring, x in ((tensors.k_raw, k), (tensors.v_raw, v))
         )
-        k_cmp, v_cmp = compress_run(k, v, have)
+        k_cmp, v_cmp = (x.to(tensors.k.dtype) for x in compress_run(k, v, have))
         self._write_pages(tensors.k_cmp, tensors.v_cmp, run, have + self._first_place, k_cmp, v_cmp)
 
     @property
@@ -246,6 +279,45 @@ class FixedNSACache(LayerCache):
         count = -(-places // pages.shape[1])
         return pages[table[:, :count].clamp(min=0)].flatten(1, 2)
 
+    # ---- all or nothing -------------------------------------------------------------------------------------------
+
+    def _before(self) -> Any:
+        lengths = None if self._tensors is None or self._exact else self._tensors.lengths.clone()
+        return _Before(self._tensors, self._bounds, self._exact, self._longest, lengths)
+
+    def _keep_rings(self, ends: list[int]) -> None:
+        """Before rows take tokens up to `ends`: what open transactions go back to must not be overwritten.
+
+        A row's last max_new tokens overwrite nothing that could be needed again without them.
+        """
+        tensors, copies = self.tensors, None
+        for before in self._open:
+            many = any(end - bound > self.max_new for end, bound in zip(ends, before.bounds, strict=False))
+            if before.rings is None and many and max(before.bounds) > 0:
+                copies = copies or tuple(ring.clone() for ring in _rings(tensors))
+                before.rings = copies
+                before.longest = [max(pair) for pair in zip(before.longest, self._bounds, strict=True)]
+
+    @torch.no_grad()
+    def _go_back(self, before: _Before) -> None:
+        if before.tensors is None:
+            self._tensors, self._bounds, self._exact, self._longest = None, [], True, []
+            self._gave_memory_up()
+            return
+        tensors, longest = before.tensors, self._bounds
+        if before.rings is not None:
+            longest = before.longest
+            for ring, copy in zip(_rings(tensors), before.rings, strict=True):
+                ring.copy_(copy)
+        tensors.arrivals.zero_()
+        if before.lengths is None:
+            _write_lengths(tensors.lengths, before.bounds)
+        else:
+            tensors.lengths.copy_(before.lengths)
+        self._bounds, self._exact = before.bounds, before.exact
+        self._longest = [max(pair) for pair in zip(before.longest, longest, strict=True)]
+        self._took_back()
+
     # ---- taking back, reordering, moving ------------------------------------------------------------------------
 
     def _first_remembered(self) -> tuple[list[int], list[int]]:
@@ -273,16 +345,14 @@ class FixedNSACache(LayerCache):
         if not self.is_allocated:
             return
         tensors, lengths = self.tensors, self.lengths
-        index, chosen = row_indices(rows, tensors.lengths.device)
+        index, chosen = self._rows_from(rows, tensors.lengths.device)
         first_window, first_raw = self._first_remembered()
         fresh = tensors
         if len(chosen) != tensors.rows:
             fresh = self._with_rows(tensors, len(chosen))
         self._reorder_pages(chosen, index, tensors, fresh)
-        rings = ("k_win", "v_win", "k_raw", "v_raw")
-        for old, new in ((getattr(tensors, name), getattr(fresh, name)) for name in rings):
-            if old is not None:
-                _heads_first(new).copy_(_heads_first(old).index_select(0, index))
+        for old, new in zip(_rings(tensors), _rings(fresh), strict=True):
+            _heads_first(new).copy_(_heads_first(old).index_select(0, index))
         lengths, first_window, first_raw = (
             [values[row] if row >= 0 else 0 for row in chosen] for values in (lengths, first_window, first_raw)
         )
@@ -313,8 +383,8 @@ class FixedNSACache(LayerCache):
         if tensors.k_win is None or tensors.v_win is None:
             k_win, v_win, first_window = k, v, [0] * len(lengths)
         else:
-            k_win, v_win = (_read_rings(ring, first_window, lengths) for ring in (tensors.k_win, tensors.v_win))
-        k_raw, v_raw = (_read_rings(ring, first_raw, lengths) for ring in (tensors.k_raw, tensors.v_raw))
+            k_win, v_win = (read_rings(ring, first_window, lengths) for ring in (tensors.k_win, tensors.v_win))
+        k_raw, v_raw = (read_rings(ring, first_raw, lengths) for ring in (tensors.k_raw, tensors.v_raw))
         window_lengths, raw_lengths = (
             [max(0, length - first) for length, first in zip(lengths, firsts, strict=True)]
             for firsts in (first_window, first_raw)
@@ -331,9 +401,12 @@ class FixedNSACache(LayerCache):
         try:
             self.allocate(rows, g, d, c.v.shape[-1], c.k.dtype, c.k.device)
             self._give_room([0] * rows, c.lengths)
-        except ValueError:
+            self._write(c)
+        except BaseException:
             self.__dict__ = old
             raise
+
+    def _write(self, c: CacheContents) -> None:
         tensors = self.tensors
         rings = [(tensors.k_raw, c.k_raw, c.raw_lengths), (tensors.v_raw, c.v_raw, c.raw_lengths)]
         if tensors.k_win is not None and tensors.v_win is not None:
@@ -345,7 +418,7 @@ class FixedNSACache(LayerCache):
             compressed = (c.k_cmp[run, :blocks], c.v_cmp[run, :blocks])
             self._write_pages(tensors.k_cmp, tensors.v_cmp, run, self._first_place, *compressed)
             for ring, x, kept in rings:
-                _write_ring(ring, run, length - kept[row], x[run, : kept[row]])
+                write_ring(ring, run, length - kept[row], x[run, : kept[row]])
         _write_lengths(tensors.lengths, c.lengths)
         firsts = [
             [length - kept for length, kept in zip(c.lengths, lengths, strict=True)]
@@ -362,36 +435,9 @@ def _runs(starts: Sequence[int], counts: Sequence[int]) -> list[slice]:
     return [slice(row, row + 1) for row in range(rows)]
 
 
-def _write_ring(ring: Tensor, run: slice, start: int, x: Tensor) -> None:
-    """Put x [rows, t, g, .] at positions start .. start + t - 1; what does not fit, its first tokens, is left out."""
-    end, t = start + x.shape[1], x.shape[1]
-    first = end - min(ring.shape[1], t)
-    for slots, count in _slots(ring, first, end):
-        ring[run, slots] = x[:, first - start : first - start + count]
-        first += count
-
-
-def _read_ring(ring: Tensor, run: slice, first: int, until: int) -> Tensor:
-    """[rows, until - first, g, .], in memory of its own."""
-    return torch.cat([ring[run, slots] for slots, _ in _slots(ring, first, until)] or [ring[run, :0]], dim=1)
-
-
-def _after(ring: Tensor, run: slice, first: int, start: int, x: Tensor) -> Tensor:
-    """The ring's positions first .. start - 1, then x, whose first position is start; x itself if that is all."""
-    before = [ring[run, slots] for slots, _ in _slots(ring, first, start)]
-    return torch.cat([*before, x], dim=1) if before else x
-
-
-def _slots(ring: Tensor, first: int, until: int) -> list[tuple[slice, int]]:
-    """Where the positions first .. until - 1 lie, no more than the ring is long: runs of slots, and how many each."""
-    size = ring.shape[1]
-    runs = []
-    while first < until:
-        slot = first % size
-        count = min(until - first, size - slot)
-        runs.append((slice(slot, slot + count), count))
-        first += count
-    return runs
+def _rings(tensors: CacheTensors) -> list[Tensor]:
+    rings = (tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw)
+    return [ring for ring in rings if ring is not None]
 
 
 def _write_lengths(lengths: Tensor, values: Sequence[int]) -> None:
@@ -400,23 +446,6 @@ def _write_lengths(lengths: Tensor, values: Sequence[int]) -> None:
         lengths.fill_(values[0])
     else:
         lengths.copy_(torch.tensor(values, dtype=torch.int32))
-
-
-def _read_rings(ring: Tensor, firsts: list[int], lengths: list[int]) -> Tensor:
-    """Row r's positions firsts[r] .. lengths[r] - 1, left-aligned."""
-    rows = [slice(row, row + 1) for row in range(len(lengths))]
-    return _left_aligned([_read_ring(ring, *one) for one in zip(rows, firsts, lengths, strict=True)], rows)
-
-
-def _left_aligned(parts: list[Tensor], runs: list[slice]) -> Tensor:
-    """Runs of rows [rows, m, g, .] with different m as one tensor, zeros behind."""
-    if len(parts) == 1 and runs[0].start == 0:
-        return parts[0]
-    longest = max(part.shape[1] for part in parts)
-    whole = parts[0].new_zeros(runs[-1].stop, longest, *parts[0].shape[2:])
-    for part, run in zip(parts, runs, strict=True):
-        whole[run, : part.shape[1]] = part
-    return whole
 
 
 def _heads_first(x: Tensor) -> Tensor:

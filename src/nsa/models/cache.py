@@ -74,10 +74,10 @@ class NSALlamaCache(Cache):
             return []
         return [layer.nsa for layer in self.layers if layer.nsa.is_allocated]
 
-    def make_room(self, t: int, *, some_may_wait: bool = False) -> None:
+    def make_room(self, t: int, counts: Tensor | None = None) -> None:
         """`FixedNSACache.make_room` of every layer. All have the same room: the first refuses, or none."""
         for cache, layer in zip(self.fixed, self.layers, strict=True):
-            cache.make_room(t, some_may_wait=some_may_wait)
+            cache.make_room(t, counts)
             layer.num_columns += t
 
     def convert(self, target: "NSALlamaCache") -> "NSALlamaCache":

@@ -53,10 +53,10 @@ class Decoder:
         Raises:
             ValueError: no room in the cache, which is then what it was.
         """
-        self.cache.make_room(1, some_may_wait=self.counts is not None)
-        self.ids.copy_(input_ids)
         if self.counts is not None and attention_mask is not None:
             torch.ne(attention_mask[:, -1], 0, out=self.counts)
+        self.cache.make_room(1, self.counts)
+        self.ids.copy_(input_ids)
         self.steps += 1
         if not self.capture:
             return self.step()

@@ -253,7 +253,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         counts, order = step_padding(attention_mask, b, t)
         if order is not None:
             embeds = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
-        cache.make_room(t, some_may_wait=counts is not None)
+        cache.make_room(t, counts)
         step = self._step(embeds, cache, counts)
         out = super().forward(
             inputs_embeds=embeds, position_ids=torch.zeros_like(embeds[:1, :, 0], dtype=torch.long),
