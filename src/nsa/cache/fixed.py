@@ -108,6 +108,10 @@ class FixedNSACache(LayerCache):
         """Tell the host the lengths, where they are known already (from another layer), so that it need not ask."""
         self._bounds, self._exact = list(lengths), True
 
+    def ask_lengths(self) -> None:
+        """Tell the host that its numbers are no more than bounds: it will ask the device when it needs the lengths."""
+        self._exact = False
+
     def allocate(
         self, rows: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -145,9 +149,9 @@ class FixedNSACache(LayerCache):
                 raise
             # With the numbers themselves in place of their bounds, and without what rows took for steps they sat out.
             starts, exact = self.lengths, True
-            self._took_back()
             new = [t] * len(starts) if counts is None else counts.tolist()
             ends = [length + count for length, count in zip(starts, new, strict=True)]
+            self._took_back()
             self._give_room(starts, ends)
         self._keep_rings(ends)
         self._bounds, self._exact = ends, exact
@@ -182,6 +186,7 @@ class FixedNSACache(LayerCache):
     ) -> CacheViews:  # fmt: skip
         starts, t = self.lengths, k.shape[1]
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        self._took_back()  # what rows took for steps that they then sat out
         self._give_room(starts, ends)
         self._keep_rings(ends)
 

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from nsa.models.cache import NSALlamaCache
+from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.generation import GenerationPolicy
 from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
@@ -145,6 +145,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         self.norm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
+    @all_or_nothing
     def forward(
         self,
         input_ids: Tensor | None = None,
