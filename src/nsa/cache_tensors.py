@@ -86,13 +86,14 @@ class CacheTensors:
     ) -> None:
         """ValueError where `new` (k, v, k_win, v_win, k_raw, v_raw) cannot be appended; asks nothing of the device."""
         k, v, k_win, v_win, k_raw, v_raw = new
-        given = {"k": (k, "b t g d"), "v": (v, "b t g e"), "k_raw": (k_raw, "b t g d"), "v_raw": (v_raw, "b t g e")}
+        given = {"lengths": (self.lengths, "b"), "the cache's k": (self.k, "pages n g d")}
+        given |= {"the cache's v": (self.v, "pages n g e"), "k": (k, "b t g d"), "v": (v, "b t g e")}
+        given |= {"k_raw": (k_raw, "b t g d"), "v_raw": (v_raw, "b t g e")}
         if self.k_win is not None:
             if k_win is None or v_win is None:
                 raise ValueError("append_tokens: the window has its own keys and values, and was given none")
             given |= {"k_win": (k_win, "b t g d"), "v_win": (v_win, "b t g e")}
-        given |= {"tensors.k": (self.k, "pages n g d"), "tensors.v": (self.v, "pages n g e")}
-        given |= {"lengths": (self.lengths, "b"), "cos_cmp": (cos_cmp, "b new d"), "sin_cmp": (sin_cmp, "b new d")}
+        given |= {"cos_cmp": (cos_cmp, "b new d"), "sin_cmp": (sin_cmp, "b new d")}
         found = bind("append_tokens", **given)
         most = -(-found["t"] // config.compress_stride)
         if found["new"] != most:
@@ -111,8 +112,8 @@ class CacheTensors:
     def check_queries(self, config: NSAConfig, q: Tensor, gates: Tensor, counts: Tensor | None) -> None:
         """ValueError where these queries cannot attend; asks nothing of the device."""
         found = bind(
-            "decode_attention", q=(q, "b t h d"), gates=(gates, "b t h 3"), k=(self.k, "pages n g d"),
-            v=(self.v, "pages n g e"), lengths=(self.lengths, "b"),
+            "decode_attention", lengths=(self.lengths, "b"), k=(self.k, "pages n g d"), v=(self.v, "pages n g e"),
+            q=(q, "b t h d"), gates=(gates, "b t h 3"),
         )  # fmt: skip
         if self.k_win is not None and found["t"] > (at_once := self.k_win.shape[1] - config.window_size + 1):
             raise ValueError(f"decode_attention: expected at most {at_once} queries, got {found['t']}")

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,9 +68,7 @@ class Life:
         sizes = {"max_crop": self.max_crop, "max_new": self.max_new}
         if kind == "static":
             return StaticNSACache(self.config, self.max_length, **sizes)
-        return PagedNSACache(
-            self.config, self.num_pages, page_size=self.page_size, max_length=self.max_length, **sizes
-        )
+        return PagedNSACache(self.config, self.num_pages, page_size=self.page_size, max_length=self.max_length, **sizes)
 
     @property
     def lengths(self) -> list[int]:
@@ -135,12 +134,9 @@ class Life:
         self.rows = self.rows or [Row.empty() for _ in range(b)]
         self.tell(f"feed {t} columns, {counts} tokens behind {self.lengths}")
         ends = [n + count for n, count in zip(self.lengths, counts, strict=True)]
-        try:
-            with self.mode():
-                out = self.layer(x, cache=self.cache, attention_mask=mask)
-        except ValueError as refusal:
-            self.tell(f"  refused: {refusal}")
-            assert self.may_be_refused(ends), refusal
+        with self.mode():
+            out = self.refusable(lambda: self.layer(x, cache=self.cache, attention_mask=mask), self.may_refuse(ends))
+        if out is None:
             return
         assert isinstance(self.cache, NSACache) or max(ends) <= self.max_length, "past the end"
         out = out.detach()
@@ -151,33 +147,33 @@ class Life:
             one.outs = torch.cat([one.outs, out[row, own[row]]])
             one.peak = max(one.peak, len(one.tokens))
 
-    def may_be_refused(self, ends: list[int]) -> bool:
+    def refusable(self, call: Callable[[], Any], may_refuse: bool) -> Any:
+        """What the call gives; None where it is refused, in one line and with reason."""
+        try:
+            return call()
+        except ValueError as error:
+            refusal = str(error)
+        self.tell(f"  refused: {refusal}")
+        assert may_refuse, refusal
+        assert "\n" not in refusal
+        return None
+
+    def may_refuse(self, ends: list[int]) -> bool:
         if isinstance(self.cache, NSACache):
             return False
         pages = sum(-(-end // self.page_size) for end in ends)
-        return max(ends) > self.max_length or (isinstance(self.cache, PagedNSACache) and pages > self.num_pages)
+        return max(ends, default=0) > self.max_length or (
+            isinstance(self.cache, PagedNSACache) and pages > self.num_pages
+        )
 
     def fail(self) -> None:
         """A call that raises, at a place of its own, leaves no trace."""
         x, mask = self.tokens()
-        layer, hooks = self.layer, []
-
-        def raises(*_: object) -> None:
-            raise SabotageError
-
+        layer, hook, cache = self.layer, None, self.cache
         kind = self.random.choice(("o_proj", "compress_v", "rows", "dtype", "config", "graph", "crop", "reorder"))
         self.tell(f"fail by {kind}, {list(x.shape)} behind {self.lengths}")
-        if kind in ("crop", "reorder"):
-            wrong = self.random.choice((-1, max(self.lengths, default=0) + 1))
-            call = self.cache.crop if kind == "crop" else lambda n: self.cache.reorder(torch.tensor([0, n + 99]))
-            try:
-                call(wrong)
-            except ValueError:
-                return
-            assert not sum(self.lengths), "a wrong number was taken"
-            return
         if kind in ("o_proj", "compress_v"):
-            hooks.append(getattr(layer, kind).register_forward_pre_hook(raises))
+            hook = getattr(layer, kind).register_forward_pre_hook(sabotage)
         elif kind == "rows":
             x, mask = torch.cat([x, x[:1]]), None
         elif kind == "dtype":
@@ -185,33 +181,35 @@ class Life:
         elif kind == "config":
             layer = copy.copy(layer)
             layer.config = replace(self.config, window_size=self.config.window_size + 1)
-        try:
-            with torch.enable_grad() if kind == "graph" else torch.no_grad():
-                layer(x, cache=self.cache, attention_mask=mask)
-        except (ValueError, SabotageError) as error:
-            assert "\n" not in str(error)
-        else:
-            # Nothing of the kind came to pass: no block was complete, the cache has no rows yet, or takes graphs.
-            fits = kind == "compress_v" or (kind == "graph" and isinstance(self.cache, NSACache))
-            assert fits or not sum(self.lengths), f"{kind} was taken"
+        calls: dict[str, Callable[[], Any]] = {
+            "crop": lambda: cache.crop(self.random.choice((-1, max(self.lengths, default=0) + 1))),
+            "reorder": lambda: cache.reorder(torch.tensor([0, len(self.rows)])),
+        }
+        has_failed = False
+        with torch.enable_grad() if kind == "graph" else torch.no_grad():
+            try:
+                calls.get(kind, lambda: layer(x, cache=cache, attention_mask=mask))()
+            except (ValueError, SabotageError) as error:
+                has_failed = "\n" not in str(error)
+        if hook is not None:
+            hook.remove()
+        if not has_failed:
+            # Nothing of the kind came to pass: no block was complete, there were no tokens, or a graph is welcome.
+            is_harmless = kind == "compress_v" or (kind == "graph" and isinstance(cache, NSACache))
+            assert is_harmless or not sum(self.lengths), f"{kind} was taken"
             self.rows, self.cache = [], self.new_cache()
             self.tell(f"  it passed; a new {type(self.cache).__name__}")
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def crop(self) -> None:
         if not self.rows:
             return
         count = self.random.randint(0, self.random.choice((1, 3, max(1, self.max_crop), 40)))
         self.tell(f"crop {count} of {self.lengths}")
-        certain = all(len(row.tokens) >= count and row.peak - len(row.tokens) + count <= self.max_crop for row in self.rows)
+        certain = all(
+            len(row.tokens) >= count and row.peak - len(row.tokens) + count <= self.max_crop for row in self.rows
+        )
         self.check()
-        try:
-            self.cache.crop(count)
-        except ValueError as refusal:
-            self.tell(f"  refused: {refusal}")
-            assert not certain, refusal
+        if self.refusable(lambda: self.cache.crop(count) or "done", not certain) is None:
             return
         for row in self.rows:
             left = len(row.tokens) - count
@@ -228,16 +226,11 @@ class Life:
     def move(self) -> None:
         target = self.new_cache()
         self.tell(f"move {self.lengths} to {type(target).__name__}")
-        try:
-            convert(self.cache, target)
-        except ValueError as refusal:
-            self.tell(f"  refused: {refusal}")
-            self.cache, source = target, self.cache
-            assert self.may_be_refused(self.lengths), refusal
-            assert sum(target.lengths) == 0
+        self.cache, source = target, self.cache
+        if self.refusable(lambda: convert(source, target), self.may_refuse(self.lengths)) is None:
+            assert not target.lengths
             self.cache = source
             return
-        self.cache = target
         if not target.lengths:
             self.rows = []
 
@@ -248,6 +241,10 @@ class Life:
         self.check()
         self.cache.clear()
         self.rows = [Row.empty() for _ in self.rows] if self.cache.lengths else []
+
+
+def sabotage(*_: object) -> None:
+    raise SabotageError
 
 
 def random_config(rng: random.Random) -> NSAConfig:

@@ -1,160 +1,38 @@
-"""What static and paged caches share: memory at fixed addresses (`CacheTensors`), and the host's books about it.
+"""What static and paged caches share: tokens into their memory, views out of it, and moving what it holds.
 
-Two ways in. `append` takes any number of tokens and returns views, for prefill: it knows the rows' lengths on the host.
-A decoding step takes up to `max_new` tokens and needs nothing from the host but `make_room`: the lengths are on the
-device, and `nsa.ops.decode` writes and reads the tensors, so that the step can be captured in a CUDA graph. A row may
-sit a step out there, which the host does not see; from then on it keeps an upper bound, and asks the device for the
-lengths when it must know them.
+`append` takes any number of tokens and returns views, for prefill: it knows the rows' lengths on the host. A decoding
+step goes by the device alone (`nsa.cache.fixed_memory`).
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache
+from nsa.cache.fixed_memory import FixedMemory, rings_of, write_lengths
+from nsa.cache.layer import CacheContents, CacheViews, CompressRun
 from nsa.cache.rings import after, left_aligned, read_rings, write_ring
 from nsa.cache_tensors import CacheTensors
-from nsa.config import NSAConfig
 
 # A chunk of so many tokens has its keys copied side by side, one layer's at a time: the kernels for Hopper read them
 # by TMA, which does not take the heads' distance in a cache, and such a chunk is worth a copy.
 COPY_FROM = 1024
 
 
-@dataclass
-class _Before:
-    """What a transaction goes back to."""
-
-    tensors: CacheTensors | None
-    bounds: list[int]
-    exact: bool
-    longest: list[int]
-    lengths: Tensor | None  # the device's, where the host does not know them
-    rings: tuple[Tensor, ...] | None = None  # copies, once more than max_new tokens have come
-
-
-class FixedNSACache(LayerCache):
+class FixedNSACache(FixedMemory):
     """See `StaticNSACache` and `PagedNSACache`. Inference only: tensors that need gradients are an error."""
 
-    def __init__(self, config: NSAConfig, *, max_crop: int = 64, max_new: int = 16) -> None:
-        super().__init__(config, max_crop=max_crop)
-        if max_new < 1:
-            raise ValueError(f"cache: expected max_new >= 1, got {max_new}")
-        self.max_new = max_new
-        self._tensors: CacheTensors | None = None
-        self._bounds: list[int] = []  # no row is longer
-        self._exact = True  # and these are the lengths
-        # Position from which on a row's rings were written; the rings themselves forget more.
-        self._first_window: list[int] = []
-        self._first_raw: list[int] = []
-        # The longest that a row has been: what is further behind than the ring is long has been overwritten.
-        self._longest: list[int] = []
-
     # ---- what a layout decides ---------------------------------------------------------------------------
-
-    @abstractmethod
-    def _new_tensors(
-        self, rows: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> CacheTensors:
-        """Memory of a cache without tokens."""
-
-    @abstractmethod
-    def _give_room(self, starts: list[int], ends: list[int]) -> None:
-        """Let row r take tokens at positions starts[r] .. ends[r] - 1, or raise ValueError before anything changes."""
 
     @abstractmethod
     def _reorder_pages(self, rows: list[int], index: Tensor, tensors: CacheTensors, fresh: CacheTensors) -> None:
         """Give the rows of `fresh` the pages of the rows of `tensors`; the two are one where the rows are as many."""
 
-    def _took_back(self) -> None:
-        """Rows have become shorter."""
-
-    def _gave_memory_up(self) -> None:
-        """There are no tensors any more."""
-
-    # ---- state --------------------------------------------------------------------------------------------
-
-    @property
-    def tensors(self) -> CacheTensors:
-        """The memory. A new object replaces it when the number of rows changes; else its addresses stay."""
-        if self._tensors is None:
-            raise ValueError(f"{type(self).__name__}: it has no memory yet; expected `allocate` or `append` first")
-        return self._tensors
-
-    @property
-    def is_allocated(self) -> bool:
-        return self._tensors is not None
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._bounds)
-
-    def can_step(self, t: int) -> bool:
-        """Whether t new tokens are a decoding step rather than a prefill."""
-        return self.is_allocated and t <= self.max_new
-
-    @property
-    def lengths(self) -> list[int]:
-        if not self._exact:
-            self.know_lengths(self.tensors.lengths.tolist())
-        return list(self._bounds)
-
-    def know_lengths(self, lengths: list[int]) -> None:
-        """Tell the host the lengths, where they are known already (from another layer), so that it need not ask."""
-        self._bounds, self._exact = list(lengths), True
-
-    def ask_lengths(self) -> None:
-        """Tell the host that its numbers are no more than bounds: it will ask the device when it needs the lengths."""
-        self._exact = False
-
-    def allocate(
-        self, rows: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Take the memory now, with `rows` empty rows; else the first append does."""
-        self._tensors = self._new_tensors(rows, num_kv_heads, head_dim, v_head_dim, dtype, device)
-        self._set_rows([0] * rows, [0] * rows, [0] * rows)
-
-    def _set_rows(self, lengths: list[int], first_window: list[int], first_raw: list[int]) -> None:
-        self.know_lengths(lengths)
-        self._longest = list(lengths)
-        self._first_window, self._first_raw = first_window, first_raw
-
-    # ---- a decoding step ------------------------------------------------------------------------------------
-
-    def make_room(self, t: int, counts: Tensor | None = None) -> None:
-        """Prepare for a decoding step of t columns a row; call it before the step, which advances the lengths.
-
-        Nothing here waits for the device, unless the room seems to be used up and rows have sat steps out.
-
-        Args:
-            t: new tokens of each row, at most max_new.
-            counts: how many of the t columns are tokens in each row, on the device, where rows take fewer.
-
-        Raises:
-            ValueError: no room, or t > max_new; the cache is then what it was.
-        """
-        if t > self.max_new:
-            raise ValueError(f"{type(self).__name__}: expected at most max_new={self.max_new} new tokens, got {t}")
-        starts, exact = self._bounds, self._exact and counts is None
-        ends = [length + t for length in starts]
-        try:
-            self._give_room(starts, ends)
-        except ValueError:
-            if exact:
-                raise
-            # With the numbers themselves in place of their bounds, and without what rows took for steps they sat out.
-            starts, exact = self.lengths, True
-            new = [t] * len(starts) if counts is None else counts.tolist()
-            ends = [length + count for length, count in zip(starts, new, strict=True)]
-            self._took_back()
-            self._give_room(starts, ends)
-        self._keep_rings(ends)
-        self._bounds, self._exact = ends, exact
+    @abstractmethod
+    def _with_rows(self, tensors: CacheTensors, rows: int) -> CacheTensors:
+        """Memory for another number of rows; a pool of pages stays."""
 
     # ---- tokens of a prefill ----------------------------------------------------------------------------------
 
@@ -173,12 +51,12 @@ class FixedNSACache(LayerCache):
         if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, k_win, v_win, k_raw, v_raw)):
             raise ValueError(f"{type(self).__name__} is for inference: expected torch.no_grad(), got a graph")
         memory = () if self._tensors is None else (self._tensors.k, self._tensors.v)
-        pairs, counts = self._as_kept((k, v, k_win, v_win, k_raw, v_raw), counts, memory)
+        (k, v, k_win, v_win, k_raw, v_raw), counts = self._as_kept((k, v, k_win, v_win, k_raw, v_raw), counts, memory)
         with self.transaction():
             if self._tensors is None:
                 b, _, g, d = k.shape
-                self.allocate(b, g, d, v.shape[-1], pairs[0].dtype, k.device)
-            return self._append(*pairs, compress_run, counts)
+                self.allocate(b, g, d, v.shape[-1], k.dtype, k.device)
+            return self._append(k, v, k_win, v_win, k_raw, v_raw, compress_run, counts)
 
     def _append(
         self, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, k_raw: Tensor, v_raw: Tensor,
@@ -204,7 +82,7 @@ class FixedNSACache(LayerCache):
                     write_ring(tensors.v_win, run, start, v_win[run, new])
                 write_ring(tensors.k_raw, run, start, k_raw[run, new])
                 write_ring(tensors.v_raw, run, start, v_raw[run, new])
-        _write_lengths(tensors.lengths, ends)
+        write_lengths(tensors.lengths, ends)
         self.know_lengths(ends)
         self._longest = [max(pair) for pair in zip(self._longest, ends, strict=True)]
 
@@ -284,45 +162,6 @@ class FixedNSACache(LayerCache):
         count = -(-places // pages.shape[1])
         return pages[table[:, :count].clamp(min=0)].flatten(1, 2)
 
-    # ---- all or nothing -------------------------------------------------------------------------------------------
-
-    def _before(self) -> Any:
-        lengths = None if self._tensors is None or self._exact else self._tensors.lengths.clone()
-        return _Before(self._tensors, self._bounds, self._exact, self._longest, lengths)
-
-    def _keep_rings(self, ends: list[int]) -> None:
-        """Before rows take tokens up to `ends`: what open transactions go back to must not be overwritten.
-
-        A row's last max_new tokens overwrite nothing that could be needed again without them.
-        """
-        tensors, copies = self.tensors, None
-        for before in self._open:
-            many = any(end - bound > self.max_new for end, bound in zip(ends, before.bounds, strict=False))
-            if before.rings is None and many and max(before.bounds) > 0:
-                copies = copies or tuple(ring.clone() for ring in _rings(tensors))
-                before.rings = copies
-                before.longest = [max(pair) for pair in zip(before.longest, self._bounds, strict=True)]
-
-    @torch.no_grad()
-    def _go_back(self, before: _Before) -> None:
-        if before.tensors is None:
-            self._tensors, self._bounds, self._exact, self._longest = None, [], True, []
-            self._gave_memory_up()
-            return
-        tensors, longest = before.tensors, self._bounds
-        if before.rings is not None:
-            longest = before.longest
-            for ring, copy in zip(_rings(tensors), before.rings, strict=True):
-                ring.copy_(copy)
-        tensors.arrivals.zero_()
-        if before.lengths is None:
-            _write_lengths(tensors.lengths, before.bounds)
-        else:
-            tensors.lengths.copy_(before.lengths)
-        self._bounds, self._exact = before.bounds, before.exact
-        self._longest = [max(pair) for pair in zip(before.longest, longest, strict=True)]
-        self._took_back()
-
     # ---- taking back, reordering, moving ------------------------------------------------------------------------
 
     def _first_remembered(self) -> tuple[list[int], list[int]]:
@@ -356,12 +195,12 @@ class FixedNSACache(LayerCache):
         if len(chosen) != tensors.rows:
             fresh = self._with_rows(tensors, len(chosen))
         self._reorder_pages(chosen, index, tensors, fresh)
-        for old, new in zip(_rings(tensors), _rings(fresh), strict=True):
+        for old, new in zip(rings_of(tensors), rings_of(fresh), strict=True):
             _heads_first(new).copy_(_heads_first(old).index_select(0, index))
         lengths, first_window, first_raw = (
             [values[row] if row >= 0 else 0 for row in chosen] for values in (lengths, first_window, first_raw)
         )
-        _write_lengths(fresh.lengths, lengths)
+        write_lengths(fresh.lengths, lengths)
         self._tensors = fresh
         longest = [self._longest[row] if row >= 0 else 0 for row in chosen]
         self._set_rows(lengths, first_window, first_raw)
@@ -373,10 +212,6 @@ class FixedNSACache(LayerCache):
             self.tensors.lengths.zero_()
             self._set_rows([0] * rows, [0] * rows, [0] * rows)
             self._took_back()
-
-    @abstractmethod
-    def _with_rows(self, tensors: CacheTensors, rows: int) -> CacheTensors:
-        """Memory for another number of rows; a pool of pages stays."""
 
     def contents(self) -> CacheContents | None:
         if not self._bounds:
@@ -424,7 +259,7 @@ class FixedNSACache(LayerCache):
             self._write_pages(tensors.k_cmp, tensors.v_cmp, run, self._first_place, *compressed)
             for ring, x, kept in rings:
                 write_ring(ring, run, length - kept[row], x[run, : kept[row]])
-        _write_lengths(tensors.lengths, c.lengths)
+        write_lengths(tensors.lengths, c.lengths)
         firsts = [
             [length - kept for length, kept in zip(c.lengths, lengths, strict=True)]
             for lengths in (c.window_lengths, c.raw_lengths)
@@ -438,19 +273,6 @@ def _runs(starts: Sequence[int], counts: Sequence[int]) -> list[slice]:
     if rows and len(set(starts)) == 1 and len(set(counts)) == 1:
         return [slice(0, rows)]
     return [slice(row, row + 1) for row in range(rows)]
-
-
-def _rings(tensors: CacheTensors) -> list[Tensor]:
-    rings = (tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw)
-    return [ring for ring in rings if ring is not None]
-
-
-def _write_lengths(lengths: Tensor, values: Sequence[int]) -> None:
-    """Numbers of the host; where all rows have one, nothing waits for the device."""
-    if values and len(set(values)) == 1:
-        lengths.fill_(values[0])
-    else:
-        lengths.copy_(torch.tensor(values, dtype=torch.int32))
 
 
 def _heads_first(x: Tensor) -> Tensor:

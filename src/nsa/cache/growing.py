@@ -51,11 +51,13 @@ class NSACache(LayerCache):
         *,
         counts: list[int] | None = None,
     ) -> CacheViews:
-        pairs, counts = self._as_kept((k, v, k_win, v_win, k_raw, v_raw), counts, self.selection.data)
+        (k, v, k_win, v_win, k_raw, v_raw), counts = self._as_kept(
+            (k, v, k_win, v_win, k_raw, v_raw), counts, self.selection.data
+        )
         with self.transaction():
-            self.selection.append(*pairs[:2], counts)
-            self.window.append(*pairs[2:4], counts)
-            self.uncompressed.append(*pairs[4:], counts)
+            self.selection.append(k, v, counts)
+            self.window.append(k_win, v_win, counts)
+            self.uncompressed.append(k_raw, v_raw, counts)
             self._compress_complete_blocks(compress_run)
             views = self._views(full=min(counts) == k.shape[1])
             # What later queries cannot see goes; the views live until this step's attention is done.
@@ -69,7 +71,8 @@ class NSACache(LayerCache):
         # Rows of one length may keep different parts of it: one history, not one length, makes rows uniform.
         is_uniform = full and len(set(zip(self.selection.lengths, self.window.lengths, strict=True))) == 1
         seqlens = [
-            None if is_uniform else torch.tensor(part.lengths, device=k.device) for part in (self.selection, self.window)
+            None if is_uniform else torch.tensor(part.lengths, device=k.device)
+            for part in (self.selection, self.window)
         ]
         return CacheViews(k, v, *self.compressed.view(), *self.window.view(), *seqlens)
 

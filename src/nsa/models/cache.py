@@ -80,9 +80,8 @@ class NSALlamaCache(Cache):
     def check_config(self, config: NSALlamaConfig) -> None:
         """ValueError where a model of this configuration cannot use the cache: it was made for another one."""
         if len(self.layers) != config.num_hidden_layers:
-            raise ValueError(
-                f"NSALlamaCache: it was made for {len(self.layers)} layers, but the model has {config.num_hidden_layers}"
-            )
+            mine, its = len(self.layers), config.num_hidden_layers
+            raise ValueError(f"NSALlamaCache: it was made for {mine} layers, but the model has {its}")
         self.caches[0].check_config(config.nsa_config)
 
     @contextmanager
