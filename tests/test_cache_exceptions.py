@@ -65,10 +65,13 @@ def test_a_call_that_stops_half_way_leaves_no_trace(layout, place, t, filled):
 
 
 @layouts
+@pytest.mark.parametrize("idle", [0, 49], ids=["", "after steps that all rows sat out"])
 @torch.no_grad()
-def test_a_transaction_takes_all_of_its_calls_back(layout):
+def test_a_transaction_takes_all_of_its_calls_back(layout, idle):
     attention, x, cache = layer(), torch.randn(2, 80, WIDTH, dtype=torch.float64), LAYOUTS[layout](CONFIG)
     attention(x[:, :30], cache=cache)
+    for _ in range(idle):
+        attention(x[:, :1], cache=cache, attention_mask=torch.zeros(2, 1))
 
     def feed(chunks: list[int]) -> None:
         for part in torch.randn(2, sum(chunks), WIDTH, dtype=torch.float64).split(chunks, dim=1):
@@ -89,8 +92,22 @@ def test_a_transaction_takes_all_of_its_calls_back(layout):
     for chunks in ([1] * 20, [3, 1, 2], [25, 1], [1, 1, 25]):
         with pytest.raises(Stopped):
             stopped_again(chunks)
-        assert cache.lengths == [30, 30]
+    assert cache.lengths == [30, 30]
     torch.testing.assert_close(attention(x[:, 30:], cache=cache), attention(x)[:, 30:], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["static", "paged"])
+@torch.no_grad()
+def test_of_rows_without_tokens_a_stopped_chunk_leaves_nothing_to_remember(layout):
+    attention, x, cache = layer(), torch.randn(1, 80, WIDTH, dtype=torch.float64), LAYOUTS[layout](CONFIG)
+    attention(x[:, :0], cache=cache)
+    hook = attention.o_proj.register_forward_pre_hook(stop)
+    with pytest.raises(Stopped):
+        attention(x, cache=cache)
+    hook.remove()
+    attention(x[:, :1], cache=cache)
+    cache.crop(1)
+    torch.testing.assert_close(attention(x, cache=cache), attention(x), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ class Life:
         return [len(row.tokens) for row in self.rows]
 
     def live(self) -> None:
-        deeds = [self.feed] * 9 + [self.fail] * 2 + [self.crop] * 2 + [self.reorder, self.move, self.forget]
+        deeds = [self.feed] * 9 + [self.fail] * 2 + [self.crop] * 2 + [self.reorder, self.move, self.forget, self.undo]
         for _ in range(self.random.randint(3, 14)):
             self.random.choice(deeds)()
             if self.random.random() < 0.3:  # a question makes the host's bounds exact, so it is not always asked
@@ -199,6 +199,20 @@ class Life:
             assert is_harmless or not sum(self.lengths), f"{kind} was taken"
             self.rows, self.cache = [], self.new_cache()
             self.tell(f"  it passed; a new {type(self.cache).__name__}")
+
+    def undo(self) -> None:
+        """Several calls in one transaction that fails."""
+        self.tell("transaction")
+        kept = [replace(row) for row in self.rows]
+        try:
+            with self.cache.transaction():
+                for _ in range(self.random.randint(1, 6)):
+                    self.feed()
+                raise SabotageError
+        except SabotageError:
+            self.check()
+            self.rows = kept
+        self.tell(f"  taken back to {self.lengths}")
 
     def crop(self) -> None:
         if not self.rows:

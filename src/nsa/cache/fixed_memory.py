@@ -25,10 +25,13 @@ class _Before:
 
     tensors: CacheTensors | None
     bounds: list[int]
-    exact: bool
     longest: list[int]
-    lengths: Tensor | None  # the device's, where the host does not know them
+    lengths: Tensor | None  # the device's, where the host knows no more than bounds
     rings: tuple[Tensor, ...] | None = None  # copies, once more than max_new tokens have come
+
+    def become_exact(self) -> None:
+        if self.lengths is not None:
+            self.bounds, self.lengths = self.lengths.tolist(), None
 
 
 class FixedMemory(LayerCache):
@@ -96,6 +99,8 @@ class FixedMemory(LayerCache):
     def know_lengths(self, lengths: list[int]) -> None:
         """Tell the host the lengths, where they are known already (from another layer), so that it need not ask."""
         self._bounds, self._exact = list(lengths), True
+        for before in self._open:
+            before.become_exact()  # tokens are counted from there
 
     def ask_lengths(self) -> None:
         """Tell the host that its numbers are no more than bounds: it will ask the device when it needs the lengths."""
@@ -149,20 +154,19 @@ class FixedMemory(LayerCache):
 
     def _before(self) -> Any:
         lengths = None if self._tensors is None or self._exact else self._tensors.lengths.clone()
-        return _Before(self._tensors, self._bounds, self._exact, self._longest, lengths)
+        return _Before(self._tensors, self._bounds, self._longest, lengths)
 
     def _keep_rings(self, ends: list[int]) -> None:
         """Before rows take tokens up to `ends`: what open transactions go back to must not be overwritten.
 
-        A row's last max_new tokens overwrite nothing that could be needed again without them.
+        max_new tokens overwrite nothing that could be needed without them, and of empty rows there is nothing to keep.
         """
-        tensors, copies = self.tensors, None
+        copies: tuple[Tensor, ...] | None = None
         for before in self._open:
             many = any(end - bound > self.max_new for end, bound in zip(ends, before.bounds, strict=False))
             if before.rings is None and many and max(before.bounds) > 0:
-                copies = copies or tuple(ring.clone() for ring in rings_of(tensors))
+                copies = copies or tuple(ring.clone() for ring in rings_of(self.tensors))
                 before.rings = copies
-                before.longest = [max(pair) for pair in zip(before.longest, self._bounds, strict=True)]
 
     @torch.no_grad()
     def _go_back(self, before: _Before) -> None:
@@ -170,18 +174,17 @@ class FixedMemory(LayerCache):
             self._tensors, self._bounds, self._exact, self._longest = None, [], True, []
             self._gave_memory_up()
             return
-        tensors, longest = before.tensors, self._bounds
-        if before.rings is not None:
-            longest = before.longest
-            for ring, copy in zip(rings_of(tensors), before.rings, strict=True):
-                ring.copy_(copy)
+        tensors, ends = before.tensors, self._bounds
+        for ring, copy in zip(rings_of(tensors), before.rings or (), strict=False):
+            ring.copy_(copy)
         tensors.arrivals.zero_()
-        if before.lengths is None:
-            write_lengths(tensors.lengths, before.bounds)
-        else:
-            tensors.lengths.copy_(before.lengths)
-        self._bounds, self._exact = before.bounds, before.exact
-        self._longest = [max(pair) for pair in zip(before.longest, longest, strict=True)]
+        before.become_exact()
+        write_lengths(tensors.lengths, before.bounds)
+        self.know_lengths(before.bounds)
+        self._longest = [
+            max(longest, min(end, length + self.max_new))
+            for longest, end, length in zip(before.longest, ends, before.bounds, strict=True)
+        ]
         self._took_back()
 
 

@@ -87,16 +87,35 @@ class NSALlamaCache(Cache):
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """`nsa.cache.LayerCache.transaction` of all layers together: a token that came to some came to all."""
-        columns = [layer.num_columns for layer in self.layers]
         with ExitStack() as stack:
+            stack.enter_context(self._columns_if_it_raises())
             for cache in self.caches:
                 stack.enter_context(cache.transaction())
+            yield
+
+    @contextmanager
+    def bounds_if_it_raises(self) -> Iterator[None]:
+        """A cheap `transaction` of static and paged caches for what cannot stop half way on the device, as a graph.
+
+        If the block raises, the host may have been told of tokens that the device never got: it will ask.
+        """
+        with self._columns_if_it_raises():
             try:
                 yield
             except BaseException:
-                for layer, number in zip(self.layers, columns, strict=True):
-                    layer.num_columns = number
+                for cache in self.fixed:
+                    cache.ask_lengths()
                 raise
+
+    @contextmanager
+    def _columns_if_it_raises(self) -> Iterator[None]:
+        columns = [layer.num_columns for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for layer, number in zip(self.layers, columns, strict=True):
+                layer.num_columns = number
+            raise
 
     def make_room(self, t: int, counts: Tensor | None = None) -> None:
         """`FixedNSACache.make_room` of every layer. All have the same room: the first refuses, or none."""

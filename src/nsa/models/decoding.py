@@ -40,7 +40,7 @@ class Decoder:
         self.decoder = StepDecoder.of(model.model)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
-        self.steps = 0
+        self.steps, self.is_warm = 0, False
 
     def serves(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether this step is the captured one: as many rows, a mask or none, the memory where it was, one dtype."""
@@ -58,24 +58,24 @@ class Decoder:
             ValueError: no room in the cache, which is then what it was.
         """
         if self.graph is not None:
-            try:
+            with self.cache.bounds_if_it_raises():
                 self._prepare(input_ids, attention_mask)
-                return self._replayed(self.graph)
-            except BaseException:
-                for layer in self.cache.fixed:
-                    layer.ask_lengths()  # the host may have been told of a token that the device never got
-                raise
+                self.graph.replay()
+            return self._replayed()
         with self.cache.transaction():
             self._prepare(input_ids, attention_mask)
             if not self.capture:
                 return self.step()
-            if self.steps == 1:
-                return self._on_the_side()
+            if not self.is_warm:
+                logits = self._on_the_side()
+                self.is_warm = True
+                return logits
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.logits = self.step()
+            graph.replay()
             self.graph = graph
-            return self._replayed(graph)
+        return self._replayed()
 
     def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         if self.counts is not None and attention_mask is not None:
@@ -84,8 +84,7 @@ class Decoder:
         self.ids.copy_(input_ids)
         self.steps += 1
 
-    def _replayed(self, graph: torch.cuda.CUDAGraph) -> Tensor:
-        graph.replay()
+    def _replayed(self) -> Tensor:
         assert self.logits is not None
         return self.logits.clone()  # the next step writes into it
 
