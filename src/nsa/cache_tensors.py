@@ -192,7 +192,7 @@ def _aligned(size: int) -> int:
 def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under `torch.autocast` in its dtype, as it casts the arguments of an operation (fp64 stays); else as they are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
