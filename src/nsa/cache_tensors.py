@@ -31,6 +31,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.shapes import bind
 
 # Page sizes and rings are multiples of this, so that every row of keys begins where wide loads may begin.
 ALIGNMENT = 16
@@ -75,7 +76,53 @@ class CacheTensors:
         pairs = (self.k, self.v, self.k_cmp, self.v_cmp, self.k_win, self.v_win, self.k_raw, self.v_raw)
         return sum(x.numel() * x.element_size() for x in pairs if x is not None)
 
+    def check_tokens(
+        self,
+        config: NSAConfig,
+        new: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor],
+        cos_cmp: Tensor,
+        sin_cmp: Tensor,
+        counts: Tensor | None,
+    ) -> None:
+        """ValueError where `new` (k, v, k_win, v_win, k_raw, v_raw) cannot be appended; asks nothing of the device."""
+        k, v, k_win, v_win, k_raw, v_raw = new
+        given = {"lengths": (self.lengths, "b"), "the cache's k": (self.k, "pages n g d")}
+        given |= {"the cache's v": (self.v, "pages n g e"), "k": (k, "b t g d"), "v": (v, "b t g e")}
+        given |= {"k_raw": (k_raw, "b t g d"), "v_raw": (v_raw, "b t g e")}
+        if self.k_win is not None:
+            if k_win is None or v_win is None:
+                raise ValueError("append_tokens: the window has its own keys and values, and was given none")
+            given |= {"k_win": (k_win, "b t g d"), "v_win": (v_win, "b t g e")}
+        given |= {"cos_cmp": (cos_cmp, "b new d"), "sin_cmp": (sin_cmp, "b new d")}
+        found = bind("append_tokens", **given)
+        most = -(-found["t"] // config.compress_stride)
+        if found["new"] != most:
+            raise ValueError(f"append_tokens: cos_cmp should have shape [b, {most}, d], got {list(cos_cmp.shape)}")
+        # A ring keeps what the first of the new tokens reads beside them.
+        at_once = self.k_raw.shape[1] - config.compress_block_size + 1
+        if self.k_win is not None:
+            at_once = min(at_once, self.k_win.shape[1] - config.window_size + 1)
+        if found["t"] > at_once:
+            raise ValueError(f"append_tokens: expected at most {at_once} tokens at a time, got {found['t']}")
+        for name, (x, _) in given.items():
+            if name in ("k", "v", "k_win", "v_win", "k_raw", "v_raw") and x.dtype != self.k.dtype:
+                raise ValueError(_wrong_dtype("append_tokens", name, x, self))
+        _check_counts("append_tokens", counts, found["b"])
 
+    def check_queries(self, config: NSAConfig, q: Tensor, gates: Tensor, counts: Tensor | None) -> None:
+        """ValueError where these queries cannot attend; asks nothing of the device."""
+        found = bind(
+            "decode_attention", lengths=(self.lengths, "b"), k=(self.k, "pages n g d"), v=(self.v, "pages n g e"),
+            q=(q, "b t h d"), gates=(gates, "b t h 3"),
+        )  # fmt: skip
+        if self.k_win is not None and found["t"] > (at_once := self.k_win.shape[1] - config.window_size + 1):
+            raise ValueError(f"decode_attention: expected at most {at_once} queries, got {found['t']}")
+        if q.dtype != self.k.dtype:
+            raise ValueError(_wrong_dtype("decode_attention", "q", q, self))
+        _check_counts("decode_attention", counts, found["b"])
+
+
+@torch.inference_mode(False)  # a cache outlives the mode it was made in, and is written in place afterwards
 def empty_cache_tensors(
     config: NSAConfig,
     *,
@@ -140,3 +187,24 @@ def empty_cache_tensors(
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under `torch.autocast` in its dtype, as it casts the arguments of an operation (fp64 stays); else as they are."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _wrong_dtype(op: str, name: str, x: Tensor, tensors: CacheTensors) -> str:
+    return (
+        f"{op}: the cache holds {tensors.k.dtype}, expected {name} of that dtype, got {x.dtype} "
+        "(each call over one cache under autocast, or none)"
+    )
+
+
+def _check_counts(op: str, counts: Tensor | None, b: int) -> None:
+    if counts is not None and (counts.shape != (b,) or counts.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"{op}: counts should be int32 [b={b}], got {counts.dtype} {list(counts.shape)}")

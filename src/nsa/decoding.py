@@ -1,10 +1,11 @@
 """Decoding over a cache's fixed memory: append tokens, attend from the last ones; by the kernels where they serve."""
 
+import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
 from nsa.backend import Backend, resolve
-from nsa.cache_tensors import CacheTensors
+from nsa.cache_tensors import CacheTensors, as_computed
 from nsa.config import NSAConfig
 from nsa.ops import decode as ops
 
@@ -35,14 +36,23 @@ def append_tokens(
 
     The kernels read no length on the host, so they may be captured in a CUDA graph; a token without room is then
     not written, which the caller has to rule out beforehand.
+
+    Under `torch.autocast` keys, values and phi's weights are cast to its dtype first, which the cache has to hold.
     """
+    device = k.device.type
+    if torch.is_autocast_enabled(device):
+        k, v, k_raw, v_raw = as_computed(k, v, k_raw, v_raw)
+        if k_win is not None and v_win is not None:
+            k_win, v_win = as_computed(k_win, v_win)
+        phi_k, phi_v = as_computed(k, *phi_k)[1:], as_computed(v, *phi_v)[1:]
     given = (k, v, k_win, v_win, k_raw, v_raw, config, phi_k, phi_v, cos_cmp, sin_cmp)
     if k.shape[1] <= MAX_QUERIES and _on_kernels(k, tensors, backend):
         from nsa.kernels import decode as kernels  # only where triton is installed
 
         kernels.append_tokens(tensors, *given, counts=counts, cos=cos, sin=sin)
     else:
-        ops.append_tokens(tensors, *given, counts=counts, cos=cos, sin=sin)
+        with torch.autocast(device, enabled=False):
+            ops.append_tokens(tensors, *given, counts=counts, cos=cos, sin=sin)
 
 
 def decode_attention(
@@ -60,13 +70,16 @@ def decode_attention(
     """`nsa.ops.decode.decode_attention`, or the kernels that do the same in two launches of a fixed grid.
 
     A row's result does not depend on the other rows, nor on where its pages lie, bit by bit; nor does it change on
-    repetition.
+    repetition. Under `torch.autocast` queries are cast to its dtype first, as for `native_sparse_attention`.
     """
+    (q,) = as_computed(q)
     if q.shape[1] <= MAX_QUERIES and _on_kernels(q, tensors, backend, scale):
         from nsa.kernels import decode as kernels  # only where triton is installed
 
         return kernels.decode_attention(q, gates, tensors, config, scale=scale, counts=counts, cos=cos, sin=sin)
-    return ops.decode_attention(q, gates, tensors, config, scale=scale, counts=counts, cos=cos, sin=sin)
+    # The sums inside are fp32; autocast would round their terms.
+    with torch.autocast(q.device.type, enabled=False):
+        return ops.decode_attention(q, gates, tensors, config, scale=scale, counts=counts, cos=cos, sin=sin)
 
 
 def _on_kernels(x: Tensor, tensors: CacheTensors, backend: Backend | None, scale: float | None = None) -> bool:

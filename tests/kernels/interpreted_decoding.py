@@ -115,7 +115,7 @@ def test_the_function_takes_the_kernels_and_says_why_it_cannot() -> None:
     )
     torch.testing.assert_close(found, plain)
     assert torch.equal(found, decode_attention(scene.q, scene.gates, tensors, SMALL, counts=counts))
-    with pytest.raises(ValueError, match="expected at most 16 queries, got 17"):
+    with pytest.raises(ValueError, match=r"expected at most \d+ queries, got 17"):
         decode.decode_attention(
             scene.q[:, :1].expand(2, 17, 3, 24), scene.gates[:, :1].expand(2, 17, 3, 3), tensors, SMALL
         )

@@ -1,10 +1,7 @@
-"""What static and paged caches share: memory at fixed addresses (`CacheTensors`), and the host's books about it.
+"""What static and paged caches share: tokens into their memory, views out of it, and moving what it holds.
 
-Two ways in. `append` takes any number of tokens and returns views, for prefill: it knows the rows' lengths on the host.
-A decoding step takes up to `max_new` tokens and needs nothing from the host but `make_room`: the lengths are on the
-device, and `nsa.ops.decode` writes and reads the tensors, so that the step can be captured in a CUDA graph. A row may
-sit a step out there, which the host does not see; from then on it keeps an upper bound, and asks the device for the
-lengths when it must know them.
+`append` takes any number of tokens and returns views, for prefill: it knows the rows' lengths on the host. A decoding
+step goes by the device alone (`nsa.cache.fixed_memory`).
 """
 
 from abc import abstractmethod
@@ -14,117 +11,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache, row_indices
+from nsa.cache.fixed_memory import FixedMemory, rings_of, write_lengths
+from nsa.cache.layer import CacheContents, CacheViews, CompressRun
+from nsa.cache.rings import after, left_aligned, read_rings, write_ring
 from nsa.cache_tensors import CacheTensors
-from nsa.config import NSAConfig
 
 # A chunk of so many tokens has its keys copied side by side, one layer's at a time: the kernels for Hopper read them
 # by TMA, which does not take the heads' distance in a cache, and such a chunk is worth a copy.
 COPY_FROM = 1024
 
 
-class FixedNSACache(LayerCache):
+class FixedNSACache(FixedMemory):
     """See `StaticNSACache` and `PagedNSACache`. Inference only: tensors that need gradients are an error."""
 
-    def __init__(self, config: NSAConfig, *, max_crop: int = 64, max_new: int = 16) -> None:
-        super().__init__(config, max_crop=max_crop)
-        if max_new < 1:
-            raise ValueError(f"cache: expected max_new >= 1, got {max_new}")
-        self.max_new = max_new
-        self._tensors: CacheTensors | None = None
-        self._bounds: list[int] = []  # no row is longer
-        self._exact = True  # and these are the lengths
-        # Position from which on a row's rings were written; the rings themselves forget more.
-        self._first_window: list[int] = []
-        self._first_raw: list[int] = []
-        # The longest that a row has been: what is further behind than the ring is long has been overwritten.
-        self._longest: list[int] = []
-
     # ---- what a layout decides ---------------------------------------------------------------------------
-
-    @abstractmethod
-    def _new_tensors(
-        self, rows: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> CacheTensors:
-        """Memory of a cache without tokens."""
-
-    @abstractmethod
-    def _give_room(self, starts: list[int], ends: list[int]) -> None:
-        """Let row r take tokens at positions starts[r] .. ends[r] - 1, or raise ValueError before anything changes."""
 
     @abstractmethod
     def _reorder_pages(self, rows: list[int], index: Tensor, tensors: CacheTensors, fresh: CacheTensors) -> None:
         """Give the rows of `fresh` the pages of the rows of `tensors`; the two are one where the rows are as many."""
 
-    def _took_back(self) -> None:
-        """Rows have become shorter."""
-
-    # ---- state --------------------------------------------------------------------------------------------
-
-    @property
-    def tensors(self) -> CacheTensors:
-        """The memory. A new object replaces it when the number of rows changes; else its addresses stay."""
-        if self._tensors is None:
-            raise ValueError(f"{type(self).__name__}: it has no memory yet; expected `allocate` or `append` first")
-        return self._tensors
-
-    @property
-    def is_allocated(self) -> bool:
-        return self._tensors is not None
-
-    def can_step(self, t: int) -> bool:
-        """Whether t new tokens are a decoding step rather than a prefill."""
-        return self.is_allocated and t <= self.max_new
-
-    @property
-    def lengths(self) -> list[int]:
-        if not self._exact:
-            self.know_lengths(self.tensors.lengths.tolist())
-        return list(self._bounds)
-
-    def know_lengths(self, lengths: list[int]) -> None:
-        """Tell the host the lengths, where they are known already (from another layer), so that it need not ask."""
-        self._bounds, self._exact = list(lengths), True
-
-    def allocate(
-        self, rows: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Take the memory now, with `rows` empty rows; else the first append does."""
-        self._tensors = self._new_tensors(rows, num_kv_heads, head_dim, v_head_dim, dtype, device)
-        self._set_rows([0] * rows, [0] * rows, [0] * rows)
-
-    def _set_rows(self, lengths: list[int], first_window: list[int], first_raw: list[int]) -> None:
-        self.know_lengths(lengths)
-        self._longest = list(lengths)
-        self._first_window, self._first_raw = first_window, first_raw
-
-    # ---- a decoding step ------------------------------------------------------------------------------------
-
-    def make_room(self, t: int, *, some_may_wait: bool = False) -> None:
-        """Prepare for a decoding step of t tokens a row; call it before the step, which advances the lengths.
-
-        Nothing here waits for the device, unless the room seems to be used up and rows have sat steps out.
-
-        Args:
-            t: new tokens of each row, at most max_new.
-            some_may_wait: whether rows may take fewer than t in this step.
-
-        Raises:
-            ValueError: no room, or t > max_new; the cache is then what it was.
-        """
-        if t > self.max_new:
-            raise ValueError(f"{type(self).__name__}: expected at most max_new={self.max_new} new tokens, got {t}")
-        ends = [length + t for length in self._bounds]
-        try:
-            self._give_room(self._bounds, ends)
-        except ValueError:
-            if self._exact:
-                raise
-            lengths = self.lengths
-            ends = [length + t for length in lengths]
-            self._give_room(lengths, ends)
-        self._bounds = ends
-        self._exact = self._exact and not some_may_wait
+    @abstractmethod
+    def _with_rows(self, tensors: CacheTensors, rows: int) -> CacheTensors:
+        """Memory for another number of rows; a pool of pages stays."""
 
     # ---- tokens of a prefill ----------------------------------------------------------------------------------
 
@@ -140,17 +48,25 @@ class FixedNSACache(LayerCache):
         *,
         counts: list[int] | None = None,
     ) -> CacheViews:
-        b, t, g, d = k.shape
         if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, k_win, v_win, k_raw, v_raw)):
             raise ValueError(f"{type(self).__name__} is for inference: expected torch.no_grad(), got a graph")
-        if self._tensors is None:
-            self.allocate(b, g, d, v.shape[-1], k.dtype, k.device)
-        else:
-            self.check_rows(b)
-        counts = [t] * b if counts is None else counts
-        starts = self.lengths
+        memory = () if self._tensors is None else (self._tensors.k, self._tensors.v)
+        (k, v, k_win, v_win, k_raw, v_raw), counts = self._as_kept((k, v, k_win, v_win, k_raw, v_raw), counts, memory)
+        with self.transaction():
+            if self._tensors is None:
+                b, _, g, d = k.shape
+                self.allocate(b, g, d, v.shape[-1], k.dtype, k.device)
+            return self._append(k, v, k_win, v_win, k_raw, v_raw, compress_run, counts)
+
+    def _append(
+        self, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, k_raw: Tensor, v_raw: Tensor,
+        compress_run: CompressRun, counts: list[int],
+    ) -> CacheViews:  # fmt: skip
+        starts, t = self.lengths, k.shape[1]
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        self._took_back()  # what rows took for steps that they then sat out
         self._give_room(starts, ends)
+        self._keep_rings(ends)
 
         tensors = self.tensors
         runs = _runs(starts, counts)
@@ -162,18 +78,18 @@ class FixedNSACache(LayerCache):
                 self._write_pages(tensors.k, tensors.v, run, start, k[run, new], v[run, new])
                 self._compress(tensors, run, start, count, k_raw[run, new], v_raw[run, new], compress_run)
                 if tensors.k_win is not None and tensors.v_win is not None:
-                    _write_ring(tensors.k_win, run, start, k_win[run, new])
-                    _write_ring(tensors.v_win, run, start, v_win[run, new])
-                _write_ring(tensors.k_raw, run, start, k_raw[run, new])
-                _write_ring(tensors.v_raw, run, start, v_raw[run, new])
-        _write_lengths(tensors.lengths, ends)
+                    write_ring(tensors.k_win, run, start, k_win[run, new])
+                    write_ring(tensors.v_win, run, start, v_win[run, new])
+                write_ring(tensors.k_raw, run, start, k_raw[run, new])
+                write_ring(tensors.v_raw, run, start, v_raw[run, new])
+        write_lengths(tensors.lengths, ends)
         self.know_lengths(ends)
         self._longest = [max(pair) for pair in zip(self._longest, ends, strict=True)]
 
-        longest = max(ends, default=0)
-        uniform = len(set(ends)) <= 1 and min(counts, default=t) == t
+        longest = max(ends)
+        uniform = len(set(ends)) == 1 and min(counts) == t
         seqlens = None if uniform else torch.tensor(ends, device=k.device)
-        if uniform and longest == t and k.dtype == tensors.k.dtype:
+        if uniform and longest == t:
             k_slc, v_slc = k, v  # all that there is
         else:
             k_slc, v_slc = self._read_tokens(tensors, longest)
@@ -182,7 +98,7 @@ class FixedNSACache(LayerCache):
         k_cmp, v_cmp = self._read_compressed(tensors, longest)
         if tensors.k_win is None:
             return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_slc, v_slc, seqlens, seqlens)
-        k_near, v_near = (_left_aligned([pair[i] for pair in windows], runs) for i in (0, 1))
+        k_near, v_near = (left_aligned([pair[i] for pair in windows], runs) for i in (0, 1))
         near = [windows[i][0].shape[1] for i, run in enumerate(runs) for _ in range(run.start, run.stop)]
         seqlens_win = None if uniform else torch.tensor(near, device=k.device)
         return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_near, v_near, seqlens, seqlens_win)
@@ -196,7 +112,7 @@ class FixedNSACache(LayerCache):
             return k[run, :0], v[run, :0]
         first = max(0, start - self.config.window_size + 1)
         k_near, v_near = (
-            _after(ring, run, first, start, x[run, t - count :]) for ring, x in ((tensors.k_win, k), (tensors.v_win, v))
+            after(ring, run, first, start, x[run, t - count :]) for ring, x in ((tensors.k_win, k), (tensors.v_win, v))
         )
         return k_near, v_near
 
@@ -210,10 +126,10 @@ class FixedNSACache(LayerCache):
         first = have * self.config.compress_stride
         until = (want - 1) * self.config.compress_stride + self.config.compress_block_size
         k, v = (
-            _after(ring, run, first, start, x)[:, : until - first]
+            after(ring, run, first, start, x)[:, : until - first]
             for ring, x in ((tensors.k_raw, k), (tensors.v_raw, v))
         )
-        k_cmp, v_cmp = compress_run(k, v, have)
+        k_cmp, v_cmp = (x.to(tensors.k.dtype) for x in compress_run(k, v, have))
         self._write_pages(tensors.k_cmp, tensors.v_cmp, run, have + self._first_place, k_cmp, v_cmp)
 
     @property
@@ -273,20 +189,18 @@ class FixedNSACache(LayerCache):
         if not self.is_allocated:
             return
         tensors, lengths = self.tensors, self.lengths
-        index, chosen = row_indices(rows, tensors.lengths.device)
+        index, chosen = self._rows_from(rows, tensors.lengths.device)
         first_window, first_raw = self._first_remembered()
         fresh = tensors
         if len(chosen) != tensors.rows:
             fresh = self._with_rows(tensors, len(chosen))
         self._reorder_pages(chosen, index, tensors, fresh)
-        rings = ("k_win", "v_win", "k_raw", "v_raw")
-        for old, new in ((getattr(tensors, name), getattr(fresh, name)) for name in rings):
-            if old is not None:
-                _heads_first(new).copy_(_heads_first(old).index_select(0, index))
+        for old, new in zip(rings_of(tensors), rings_of(fresh), strict=True):
+            _heads_first(new).copy_(_heads_first(old).index_select(0, index))
         lengths, first_window, first_raw = (
             [values[row] if row >= 0 else 0 for row in chosen] for values in (lengths, first_window, first_raw)
         )
-        _write_lengths(fresh.lengths, lengths)
+        write_lengths(fresh.lengths, lengths)
         self._tensors = fresh
         longest = [self._longest[row] if row >= 0 else 0 for row in chosen]
         self._set_rows(lengths, first_window, first_raw)
@@ -299,10 +213,6 @@ class FixedNSACache(LayerCache):
             self._set_rows([0] * rows, [0] * rows, [0] * rows)
             self._took_back()
 
-    @abstractmethod
-    def _with_rows(self, tensors: CacheTensors, rows: int) -> CacheTensors:
-        """Memory for another number of rows; a pool of pages stays."""
-
     def contents(self) -> CacheContents | None:
         if not self._bounds:
             return None
@@ -313,8 +223,8 @@ class FixedNSACache(LayerCache):
         if tensors.k_win is None or tensors.v_win is None:
             k_win, v_win, first_window = k, v, [0] * len(lengths)
         else:
-            k_win, v_win = (_read_rings(ring, first_window, lengths) for ring in (tensors.k_win, tensors.v_win))
-        k_raw, v_raw = (_read_rings(ring, first_raw, lengths) for ring in (tensors.k_raw, tensors.v_raw))
+            k_win, v_win = (read_rings(ring, first_window, lengths) for ring in (tensors.k_win, tensors.v_win))
+        k_raw, v_raw = (read_rings(ring, first_raw, lengths) for ring in (tensors.k_raw, tensors.v_raw))
         window_lengths, raw_lengths = (
             [max(0, length - first) for length, first in zip(lengths, firsts, strict=True)]
             for firsts in (first_window, first_raw)
@@ -331,9 +241,12 @@ class FixedNSACache(LayerCache):
         try:
             self.allocate(rows, g, d, c.v.shape[-1], c.k.dtype, c.k.device)
             self._give_room([0] * rows, c.lengths)
-        except ValueError:
+            self._write(c)
+        except BaseException:
             self.__dict__ = old
             raise
+
+    def _write(self, c: CacheContents) -> None:
         tensors = self.tensors
         rings = [(tensors.k_raw, c.k_raw, c.raw_lengths), (tensors.v_raw, c.v_raw, c.raw_lengths)]
         if tensors.k_win is not None and tensors.v_win is not None:
@@ -345,8 +258,8 @@ class FixedNSACache(LayerCache):
             compressed = (c.k_cmp[run, :blocks], c.v_cmp[run, :blocks])
             self._write_pages(tensors.k_cmp, tensors.v_cmp, run, self._first_place, *compressed)
             for ring, x, kept in rings:
-                _write_ring(ring, run, length - kept[row], x[run, : kept[row]])
-        _write_lengths(tensors.lengths, c.lengths)
+                write_ring(ring, run, length - kept[row], x[run, : kept[row]])
+        write_lengths(tensors.lengths, c.lengths)
         firsts = [
             [length - kept for length, kept in zip(c.lengths, lengths, strict=True)]
             for lengths in (c.window_lengths, c.raw_lengths)
@@ -360,63 +273,6 @@ def _runs(starts: Sequence[int], counts: Sequence[int]) -> list[slice]:
     if rows and len(set(starts)) == 1 and len(set(counts)) == 1:
         return [slice(0, rows)]
     return [slice(row, row + 1) for row in range(rows)]
-
-
-def _write_ring(ring: Tensor, run: slice, start: int, x: Tensor) -> None:
-    """Put x [rows, t, g, .] at positions start .. start + t - 1; what does not fit, its first tokens, is left out."""
-    end, t = start + x.shape[1], x.shape[1]
-    first = end - min(ring.shape[1], t)
-    for slots, count in _slots(ring, first, end):
-        ring[run, slots] = x[:, first - start : first - start + count]
-        first += count
-
-
-def _read_ring(ring: Tensor, run: slice, first: int, until: int) -> Tensor:
-    """[rows, until - first, g, .], in memory of its own."""
-    return torch.cat([ring[run, slots] for slots, _ in _slots(ring, first, until)] or [ring[run, :0]], dim=1)
-
-
-def _after(ring: Tensor, run: slice, first: int, start: int, x: Tensor) -> Tensor:
-    """The ring's positions first .. start - 1, then x, whose first position is start; x itself if that is all."""
-    before = [ring[run, slots] for slots, _ in _slots(ring, first, start)]
-    return torch.cat([*before, x], dim=1) if before else x
-
-
-def _slots(ring: Tensor, first: int, until: int) -> list[tuple[slice, int]]:
-    """Where the positions first .. until - 1 lie, no more than the ring is long: runs of slots, and how many each."""
-    size = ring.shape[1]
-    runs = []
-    while first < until:
-        slot = first % size
-        count = min(until - first, size - slot)
-        runs.append((slice(slot, slot + count), count))
-        first += count
-    return runs
-
-
-def _write_lengths(lengths: Tensor, values: Sequence[int]) -> None:
-    """Numbers of the host; where all rows have one, nothing waits for the device."""
-    if values and len(set(values)) == 1:
-        lengths.fill_(values[0])
-    else:
-        lengths.copy_(torch.tensor(values, dtype=torch.int32))
-
-
-def _read_rings(ring: Tensor, firsts: list[int], lengths: list[int]) -> Tensor:
-    """Row r's positions firsts[r] .. lengths[r] - 1, left-aligned."""
-    rows = [slice(row, row + 1) for row in range(len(lengths))]
-    return _left_aligned([_read_ring(ring, *one) for one in zip(rows, firsts, lengths, strict=True)], rows)
-
-
-def _left_aligned(parts: list[Tensor], runs: list[slice]) -> Tensor:
-    """Runs of rows [rows, m, g, .] with different m as one tensor, zeros behind."""
-    if len(parts) == 1 and runs[0].start == 0:
-        return parts[0]
-    longest = max(part.shape[1] for part in parts)
-    whole = parts[0].new_zeros(runs[-1].stop, longest, *parts[0].shape[2:])
-    for part, run in zip(parts, runs, strict=True):
-        whole[run, : part.shape[1]] = part
-    return whole
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ A dense cache holds s pairs; this one about 1.07 s at 64k, not three times s. On
 call, and rows may have different lengths.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache, row_indices
+from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache
 from nsa.config import NSAConfig
 
 
@@ -49,47 +51,64 @@ class NSACache(LayerCache):
         *,
         counts: list[int] | None = None,
     ) -> CacheViews:
-        b, t = k.shape[:2]
-        self.check_rows(b)
-        counts = [t] * b if counts is None else counts
-        self.window.append(k_win, v_win, counts)
-        self.uncompressed.append(k_raw, v_raw, counts)
-        self.selection.append(k, v, counts)
-        self._compress_complete_blocks(compress_run)
+        (k, v, k_win, v_win, k_raw, v_raw), counts = self._as_kept(
+            (k, v, k_win, v_win, k_raw, v_raw), counts, self.selection.data
+        )
+        with self.transaction():
+            self.selection.append(k, v, counts)
+            self.window.append(k_win, v_win, counts)
+            self.uncompressed.append(k_raw, v_raw, counts)
+            self._compress_complete_blocks(compress_run)
+            views = self._views(full=min(counts) == k.shape[1])
+            # What later queries cannot see goes; the views live until this step's attention is done.
+            self.window.keep_last(self.config.window_size - 1 + self.max_crop)
+            self.uncompressed.keep_last(self.config.compress_block_size - 1 + self.max_crop)
+            return views
 
-        k_slc, v_slc = self.selection.view()
-        k_cmp, v_cmp = self.compressed.view()
-        k_near, v_near = self.window.view()
-        # Uniform rows need no lengths, unless padding queries stand before their tokens.
-        uniform = len(set(self.lengths)) <= 1 and min(counts, default=t) == t
-        seqlens = [None if uniform else torch.tensor(x.lengths, device=k.device) for x in (self.selection, self.window)]
-        views = CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_near, v_near, *seqlens)
-        # What later queries cannot see goes; the views live until this step's attention is done.
-        self.window.keep_last(self.config.window_size - 1 + self.max_crop)
-        self.uncompressed.keep_last(self.config.compress_block_size - 1 + self.max_crop)
-        return views
+    def _views(self, full: bool) -> CacheViews:
+        """`full`: no row's tokens have padding queries before them."""
+        k, v = self.selection.view()
+        # Rows of one length may keep different parts of it: one history, not one length, makes rows uniform.
+        is_uniform = full and len(set(zip(self.selection.lengths, self.window.lengths, strict=True))) == 1
+        seqlens = [
+            None if is_uniform else torch.tensor(part.lengths, device=k.device)
+            for part in (self.selection, self.window)
+        ]
+        return CacheViews(k, v, *self.compressed.view(), *self.window.view(), *seqlens)
 
     def _compress_complete_blocks(self, compress_run: CompressRun) -> None:
-        lengths, stored = self.selection.lengths, self.uncompressed.lengths
+        k_raw, v_raw = self.uncompressed.view()
         if not self.compressed.lengths:
-            k, v = self.uncompressed.view()
-            self.compressed.append(k[:, :0], v[:, :0], [0] * len(lengths))
-        rows = [slice(0, len(lengths))] if len(set(lengths)) == 1 else [slice(r, r + 1) for r in range(len(lengths))]
+            self.compressed.append(k_raw[:, :0], v_raw[:, :0], [0] * len(self.lengths))
+        histories = list(zip(self.lengths, self.uncompressed.lengths, self.compressed.lengths, strict=True))
+        is_uniform = len(set(histories)) == 1
         new: list[tuple[Tensor, Tensor]] = []
-        for row in rows:
-            length, have = lengths[row.start], self.compressed.lengths[row.start]
+        for row, (length, stored, have) in enumerate(histories[:1] if is_uniform else histories):
+            rows = slice(None) if is_uniform else slice(row, row + 1)
             want = self.config.num_compressed_blocks(length)
-            start = have * self.config.compress_stride - (length - stored[row.start])
+            start = have * self.config.compress_stride - (length - stored)
             stop = start + (want - have - 1) * self.config.compress_stride + self.config.compress_block_size
-            k, v = (x[row, start:stop] if want > have else x[row, :0] for x in self.uncompressed.data)
-            new.append(compress_run(k, v, have) if want > have else (k, v))
-        if len(new) == 1:
+            k, v = (x[rows, start:stop] if want > have else x[rows, :0] for x in (k_raw, v_raw))
+            k, v = compress_run(k, v, have) if want > have else (k, v)
+            new.append((k.to(k_raw.dtype), v.to(v_raw.dtype)))
+        if is_uniform:
             k, v = new[0]
-            self.compressed.append(k, v, [k.shape[1]] * len(lengths))
-        elif new:
-            counts = [k.shape[1] for k, _ in new]
+            self.compressed.append(k, v, [k.shape[1]] * len(self.lengths))
+        else:
             k, v = (_right_aligned([pair[i][0] for pair in new]) for i in (0, 1))
-            self.compressed.append(k, v, counts)
+            self.compressed.append(k, v, [k.shape[1] for k, _ in new])
+
+    def _before(self) -> Any:
+        # Tokens come behind those that are there, also where the memory is exchanged for more of it: to hold on to the
+        # old one would take as much again. A graph may hold it anyway, and must not be found in the new one.
+        old = [(self.selection, torch.is_grad_enabled()), (self.compressed, torch.is_grad_enabled())]
+        old += [(self.window, True), (self.uncompressed, True)]
+        return [(part, part.data if whole or not part.data else None, part.lengths) for part, whole in old]
+
+    def _go_back(self, before: Any) -> None:
+        for part, data, lengths in before:
+            part.data, part.lengths = part.data if data is None else data, lengths
+            part.may_bemay_be_in_a_graph = True
 
     def crop(self, num_tokens: int) -> None:
         seen = self.selection.lengths
@@ -103,8 +122,13 @@ class NSACache(LayerCache):
         self.compressed.lengths = [self.config.num_compressed_blocks(length) for length in self.lengths]
 
     def reorder(self, rows: Tensor) -> None:
-        for part in (self.selection, self.window, self.uncompressed, self.compressed):
-            part.reorder(rows)
+        if not self.lengths:
+            return
+        index, chosen = self._rows_from(rows, self.selection.data[0].device)
+        parts = (self.selection, self.window, self.uncompressed, self.compressed)
+        data = [tuple(x.index_select(0, index) for x in part.data) for part in parts]
+        for part, tensors in zip(parts, data, strict=True):
+            part.data, part.lengths = tensors, [part.lengths[row] if row >= 0 else 0 for row in chosen]
 
     def num_bytes(self) -> int:
         """Room for growth is not counted."""
@@ -123,10 +147,11 @@ class NSACache(LayerCache):
     def fill(self, contents: CacheContents) -> None:
         c = contents
         blocks = [self.config.num_compressed_blocks(length) for length in c.lengths]
-        self.selection.fill(c.k, c.v, c.lengths)
-        self.compressed.fill(c.k_cmp, c.v_cmp, blocks)
-        self.window.fill(c.k_win, c.v_win, c.window_lengths)
-        self.uncompressed.fill(c.k_raw, c.v_raw, c.raw_lengths)
+        parts = [
+            _Rows.of(c.k, c.v, c.lengths), _Rows.of(c.k_cmp, c.v_cmp, blocks),
+            _Rows.of(c.k_win, c.v_win, c.window_lengths), _Rows.of(c.k_raw, c.v_raw, c.raw_lengths),
+        ]  # fmt: skip
+        self.selection, self.compressed, self.window, self.uncompressed = parts
 
 
 class _Rows:
@@ -135,28 +160,39 @@ class _Rows:
     def __init__(self) -> None:
         self.data: tuple[Tensor, ...] = ()  # k, v: [b, capacity, g, d]
         self.lengths: list[int] = []
+        # Whether a graph may hold the memory, which must then not be written any more: keys that need no gradient are
+        # held for those of the queries.
+        self.may_be_in_a_graph = False
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, lengths: list[int]) -> "_Rows":
+        """A copy of the first lengths[r] columns of each row."""
+        rows = cls()
+        rows.data, rows.lengths = tuple(x[:, : max(lengths)].clone() for x in (k, v)), list(lengths)
+        return rows
 
     def append(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
         """Put the last counts[r] columns of k and v behind row r."""
         b, t = k.shape[:2]
         new = (k, v)
         if not self.data:
-            self.data, self.lengths = tuple(x[:, :0] for x in new), [0] * b
+            self.data, self.lengths = tuple(x.new_zeros(b, 0, *x.shape[2:]) for x in new), [0] * b
         ends = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        graph = torch.is_grad_enabled() and any(x.requires_grad for x in (*new, *self.data))
-        if max(ends, default=0) > self.data[0].shape[1] or graph:
+        longest, needed = max(self.lengths), max(ends)
+        has_graph = self.may_be_in_a_graph or any(x.requires_grad for x in self.data)
+        has_graph = has_graph or (torch.is_grad_enabled() and any(x.requires_grad for x in new))
+        is_read_only = self.data[0].is_inference() and not torch.is_inference_mode_enabled()
+        if needed > self.data[0].shape[1] or has_graph or is_read_only:
             # Into new memory: half as much again, so that a token at a time copies little; exact for a graph.
-            room = max(ends) if graph or max(self.lengths) == 0 else max(ends) * 3 // 2
+            room = needed if has_graph or longest == 0 else needed * 3 // 2
             self.data = tuple(
-                torch.cat(
-                    [old[:, : max(self.lengths)], old.new_zeros(b, room - max(self.lengths), *old.shape[2:])],
-                    dim=1,
-                )
+                torch.cat([old[:, :longest], old.new_zeros(b, room - longest, *old.shape[2:])], dim=1)
                 for old in self.data
             )
+            self.may_be_in_a_graph = False
         for old, x in zip(self.data, new, strict=True):
-            if len(set(self.lengths)) <= 1 and min(counts, default=t) == t:
-                old[:, ends[0] - t : ends[0]] = x
+            if len(set(self.lengths)) == 1 and min(counts) == t:
+                old[:, longest : longest + t] = x
             else:
                 for row, (end, count) in enumerate(zip(ends, counts, strict=True)):
                     old[row, end - count : end] = x[row, t - count :]
@@ -178,19 +214,9 @@ class _Rows:
 
     def view(self) -> tuple[Tensor, Tensor]:
         k, v = self.data
+        self.may_be_in_a_graph = self.may_be_in_a_graph or torch.is_grad_enabled()
         longest = max(self.lengths, default=0)
         return k[:, :longest], v[:, :longest]
-
-    def fill(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
-        longest = max(lengths, default=0)
-        self.data, self.lengths = tuple(x[:, :longest].clone() for x in (k, v)), list(lengths)
-
-    def reorder(self, rows: Tensor) -> None:
-        if not self.data:
-            return
-        index, chosen = row_indices(rows, self.data[0].device)
-        self.data = tuple(x.index_select(0, index) for x in self.data)
-        self.lengths = [self.lengths[row] if row >= 0 else 0 for row in chosen]
 
     def num_bytes(self) -> int:
         return sum(

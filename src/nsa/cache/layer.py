@@ -1,14 +1,18 @@
 """The interface of a layer's caches: append tokens, get what their queries may read; take back, reorder, count."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nsa.cache_tensors import as_computed
 from nsa.config import NSAConfig
+from nsa.shapes import bind
 
 # Maps raw keys and values [b, m, g, d] that begin at block `first` to the keys (rotated) and values of their blocks.
 CompressRun = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -58,6 +62,7 @@ class LayerCache(ABC):
         if max_crop < 0:
             raise ValueError(f"cache: expected max_crop >= 0, got {max_crop}")
         self.config, self.max_crop = config, max_crop
+        self._open: list[Any] = []  # what `transaction` goes back to, the innermost last
 
     @property
     @abstractmethod
@@ -79,7 +84,9 @@ class LayerCache(ABC):
     ) -> CacheViews:
         """Remember new tokens and return the keys and values that their queries may read.
 
-        The views are good until the next call. One token or four thousand are the same call.
+        The views are good until the next call. One token or four thousand are the same call. Under `torch.autocast`
+        keys and values are kept in its dtype, to which attention casts them there anyway; a cache holds one dtype, that
+        of its first tokens.
 
         Args:
             k, v: rotated keys, and values, of the selection branch.
@@ -89,7 +96,8 @@ class LayerCache(ABC):
             counts: how many of the t columns are tokens in each row, its last ones; by default all.
 
         Raises:
-            ValueError: another number of rows than before, or no room; the cache is then what it was.
+            ValueError: shapes, dtypes or counts that do not fit each other or the tokens before, or no room. After this
+                or any other exception, also one of compress_run, the cache is what it was.
         """
 
     @abstractmethod
@@ -102,7 +110,11 @@ class LayerCache(ABC):
 
     @abstractmethod
     def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was (beam search), -1 an empty one; rows may repeat, or be fewer or more."""
+        """Row i becomes what row rows[i] was (beam search), -1 an empty one; rows may repeat, or be fewer or more.
+
+        Raises:
+            ValueError: not a 1-D tensor of at least one integer, or a row that there is not. Nothing changes.
+        """
 
     @abstractmethod
     def clear(self) -> None:
@@ -124,10 +136,91 @@ class LayerCache(ABC):
             ValueError: no room; the cache is then what it was.
         """
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the tokens so far; 0 before the first ones. Nothing waits for the device."""
+        return len(self.lengths)
+
     def check_rows(self, b: int) -> None:
         """ValueError where the next tokens are of another number of rows than before."""
-        if self.lengths and len(self.lengths) != b:
-            raise ValueError(f"{type(self).__name__}: expected {len(self.lengths)} rows as before, got {b}")
+        if self.num_rows and self.num_rows != b:
+            raise ValueError(f"{type(self).__name__}: expected {self.num_rows} rows as before, got {b}")
+
+    def check_config(self, config: NSAConfig) -> None:
+        """ValueError where a layer of this configuration cannot use the cache: it was made for another one."""
+        if config is self.config or config == self.config:
+            return
+        names = [x.name for x in fields(config) if getattr(config, x.name) != getattr(self.config, x.name)]
+        mine, its = (", ".join(f"{name}={getattr(x, name)}" for name in names) for x in (self.config, config))
+        raise ValueError(f"{type(self).__name__}: it was made for {mine}, but the layer has {its}")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """The tokens that come inside the block come all or not at all: if it raises, the cache is what it was."""
+        self._open.append(self._before())
+        try:
+            yield
+        except BaseException:
+            self._go_back(self._open[-1])
+            raise
+        finally:
+            self._open.pop()
+
+    @abstractmethod
+    def _before(self) -> Any:
+        """What `_go_back` needs, taken without copying what tokens that come do not overwrite."""
+
+    @abstractmethod
+    def _go_back(self, before: Any) -> None:
+        """Forget the tokens that have come since `before`."""
+
+    def _as_kept(
+        self, pairs: Sequence[Tensor], counts: list[int] | None, kept: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], list[int]]:
+        """The arguments of `append`, checked against each other and the memory `kept` (k, v; none yet), and cast."""
+        name = type(self).__name__
+        k, v, *rest = pairs
+        given = dict(zip(("k_win", "v_win", "k_raw", "v_raw"), rest, strict=True))
+        shapes = {key: (x, "b t g d" if key[0] == "k" else "b t g e") for key, x in {"k": k, "v": v, **given}.items()}
+        b, t, *_ = bind(f"{name}.append", **shapes).values()
+        if not b:
+            raise ValueError(f"{name}: expected at least one row, got none")
+        self.check_rows(b)
+        for key, x, before in zip("kv", (k, v), kept, strict=False):
+            if x.shape[2:] != before.shape[2:]:
+                heads, size = before.shape[2:]
+                raise ValueError(
+                    f"{name}.append: {key} should have shape [b={b}, t={t}, g={heads}, {size}] as before, "
+                    f"got {list(x.shape)}"
+                )
+        cast = as_computed(*pairs)
+        memory = [kept[0] if kept else cast[0]]
+        for what, ours, came in (
+            ("dtype", memory[0].dtype, {x.dtype for x in cast}),
+            ("device", memory[0].device, {x.device for x in cast}),
+        ):
+            if came != {ours}:
+                got = ", ".join(sorted(map(str, came)))
+                hint = " (each call over one cache under autocast, or none)" if what == "dtype" and kept else ""
+                raise ValueError(f"{name}: expected keys and values of {what} {ours}, got {got}{hint}")
+        if counts is None:
+            return cast, [t] * b
+        if len(counts) != b or not all(0 <= count <= t for count in counts):
+            raise ValueError(f"{name}: counts should be b={b} numbers between 0 and t={t}, got {counts}")
+        return cast, counts
+
+    def _rows_from(self, rows: Tensor, device: torch.device) -> tuple[Tensor, list[int]]:
+        """What `reorder` was given: on the device without the -1, and on the host."""
+        name, have = type(self).__name__, self.num_rows
+        if rows.dim() != 1 or not len(rows) or rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{name}.reorder: expected a 1-D tensor of at least one int32 or int64, "
+                f"got {rows.dtype} {list(rows.shape)}"
+            )
+        chosen = rows.tolist()
+        if not all(-1 <= row < have for row in chosen):
+            raise ValueError(f"{name}.reorder: expected rows between -1 and {have - 1}, got {chosen}")
+        return rows.to(device).clamp(min=0), chosen
 
     def _check_crop(self, num_tokens: int, first_window: list[int], first_raw: list[int]) -> None:
         """first_*: position of the oldest token that each row's window and compression still remember."""
@@ -158,8 +251,3 @@ def convert(source: LayerCache, target: LayerCache) -> LayerCache:
     if contents is not None:
         target.fill(contents)
     return target
-
-
-def row_indices(rows: Tensor, device: torch.device) -> tuple[Tensor, list[int]]:
-    """What `reorder` was given: on the device without the -1, and on the host."""
-    return rows.to(device).clamp(min=0), rows.tolist()

@@ -157,6 +157,10 @@ class PagedNSACache(FixedNSACache):
                 self.table.shorten(row, count)
                 self.tensors.block_table[row, count:] = -1
 
+    def _gave_memory_up(self) -> None:
+        self.table = PageTable(self.num_pages, 0)
+
+    @torch.inference_mode(False)
     def _with_rows(self, tensors: CacheTensors, rows: int) -> CacheTensors:
         def more(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.new_zeros(rows, *x.transpose(1, 2).shape[1:]).transpose(1, 2)

@@ -18,7 +18,6 @@ from nsa.kernels.decode_finish import decode_finish_kernel
 from nsa.kernels.decode_split import decode_split_kernel
 from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads
-from nsa.shapes import bind
 
 LOG2E = 1.4426950408889634
 
@@ -138,12 +137,9 @@ def decode_attention(
     """
     from nsa.kernels.library import _serving, sizes_of
 
-    sizes = bind(
-        "decode_attention", q=(q, "b t h d"), gates=(gates, "b t h 3"), k=(tensors.k, "pages n g d"),
-        v=(tensors.v, "pages n g e"), lengths=(tensors.lengths, "b"),
-    )  # fmt: skip
-    if sizes["t"] > tensors.arrivals.shape[2]:
-        raise ValueError(f"decode_attention: expected at most {tensors.arrivals.shape[2]} queries, got {sizes['t']}")
+    tensors.check_queries(config, q, gates, counts)
+    if q.shape[1] > tensors.arrivals.shape[2]:
+        raise ValueError(f"decode_attention: expected at most {tensors.arrivals.shape[2]} queries, got {q.shape[1]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not torch.compiler.is_compiling():
         # An operator of so many tensors would take longer to call than to run.
@@ -309,24 +305,9 @@ def append_tokens(
     """
     from nsa.kernels.library import _serving, sizes_of
 
-    given = {"k": (k, "b t g d"), "v": (v, "b t g e"), "k_raw": (k_raw, "b t g d"), "v_raw": (v_raw, "b t g e")}
-    if tensors.k_win is not None:
-        if k_win is None or v_win is None:
-            raise ValueError("append_tokens: the window has its own keys and values, and was given none")
-        given |= {"k_win": (k_win, "b t g d"), "v_win": (v_win, "b t g e")}
-    given |= {"tensors.k": (tensors.k, "pages n g d"), "lengths": (tensors.lengths, "b")}
-    given |= {"cos_cmp": (cos_cmp, "b new d"), "sin_cmp": (sin_cmp, "b new d")}
-    found = bind("append_tokens", **given)
-    most, ring = -(-found["t"] // config.compress_stride), tensors.k_raw.shape[1]
-    if found["new"] != most:
-        raise ValueError(f"append_tokens: cos_cmp should have shape [b, {most}, d], got {list(cos_cmp.shape)}")
-    if found["t"] + config.compress_block_size - 1 > ring:
-        raise ValueError(
-            f"append_tokens: expected at most {ring - config.compress_block_size + 1} tokens at a time, "
-            f"got {found['t']}"
-        )
-    if found["t"] > tensors.arrivals.shape[2]:
-        raise ValueError(f"append_tokens: expected at most {tensors.arrivals.shape[2]} tokens, got {found['t']}")
+    tensors.check_tokens(config, (k, v, k_win, v_win, k_raw, v_raw), cos_cmp, sin_cmp, counts)
+    if k.shape[1] > tensors.arrivals.shape[2]:
+        raise ValueError(f"append_tokens: expected at most {tensors.arrivals.shape[2]} tokens, got {k.shape[1]}")
     if not torch.compiler.is_compiling():
         with _serving(k, v, tensors.k, tensors.v, k_raw, v_raw, scale=1.0):
             append(

@@ -1,5 +1,8 @@
 """The caches of `nsa.cache` as transformers wants them: one layer object for each layer of the model."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -74,10 +77,50 @@ class NSALlamaCache(Cache):
             return []
         return [layer.nsa for layer in self.layers if layer.nsa.is_allocated]
 
-    def make_room(self, t: int, *, some_may_wait: bool = False) -> None:
+    def check_config(self, config: NSALlamaConfig) -> None:
+        """ValueError where a model of this configuration cannot use the cache: it was made for another one."""
+        if len(self.layers) != config.num_hidden_layers:
+            mine, its = len(self.layers), config.num_hidden_layers
+            raise ValueError(f"NSALlamaCache: it was made for {mine} layers, but the model has {its}")
+        self.caches[0].check_config(config.nsa_config)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """`nsa.cache.LayerCache.transaction` of all layers together: a token that came to some came to all."""
+        with ExitStack() as stack:
+            stack.enter_context(self._columns_if_it_raises())
+            for cache in self.caches:
+                stack.enter_context(cache.transaction())
+            yield
+
+    @contextmanager
+    def bounds_if_it_raises(self) -> Iterator[None]:
+        """A cheap `transaction` of static and paged caches for what cannot stop half way on the device, as a graph.
+
+        If the block raises, the host may have been told of tokens that the device never got: it will ask.
+        """
+        with self._columns_if_it_raises():
+            try:
+                yield
+            except BaseException:
+                for cache in self.fixed:
+                    cache.ask_lengths()
+                raise
+
+    @contextmanager
+    def _columns_if_it_raises(self) -> Iterator[None]:
+        columns = [layer.num_columns for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for layer, number in zip(self.layers, columns, strict=True):
+                layer.num_columns = number
+            raise
+
+    def make_room(self, t: int, counts: Tensor | None = None) -> None:
         """`FixedNSACache.make_room` of every layer. All have the same room: the first refuses, or none."""
         for cache, layer in zip(self.fixed, self.layers, strict=True):
-            cache.make_room(t, some_may_wait=some_may_wait)
+            cache.make_room(t, counts)
             layer.num_columns += t
 
     def convert(self, target: "NSALlamaCache") -> "NSALlamaCache":
@@ -103,6 +146,22 @@ class NSALlamaCache(Cache):
     def num_bytes(self) -> int:
         """Bytes of all keys and values; see `nsa.cache.LayerCache.num_bytes`."""
         return sum(cache.num_bytes() for cache in self.caches)
+
+
+def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a model's forward refuse an NSALlamaCache of another model, and leave it as it was if it raises."""
+
+    @wraps(forward)
+    def with_cache(model: Any, *args: Any, **kwargs: Any) -> Any:
+        given = (*args[3:4], kwargs.get("past_key_values"))
+        cache = next((one for one in given if isinstance(one, NSALlamaCache)), None)
+        if cache is None or model.config.attention != "nsa":
+            return forward(model, *args, **kwargs)
+        cache.check_config(model.config)
+        with cache.transaction():
+            return forward(model, *args, **kwargs)
+
+    return with_cache
 
 
 class NSALlamaCacheLayer(DynamicLayer):

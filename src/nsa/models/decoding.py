@@ -29,23 +29,27 @@ class Decoder:
     """
 
     def __init__(self, model: Any, cache: NSALlamaCache, *, masked: bool, capture: bool = True) -> None:
+        cache.check_config(model.config)
         self.model, self.cache, self.capture = model, cache, capture
         self.tensors = [layer.tensors for layer in cache.fixed]
         lengths = self.tensors[0].lengths
-        self.ids = torch.zeros(len(lengths), 1, dtype=torch.long, device=lengths.device)
-        self.counts = torch.ones_like(lengths) if masked else None
+        with torch.inference_mode(False):  # later steps may come in another mode
+            self.ids = torch.zeros(len(lengths), 1, dtype=torch.long, device=lengths.device)
+            self.counts = torch.ones_like(lengths) if masked else None
+        self.autocast = _autocast_of(lengths)
         self.decoder = StepDecoder.of(model.model)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
-        self.steps = 0
+        self.steps, self.is_warm = 0, False
 
     def serves(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whether this step is the captured one: as many rows, a mask or none, the memory where it was."""
+        """Whether this step is the captured one: as many rows, a mask or none, the memory where it was, one dtype."""
         same_memory = all(
             layer.tensors is tensors for layer, tensors in zip(self.cache.fixed, self.tensors, strict=True)
         )
         same_mask = (attention_mask is None) == (self.counts is None)
-        return same_memory and same_mask and input_ids.shape == self.ids.shape
+        same_dtype = self.autocast == _autocast_of(self.ids)
+        return same_memory and same_mask and same_dtype and input_ids.shape == self.ids.shape
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [rows, 1, vocabulary] after one more token a row.
@@ -53,27 +57,44 @@ class Decoder:
         Raises:
             ValueError: no room in the cache, which is then what it was.
         """
-        self.cache.make_room(1, some_may_wait=self.counts is not None)
-        self.ids.copy_(input_ids)
+        if self.graph is not None:
+            with self.cache.bounds_if_it_raises():
+                self._prepare(input_ids, attention_mask)
+                self.graph.replay()
+            return self._replayed()
+        with self.cache.transaction():
+            self._prepare(input_ids, attention_mask)
+            if not self.capture:
+                return self.step()
+            if not self.is_warm:
+                logits = self._on_the_side()
+                self.is_warm = True
+                return logits
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self.step()
+            graph.replay()
+            self.graph = graph
+        return self._replayed()
+
+    def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         if self.counts is not None and attention_mask is not None:
             torch.ne(attention_mask[:, -1], 0, out=self.counts)
+        self.cache.make_room(1, self.counts)
+        self.ids.copy_(input_ids)
         self.steps += 1
-        if not self.capture:
-            return self.step()
-        if self.steps == 1:
-            return self._on_the_side()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.step()
-        self.graph.replay()
+
+    def _replayed(self) -> Tensor:
         assert self.logits is not None
         return self.logits.clone()  # the next step writes into it
 
     def step(self) -> Tensor:
         """The step itself, all of it on the device."""
-        hidden = self.model.model.decode(self.ids, self.cache, self.counts, self.decoder)
-        return self.model.lm_head(hidden)
+        enabled, dtype = self.autocast
+        # Weights that autocast has cast go with its block; a captured step would read on where they were.
+        with torch.autocast(self.ids.device.type, dtype, enabled=enabled, cache_enabled=False):
+            hidden = self.model.model.decode(self.ids, self.cache, self.counts, self.decoder)
+            return self.model.lm_head(hidden)
 
     def _on_the_side(self) -> Tensor:
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -83,3 +104,9 @@ class Decoder:
         here.wait_stream(side)
         logits.record_stream(here)
         return logits
+
+
+def _autocast_of(x: Tensor) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on for x's device, and its dtype."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

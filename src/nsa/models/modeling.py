@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from nsa.models.cache import NSALlamaCache
+from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.generation import GenerationPolicy
 from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
@@ -145,6 +145,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         self.norm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
+    @all_or_nothing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -253,7 +254,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         counts, order = step_padding(attention_mask, b, t)
         if order is not None:
             embeds = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
-        cache.make_room(t, some_may_wait=counts is not None)
+        cache.make_room(t, counts)
         step = self._step(embeds, cache, counts)
         out = super().forward(
             inputs_embeds=embeds, position_ids=torch.zeros_like(embeds[:1, :, 0], dtype=torch.long),

@@ -126,7 +126,8 @@ class NativeSparseAttention(nn.Module):
             [b, t, hidden_size]; rows of padding carry only the output projection's bias.
 
         Raises:
-            ValueError: shapes that do not fit, or arguments that exclude each other.
+            ValueError: shapes that do not fit, arguments that exclude each other, or a cache that was made for another
+                configuration. After any exception the cache is what it was.
         """
         expected = f"[b, t, hidden={self.hidden_size}]"
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -140,7 +141,10 @@ class NativeSparseAttention(nn.Module):
                 raise ValueError(
                     f"NativeSparseAttention: {given} does not go with a cache, whose lengths say the positions"
                 )
-            return self._forward_over_cache(x, cache, attention_mask, factors)
+            cache.check_config(self.config)
+            cache.check_rows(x.shape[0])
+            with cache.transaction():
+                return self._forward_over_cache(x, cache, attention_mask, factors)
         if layout is None:
             layout = TokenLayout.of(
                 x, self.rotary, self.config,
@@ -221,11 +225,10 @@ class NativeSparseAttention(nn.Module):
     def _decode_columns(self, x: Tensor, cache: FixedNSACache, attention_mask: Tensor | None) -> Tensor:
         """A decoding step of this layer by itself."""
         b, t, _ = x.shape
-        cache.check_rows(b)
         counts, order = step_padding(attention_mask, b, t)
         if order is not None:
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
-        cache.make_room(t, some_may_wait=counts is not None)
+        cache.make_room(t, counts)
         tensors = cache.tensors
         y = self.decode(x, tensors, DecodeStep.after(tensors.lengths, t, counts, self.config, self.rotary, x))
         return y if order is None else torch.empty_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)

@@ -60,8 +60,10 @@ def append_tokens(
         cos, sin: rotary factors of the tokens, where k and k_win are not rotated yet.
 
     Raises:
-        ValueError: tokens without room: past the block table, or in a page that is not there. Nothing changes.
+        ValueError: shapes or dtypes that do not fit, or tokens without room: past the block table, in a page that is
+            not there, or more at a time than the rings keep beside what the first of them reads. Nothing changes.
     """
+    tensors.check_tokens(config, (k, v, k_win, v_win, k_raw, v_raw), cos_cmp, sin_cmp, counts)
     t = k.shape[1]
     before = tensors.lengths.long()
     new = torch.full_like(before, t) if counts is None else counts.long()
@@ -131,10 +133,14 @@ def decode_attention(
         [b, t, h, e] in q's dtype; 0 for padding columns and for queries at a negative position, so for all of a row of
         length 0. A branch in which a query sees no key adds 0.
 
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+
     Source: paper eqs. 5 and 8 to 12. Tested against the fp64 brute force of nsa.testing.
     """
+    tensors.check_queries(config, q, gates, counts)
     if cos is not None and sin is not None:
-        q = _rotate(q, cos, sin)
+        q = _rotate(q, cos, sin).to(q.dtype)
     t, stride = q.shape[1], config.compress_stride
     lengths = tensors.lengths.long()
     longest = int(lengths.max()) if len(lengths) else 0
