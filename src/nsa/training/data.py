@@ -5,6 +5,11 @@ where a document is cut changes with every pass). `flat`: one row of b * t token
 each other, with `position_ids` that start again from 0 at each piece: the field's way (transformers'
 DataCollatorWithFlattening), which wastes nothing on short documents. In neither does attention, or a loss, cross
 from one document to another.
+
+A packed row says where its documents lie, so that no model has to ask the device: `cu_seq_lens_q`, int32, the first
+token of each document and then the row's length, repeated up to a power of two of entries (documents of no tokens, at
+least `FEWEST_BOUNDARIES`), and `max_length_q`, an int, the longest document rounded up to a power of two. Both take
+few values in a run, and so does the number of shapes that torch.compile meets.
 """
 
 import random
@@ -25,6 +30,7 @@ from nsa.training.retrieval import repeated_example, retrieval_example
 Layout = Literal["rows", "flat"]
 Encode = Callable[[str], Sequence[int]]
 IGNORED = -100  # a label that no loss counts
+FEWEST_BOUNDARIES = 64
 
 
 class Documents:
@@ -62,7 +68,7 @@ def read_documents(corpus: Corpus, encode: Encode) -> tuple[Documents, Documents
 
 
 class TrainingBatches(Dataset):
-    """Item i is the whole i-th batch: input_ids and labels [b, t], in the flat layout [1, b * t] with position_ids.
+    """Item i is the whole i-th batch: input_ids and labels [b, t], or in the flat layout what `flatten` gives.
 
     Args:
         documents: the training text.
@@ -104,7 +110,7 @@ class TrainingBatches(Dataset):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         which = int(np.searchsorted(self.ends, index, side="right"))
@@ -116,7 +122,7 @@ class TrainingBatches(Dataset):
         rows = [self._row(rng, which, stage, number) for number in numbers]
         ids = torch.from_numpy(np.stack([row.ids for row in rows]))
         if self.layout == "rows":
-            batch = {"input_ids": ids, "labels": ids.clone()}
+            batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
         else:
             batch = flatten(ids, [row.starts for row in rows])
         if self.answer_weight != 1.0:
@@ -236,8 +242,13 @@ def retrieval_batches(
     return _batched(rows, labels, max(1, batch_tokens // length))
 
 
-def flatten(ids: torch.Tensor, boundaries: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Rows [b, t] with pieces starting at `boundaries` as one packed row: no piece sees another."""
+def flatten(ids: torch.Tensor, boundaries: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Rows [b, t] with pieces starting at `boundaries` as one packed row [1, b * t]: no piece sees another.
+
+    Returns:
+        input_ids, labels and position_ids [1, b * t], and `cu_seq_lens_q` and `max_length_q` as in this module's
+        docstring; everything is made on the CPU.
+    """
     b, t = ids.shape
     starts = torch.tensor([row * t + start for row in range(b) for start in boundaries[row]])
     sizes = torch.diff(starts, append=torch.tensor([b * t]))
@@ -245,7 +256,20 @@ def flatten(ids: torch.Tensor, boundaries: Sequence[Sequence[int]]) -> dict[str,
     flat = ids.reshape(1, -1)
     labels = flat.clone()
     labels[0, starts] = IGNORED
-    return {"input_ids": flat, "labels": labels, "position_ids": positions[None]}
+    cu_seqlens = torch.full((max(FEWEST_BOUNDARIES, power_of_two(len(starts) + 1)),), b * t, dtype=torch.int32)
+    cu_seqlens[: len(starts)] = starts
+    return {
+        "input_ids": flat,
+        "labels": labels,
+        "position_ids": positions[None],
+        "cu_seq_lens_q": cu_seqlens,
+        "max_length_q": power_of_two(int(sizes.max())),
+    }
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:
