@@ -5,16 +5,16 @@ import pytest
 import torch
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
-from nsa.training.corpus import Document
 from nsa.training.curriculum import Stage, parse_curriculum, parse_stage
 from nsa.training.data import (
     IGNORED,
-    Documents,
     TrainingBatches,
     flatten,
     retrieval_batches,
     text_batches,
 )
+from nsa.training.documents import Documents
+from nsa.training.readers import Document
 from nsa.training.retrieval import is_held_out
 
 ENCODE = str.encode

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import nsa.training.train as module
 from nsa.config import NSAConfig
+from nsa.training import prepare
 from nsa.training.config import TrainConfig, differences
 from nsa.training.curriculum import parse_curriculum
 from nsa.training.folder import checkpoints
@@ -39,6 +40,7 @@ def config(text, tmp_path):
     return TrainConfig(
         out=tmp_path / "run",
         data=str(text),
+        cache_dir=tmp_path / "cache",
         curriculum=("32x4:repeated=0.5", "64x8:retrieval=0.5"),
         answer_weight=3.0,
         batch_tokens=128,
@@ -59,6 +61,9 @@ def config(text, tmp_path):
     )
 
 
+MEASURED = ("seconds", "tokens_per_second", "data_wait")  # another time in every run
+
+
 class StopAfter(TrainerCallback):
     """Ctrl-C in the middle of the run, after this many steps."""
 
@@ -76,7 +81,7 @@ def weights(folder):
 
 def records(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 @pytest.mark.parametrize("attention", ["nsa", "dense", "window"])
@@ -125,8 +130,8 @@ def test_twins_start_from_the_same_weights_and_read_the_same_batches(config):
     models = {}
     for attention in ("nsa", "dense", "window"):
         one = replace(config, attention=attention)
-        tokenizer = module.make_tokenizer(one, None)
-        models[attention] = module.make_model(one, tokenizer).state_dict()
+        tokenizer = prepare.byte_tokenizer()
+        models[attention] = prepare.make_model(one, tokenizer).state_dict()
     assert all(torch.equal(models["dense"][name], models["window"][name]) for name in models["dense"])
 
 
@@ -143,6 +148,7 @@ def test_answers_weigh_more_and_the_mean_weight_is_one():
 DRIVER = """
 import resource, sys
 import nsa.training.train as module
+from nsa.training import prepare
 from transformers import TrainerCallback
 
 class Say(TrainerCallback):
@@ -193,7 +199,9 @@ def test_ctrl_c_leaves_whole_checkpoints_and_one_line(config):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert re.fullmatch(r"\s*nsa train: stopped at step \d+; continue from \S+ with --resume\n", said)
+    match = re.fullmatch(r"\s*nsa train: stopped at step (\d+); continue from \S+-(\d+) with --resume\n", said)
+    assert match
+    assert match[1] == match[2]  # not a step is lost
     found = checkpoints(config.out)
     assert found
     for folder in found:

@@ -22,49 +22,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from nsa.training.corpus import Corpus, Document
 from nsa.training.curriculum import Stage
+from nsa.training.documents import Documents, Encode
 from nsa.training.puzzles.mix import puzzle_row
 from nsa.training.retrieval import repeated_example, retrieval_example
 
 Layout = Literal["rows", "flat"]
-Encode = Callable[[str], Sequence[int]]
 IGNORED = -100  # a label that no loss counts
 FEWEST_BOUNDARIES = 64
-
-
-class Documents:
-    """Tokens of documents, one after the other, and where each begins."""
-
-    def __init__(self, tokens: np.ndarray, starts: Sequence[int]) -> None:
-        self.tokens = tokens
-        self.starts = np.asarray([*starts, len(tokens)], dtype=np.int64)
-
-    @classmethod
-    def from_texts(cls, documents: Sequence[Document], encode: Encode, dtype: type = np.uint32) -> "Documents":
-        encoded = [_as_array(encode(document.text), dtype) for document in documents]
-        starts = np.cumsum([0, *(len(ids) for ids in encoded)])[:-1]
-        return cls(np.concatenate(encoded) if encoded else np.zeros(0, dtype), starts.tolist())
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-    def require(self, length: int, what: str) -> None:
-        """ValueError if no document holds a sequence of `length` tokens."""
-        longest = int(self.lengths.max(initial=0))
-        if longest < length:
-            raise ValueError(
-                f"the {what} is too small for one sequence of {length} tokens: it has {len(self.tokens)} tokens in "
-                f"{len(self.lengths)} documents, the longest {longest}"
-            )
-
-
-def read_documents(corpus: Corpus, encode: Encode) -> tuple[Documents, Documents]:
-    """The corpus as tokens: for training and for validation."""
-    if corpus.train_tokens is not None and corpus.validation_tokens is not None:
-        return Documents(corpus.train_tokens, [0]), Documents(corpus.validation_tokens, [0])
-    return Documents.from_texts(corpus.train, encode), Documents.from_texts(corpus.validation, encode)
 
 
 class TrainingBatches(Dataset):
@@ -107,13 +72,32 @@ class TrainingBatches(Dataset):
         self.ends = np.cumsum([stage.steps * batches_per_step for stage in stages])
         self._pieces = lru_cache(maxsize=4)(self._cut)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_pieces"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._pieces = lru_cache(maxsize=4)(self._cut)
+
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def stage_of(self, index: int) -> int:
+        """The number of the stage that item `index` belongs to."""
+        return int(np.searchsorted(self.ends, index, side="right"))
+
+    def mean_over_tokens(self, which: int, value: Callable[[int], float]) -> float:
+        """The mean of value(length of its sequence) over all tokens of a stage."""
+        stage = self.stages[which]
+        sizes, counts = np.unique(self._pieces(which, stage.length, 0)[1], return_counts=True)
+        values = [value(int(size)) for size in sizes]
+        examples = stage.repeated + stage.retrieval + stage.puzzles
+        return examples * value(stage.length) + (1 - examples) * float(np.average(values, weights=counts * sizes))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        which = int(np.searchsorted(self.ends, index, side="right"))
+        which = self.stage_of(index)
         stage = self.stages[which]
         first = index - (int(self.ends[which - 1]) if which else 0)
         num_rows = max(1, self.batch_tokens // stage.length)
@@ -172,20 +156,20 @@ class TrainingBatches(Dataset):
     def _cut(self, which: int, length: int, turn: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces of at most `length` tokens in the order of one pass: their starts, sizes, and summed sizes."""
         rng = np.random.default_rng([self.seed, which, turn])
-        starts, sizes = [], []
-        for start, size in zip(self.documents.starts, self.documents.lengths, strict=False):
-            if self.layout == "rows":
-                shift = int(rng.integers(size % length + 1)) if size >= length else 0
-                first = np.arange(start + shift, start + size - length + 1, length)
-                starts.append(first)
-                sizes.append(np.full(len(first), length))
-            else:
-                first = np.arange(start, start + size, length)
-                starts.append(first)
-                sizes.append(np.minimum(length, start + size - first))
-        all_starts, all_sizes = np.concatenate(starts), np.concatenate(sizes)
-        order = rng.permutation(len(all_starts))
-        return all_starts[order], all_sizes[order], np.cumsum(all_sizes[order])
+        starts, lengths = self.documents.starts[:-1], self.documents.lengths
+        if self.layout == "rows":
+            is_long = lengths >= length
+            starts, lengths = starts[is_long], lengths[is_long]
+            shifts = rng.integers(lengths % length + 1)
+            starts, lengths = starts + shifts, lengths - shifts
+            counts = lengths // length
+        else:
+            counts = -(-lengths // length)
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of the piece in its document
+        firsts = np.repeat(starts, counts) + number * length
+        sizes = np.minimum(length, np.repeat(starts + lengths, counts) - firsts)
+        order = rng.permutation(len(firsts))
+        return firsts[order], sizes[order], np.cumsum(sizes[order])
 
 
 @dataclass(frozen=True)
@@ -285,10 +269,6 @@ def _batched(rows: list[torch.Tensor], labels: list[torch.Tensor], size: int) ->
             for i in range(0, len(rows), size)
         ]
     )
-
-
-def _as_array(ids: Sequence[int], dtype: type) -> np.ndarray:
-    return (np.frombuffer(ids, np.uint8) if isinstance(ids, bytes) else np.asarray(ids)).astype(dtype)
 
 
 def _fit(ids: Sequence[int], length: int) -> np.ndarray:
