@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import At, interrupt
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa.training.train as module
-from nsa.config import NSAConfig
 from nsa.training import prepare
-from nsa.training.config import TrainConfig, differences
+from nsa.training.config import differences
 from nsa.training.curriculum import parse_curriculum
 from nsa.training.folder import checkpoints
 from nsa.training.presets import PRESETS, preset
@@ -28,51 +28,7 @@ from nsa.training.trainer import weighted_loss
 pytestmark = pytest.mark.filterwarnings("default")  # the Trainer's own
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "code.txt"
-    path.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(300)))
-    return path
-
-
-@pytest.fixture
-def config(text, tmp_path):
-    return TrainConfig(
-        out=tmp_path / "run",
-        data=str(text),
-        cache_dir=tmp_path / "cache",
-        curriculum=("32x4:repeated=0.5", "64x8:retrieval=0.5"),
-        answer_weight=3.0,
-        batch_tokens=128,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=32,
-        nsa=NSAConfig(
-            compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=16
-        ),
-        eval_every=4,
-        eval_tokens=128,
-        save_every=4,
-        log_every=2,
-        device="cpu",
-        quiet=True,
-    )
-
-
 MEASURED = ("seconds", "tokens_per_second", "data_wait")  # another time in every run
-
-
-class StopAfter(TrainerCallback):
-    """Ctrl-C in the middle of the run, after this many steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def weights(folder):
@@ -91,7 +47,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, attention
     train(whole)
     stopped = replace(config, out=config.out / "stopped")
     with pytest.raises(KeyboardInterrupt, match=r"stopped at step 7; continue from .*checkpoint-4 with --resume"):
-        train(stopped, callbacks=[StopAfter(7)])
+        train(stopped, callbacks=[At(7, interrupt)])
     train(replace(stopped, resume=True))
     expected, got = weights(whole.out), weights(stopped.out)
     assert expected.keys() == got.keys()

@@ -101,12 +101,11 @@ def read(
 def read_tokens(path: Path) -> np.ndarray:
     """The tokens of a file, memory-mapped; ValueError with the reason where it holds none."""
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix.lower() == ".npy" else _raw(path)
+        tokens = np.lib.format.open_memmap(path, mode="r") if path.suffix.lower() == ".npy" else _raw(path)
     except Exception as error:  # a damaged header makes numpy raise nearly anything
         raise ValueError(f"not a token file ({str(error).splitlines()[0] if str(error) else 'damaged'})") from error
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        shape, dtype = getattr(tokens, "shape", "?"), getattr(tokens, "dtype", "?")
-        raise ValueError(f"expected one row of integers, got shape {shape} of {dtype}")
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"expected one row of integers, got shape {tokens.shape} of {tokens.dtype}")
     if not len(tokens):
         raise ValueError("the file is empty")
     return tokens
