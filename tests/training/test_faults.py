@@ -102,6 +102,12 @@ def test_a_run_is_not_continued_over_other_data(again, tmp_path):
     refused(replace(again, data=str(other)), "--resume: the data of .* changed since it was started")
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "{}"])
+def test_nor_is_one_whose_data_cannot_be_compared(again, damage):
+    (again.out / "data.json").write_text(damage)
+    refused(again, "data.json does not say what the run's data was")
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"nsa": 3}', "nothing"])
 def test_a_run_whose_configuration_is_damaged_is_not_continued(again, damage):
     (again.out / "train_config.json").write_text(damage)

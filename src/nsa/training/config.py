@@ -215,7 +215,7 @@ def _value(arguments: list[str], flag: str) -> str | None:
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """Fields in which a checkpoint's configuration is another one: "name: saved, now"."""
-    now = config.to_dict()
+    saved, now = TrainConfig().to_dict() | saved, config.to_dict()
     names = [f.name for f in fields(TrainConfig) if f.name not in FREE_ON_RESUME | {"out"}]
     found = []
     for name in names:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from nsa.models.plan import Plan
 
 GIB = 2**30
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -125,6 +129,9 @@ def _configuration(name: str) -> tuple["NSALlamaConfig", str]:
         raise ValueError(f"{path} is no model's configuration: {' '.join(reason[:2])}") from error
     if config is None:
         raise ValueError(f"{path}: expected a model of type llama or {NSALlamaConfig.model_type}, got {kind!r}")
+    for size in SIZES:
+        if getattr(config, size) < 1:
+            raise ValueError(f"{path}: {size} should be at least 1, got {getattr(config, size)}")
     if stored not in DTYPES:
         raise ValueError(f"{path}: expected a dtype of {', '.join(DTYPES)}, got {stored!r}")
     return config, stored

@@ -80,18 +80,18 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALl
     return model
 
 
-def check_same_data(run: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_same_data(run: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, resume: bool) -> None:
     """Keep fingerprints of the data beside a new run; ValueError in one line where a continued run's are others."""
     path = run / DATA_FILE
     now = {"data": content(corpus), "tokenizer": fingerprint(tokenizer)}
-    if not path.exists():
+    if not resume:
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         return
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in now if saved[name] != now[name]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: whether the data is still the run's cannot be known") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--resume: {path} does not say what the run's data was, so it cannot be the same") from error
     if changed:
         raise ValueError(
             f"--resume: the {' and the '.join(changed)} of {run} changed since it was started; "
