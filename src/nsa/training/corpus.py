@@ -11,10 +11,12 @@ A corpus is two lists of documents, for training and for validation, that share 
 - one text, or one file of tokens: its last tenth is for validation.
 """
 
+import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from nsa.training.readers import (
 
 VALIDATION_ONE_IN = 10
 SPLIT = ("train", "validation")  # folders of a corpus that is split already
+PIECES, PIECE = 4096, 1 << 15  # of a token file that are looked at for its fingerprint, and the tokens in one
 FULL = "--max-bytes was reached"
 
 
@@ -49,6 +52,25 @@ class Corpus:
     validation_tokens: tuple[np.ndarray, ...] = ()
     remarks: tuple[str, ...] = ()
     """What a user should know: what was left out and why, each a line."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of names and texts, and of tokens (of many, of evenly spread pieces): another for other data."""
+        found = hashlib.blake2b(digest_size=16)
+        for texts in (self.train, self.validation):
+            for document in texts:
+                for part in (document.name, document.text):
+                    data = part.encode("utf-8", "surrogatepass")
+                    found.update(len(data).to_bytes(8, "little"))
+                    found.update(data)
+            found.update(b"|")
+        for arrays in (self.train_tokens, self.validation_tokens):
+            for tokens in arrays:
+                found.update(f"{len(tokens)} {tokens.dtype}".encode())
+                for start in range(0, len(tokens), max(PIECE, len(tokens) // PIECES)):
+                    found.update(np.ascontiguousarray(tokens[start : start + PIECE]).tobytes())
+            found.update(b"|")
+        return found.hexdigest()
 
 
 def read_corpus(source: str, max_bytes: int, text_field: str = "text") -> Corpus:

@@ -18,7 +18,6 @@ from nsa.training.tokenizer import encoder, fingerprint, is_byte_tokenizer
 Encode = Callable[[str], Sequence[int]]
 BATCH_CHARACTERS = 4_000_000  # given to the tokenizer at once, which spreads them over the cores
 FORMAT = 1  # of the cached files
-PIECES, PIECE = 4096, 1 << 15  # of a token file that are looked at for its fingerprint, and the tokens in one
 
 
 class Documents:
@@ -110,28 +109,10 @@ def tokenized(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, cache: Cache) 
 
         return one("train"), one("validation")
 
-    key = hashlib.blake2b(f"{FORMAT} {content(corpus)} {fingerprint(tokenizer)}".encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b(
+        f"{FORMAT} {corpus.fingerprint} {fingerprint(tokenizer)}".encode(), digest_size=16
+    ).hexdigest()
     return cache.get(f"tokens-{key}", write, read)
-
-
-def content(corpus: Corpus) -> str:
-    """A fingerprint of the corpus: of names and texts, and of tokens (of many, of evenly spread pieces)."""
-    found = hashlib.blake2b(digest_size=16)
-    for texts in (corpus.train, corpus.validation):
-        for document in texts:
-            for part in (document.name, document.text):
-                data = part.encode("utf-8", "surrogatepass")
-                found.update(len(data).to_bytes(8, "little"))
-                found.update(data)
-        found.update(b"|")
-    for arrays in (corpus.train_tokens, corpus.validation_tokens):
-        for tokens in arrays:
-            found.update(f"{len(tokens)} {tokens.dtype}".encode())
-            step = max(PIECE, len(tokens) // PIECES)
-            for start in range(0, len(tokens), step):
-                found.update(np.ascontiguousarray(tokens[start : start + PIECE]).tobytes())
-        found.update(b"|")
-    return found.hexdigest()
 
 
 def _encoded(texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence[int]]:

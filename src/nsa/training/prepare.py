@@ -12,7 +12,7 @@ from nsa.training.cache import Cache
 from nsa.training.config import TrainConfig
 from nsa.training.corpus import Corpus
 from nsa.training.data import FixedBatches, TrainingBatches, retrieval_batches, text_batches
-from nsa.training.documents import Documents, content, tokenized
+from nsa.training.documents import Documents, tokenized
 from nsa.training.readers import Document
 from nsa.training.sizes import model_config
 from nsa.training.tokenizer import byte_tokenizer, cached_bpe, encoder, fingerprint, load_tokenizer
@@ -28,7 +28,7 @@ def make_tokenizer(config: TrainConfig, corpus: Corpus, cache: Cache) -> PreTrai
     if config.tokenizer == "bpe":
         if not corpus.train or corpus.train_tokens:
             raise ValueError("a bpe tokenizer is trained on text; for a token file name the folder of its tokenizer")
-        return cached_bpe([document.text for document in corpus.train], config.vocab_size, content(corpus), cache)
+        return cached_bpe([document.text for document in corpus.train], config.vocab_size, corpus.fingerprint, cache)
     return load_tokenizer(str(Path(config.tokenizer).expanduser()))
 
 
@@ -83,7 +83,7 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALl
 def check_same_data(run: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, resume: bool) -> None:
     """Keep fingerprints of the data beside a new run; ValueError in one line where a continued run's are others."""
     path = run / DATA_FILE
-    now = {"data": content(corpus), "tokenizer": fingerprint(tokenizer)}
+    now = {"data": corpus.fingerprint, "tokenizer": fingerprint(tokenizer)}
     if not resume:
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         return
