@@ -205,9 +205,9 @@ class TrainConfig:
 def _value(arguments: list[str], flag: str) -> str | None:
     """What a command line says after a flag, the last time."""
     found = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for place, argument in enumerate(arguments):
         if argument == flag:
-            found = following
+            found = next(iter(arguments[place + 1 :]), None)
         elif argument.startswith(f"{flag}="):
             found = argument.removeprefix(f"{flag}=")
     return found
