@@ -5,16 +5,16 @@ import pytest
 import torch
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
-from nsa.training.corpus import Document
 from nsa.training.curriculum import Stage, parse_curriculum, parse_stage
 from nsa.training.data import (
     IGNORED,
-    Documents,
     TrainingBatches,
     flatten,
     retrieval_batches,
     text_batches,
 )
+from nsa.training.documents import Documents
+from nsa.training.readers import Document
 from nsa.training.retrieval import is_held_out
 
 ENCODE = str.encode
@@ -61,6 +61,28 @@ def test_pieces_of_the_flat_layout_restart_positions_and_predict_nothing_across(
             assert torch.equal(labels[begin + 1 : end], ids[begin + 1 : end])
 
 
+@pytest.mark.parametrize("documents", [1, 5, 62, 63, 64, 65, 128])
+def test_a_packed_row_says_where_its_documents_lie_in_few_shapes(documents):
+    sizes = [1 + 7 * i % 5 for i in range(documents)]
+    starts = np.cumsum([0, *sizes])
+    batch = flatten(torch.arange(starts[-1])[None], [starts[:-1].tolist()])
+    bounds, positions = batch["cu_seq_lens_q"], batch["position_ids"][0]
+    assert (bounds.dtype, bounds.device.type) == (torch.int32, "cpu")
+    assert len(bounds) == {1: 64, 5: 64, 62: 64, 63: 64, 64: 128, 65: 128, 128: 256}[documents]
+    assert bounds[: documents + 1].tolist() == starts.tolist()
+    assert (bounds[documents:] == starts[-1]).all()  # what follows are documents of no tokens
+    assert (positions == 0).nonzero().flatten().tolist() == bounds[:documents].tolist()
+    assert batch["max_length_q"] == (1 if documents == 1 else 8)
+    assert type(batch["max_length_q"]) is int
+
+
+def test_the_batches_of_a_run_have_few_shapes():
+    stages = (Stage(length=32, steps=6, retrieval=0.3), Stage(length=128, steps=4))
+    items = list(batches(stages, layout="flat", batch_tokens=256))
+    assert {tuple(item["cu_seq_lens_q"].shape) for item in items} == {(64,)}
+    assert {item["max_length_q"] for item in items} == {32, 128}
+
+
 def test_the_flat_layout_reads_every_token_of_every_document():
     total = len(DOCUMENTS.tokens)
     stage = Stage(length=32, steps=total // 32 + 1)
@@ -100,8 +122,9 @@ def test_another_second_document_leaves_the_first_ones_loss(attention):
     losses = []
     for after in (second, third):
         batch = flatten(torch.cat([first, after])[None], [[0, 40]])
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0, :39]
-        losses.append(torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:40], reduction="none"))
+        labels = batch.pop("labels")
+        logits = model(**batch).logits[0, :39]
+        losses.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:40], reduction="none"))
     alone = model(input_ids=first[None]).logits[0, :39]
     assert torch.equal(losses[0], losses[1])
     expected = torch.nn.functional.cross_entropy(alone, first[1:], reduction="none")

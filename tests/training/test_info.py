@@ -90,8 +90,8 @@ def test_the_command_prints_a_table_or_json(capsys):
     [
         (["/nowhere"], "/nowhere holds no model: expected a folder with config.json, or a preset of demo, small, 1b"),
         (["demo", "--gpu", "abacus"], "--gpu: expected one of 'A100-40GB'"),
-        (["demo", "--context", "0"], "at least 1 and --prefill-chunk at least 0, got 0, 1 and 16384"),
-        (["demo", "--bandwidth", "-1"], "--bandwidth should be positive, got -1.0"),
+        (["demo", "--context", "0"], "context should be at least 1, got 0"),
+        (["demo", "--bandwidth", "-1"], "bandwidth should be at least 0, got -1.0"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, message, capsys):

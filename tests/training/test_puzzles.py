@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from nsa.training.curriculum import parse_stage
-from nsa.training.data import Documents, TrainingBatches
+from nsa.training.data import TrainingBatches
+from nsa.training.documents import Documents
 from nsa.training.puzzles.chains import Chains
 from nsa.training.puzzles.mix import DRAWS, LEAST_TOKENS, puzzle_row
 from nsa.training.puzzles.puzzle import new_names

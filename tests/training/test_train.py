@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import At, interrupt
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa.training.train as module
-from nsa.config import NSAConfig
-from nsa.training.config import TrainConfig, differences
+from nsa.training import prepare
+from nsa.training.config import differences
 from nsa.training.curriculum import parse_curriculum
 from nsa.training.folder import checkpoints
 from nsa.training.presets import PRESETS, preset
@@ -27,47 +28,7 @@ from nsa.training.trainer import weighted_loss
 pytestmark = pytest.mark.filterwarnings("default")  # the Trainer's own
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "code.txt"
-    path.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(300)))
-    return path
-
-
-@pytest.fixture
-def config(text, tmp_path):
-    return TrainConfig(
-        out=tmp_path / "run",
-        data=str(text),
-        curriculum=("32x4:repeated=0.5", "64x8:retrieval=0.5"),
-        answer_weight=3.0,
-        batch_tokens=128,
-        hidden_size=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=32,
-        nsa=NSAConfig(
-            compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=16
-        ),
-        eval_every=4,
-        eval_tokens=128,
-        save_every=4,
-        log_every=2,
-        device="cpu",
-        quiet=True,
-    )
-
-
-class StopAfter(TrainerCallback):
-    """Ctrl-C in the middle of the run, after this many steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
+MEASURED = ("seconds", "tokens_per_second", "data_wait")  # another time in every run
 
 
 def weights(folder):
@@ -76,7 +37,7 @@ def weights(folder):
 
 def records(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 @pytest.mark.parametrize("attention", ["nsa", "dense", "window"])
@@ -86,7 +47,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, attention
     train(whole)
     stopped = replace(config, out=config.out / "stopped")
     with pytest.raises(KeyboardInterrupt, match=r"stopped at step 7; continue from .*checkpoint-4 with --resume"):
-        train(stopped, callbacks=[StopAfter(7)])
+        train(stopped, callbacks=[At(7, interrupt)])
     train(replace(stopped, resume=True))
     expected, got = weights(whole.out), weights(stopped.out)
     assert expected.keys() == got.keys()
@@ -125,8 +86,8 @@ def test_twins_start_from_the_same_weights_and_read_the_same_batches(config):
     models = {}
     for attention in ("nsa", "dense", "window"):
         one = replace(config, attention=attention)
-        tokenizer = module.make_tokenizer(one, None)
-        models[attention] = module.make_model(one, tokenizer).state_dict()
+        tokenizer = prepare.byte_tokenizer()
+        models[attention] = prepare.make_model(one, tokenizer).state_dict()
     assert all(torch.equal(models["dense"][name], models["window"][name]) for name in models["dense"])
 
 
@@ -143,6 +104,7 @@ def test_answers_weigh_more_and_the_mean_weight_is_one():
 DRIVER = """
 import resource, sys
 import nsa.training.train as module
+from nsa.training import prepare
 from transformers import TrainerCallback
 
 class Say(TrainerCallback):
@@ -193,7 +155,9 @@ def test_ctrl_c_leaves_whole_checkpoints_and_one_line(config):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert re.fullmatch(r"\s*nsa train: stopped at step \d+; continue from \S+ with --resume\n", said)
+    match = re.fullmatch(r"\s*nsa train: stopped at step (\d+); continue from \S+-(\d+) with --resume\n", said)
+    assert match
+    assert match[1] == match[2]  # not a step is lost
     found = checkpoints(config.out)
     assert found
     for folder in found:

@@ -11,9 +11,10 @@ from nsa.bench.command import StepArguments
 from nsa.bench.layer import DENSE_BACKENDS
 from nsa.bench.result import Entry
 from nsa.bench.timing import interleaved, peak_gib
-from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
+from nsa.models import NSALlamaForCausalLM
 from nsa.training.config import TrainConfig
 from nsa.training.presets import preset
+from nsa.training.sizes import model_config, vocabulary
 
 
 def measure(arguments: StepArguments, device: str = "cuda") -> Iterator[Entry]:
@@ -25,7 +26,7 @@ def measure(arguments: StepArguments, device: str = "cuda") -> Iterator[Entry]:
         for label, attention in (("NSA", "nsa"), ("dense", "dense"))
     }
     for length in arguments.lengths:
-        ids = torch.randint(config.vocab_size, (1, length), device=device)
+        ids = torch.randint(vocabulary(config), (1, length), device=device)
         runs = {label: partial(step, ids) for label, (step, _) in steps.items()}
         ms = interleaved(runs, arguments.repetitions)
         yield Entry(
@@ -45,18 +46,11 @@ def training_step(
     torch.manual_seed(0)
     with torch.device(device):
         model = NSALlamaForCausalLM(
-            NSALlamaConfig(
+            model_config(
+                config,
                 attention=attention,
-                nsa=config.nsa.to_dict(),
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
                 num_hidden_layers=layers or config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                intermediate_size=config.intermediate_size,
                 max_position_embeddings=max_length,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                initializer_range=config.initializer_range,
                 use_cache=False,
             )
         )

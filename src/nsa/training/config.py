@@ -1,16 +1,36 @@
 """Everything that decides a training run, in one frozen dataclass; it is saved beside the checkpoint."""
 
+import importlib.util
 import json
-from dataclasses import asdict, dataclass, field, fields
+import math
+import shlex
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nsa.config import NSAConfig
 from nsa.training.curriculum import Stage, parse_curriculum
+from nsa.training.folder import CONFIG_FILE
+from nsa.training.limits import ANY, Limits, check_numbers
 
-CONFIG_FILE = "train_config.json"
 # What may differ between a run and its continuation: none of it changes what is computed.
-FREE_ON_RESUME = frozenset({"preset", "resume", "log_every", "save_every", "keep_checkpoints", "tensorboard", "quiet"})
+FREE_ON_RESUME = frozenset(
+    {"preset", "resume", "log_every", "save_every", "keep_checkpoints", "report_to", "quiet", "workers", "cache_dir"}
+)
+REPORTERS = ("tensorboard", "wandb")
+AT_LEAST_ONE = (1, math.inf)
+LIMITS: dict[str, Limits] = {
+    **dict.fromkeys(("max_bytes", "batch_tokens", "accumulation", "eval_tokens", "log_every"), AT_LEAST_ONE),
+    **dict.fromkeys(("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"), AT_LEAST_ONE),
+    "vocab_size": AT_LEAST_ONE,
+    "rope_theta": AT_LEAST_ONE,
+    "compressed_gate_bias": ANY,
+    "decay_share": (0, 1),
+    "beta2": (0, 0.999999),
+    "threads": (0, 4096),
+    "workers": (0, 256),
+    "seed": (0, 2**32 - 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,27 +44,32 @@ class TrainConfig:
         nsa train --preset demo --out runs/nsa
         nsa train --preset demo --attention dense --out runs/dense
         nsa train --preset small --data ~/texts --tokenizer bpe --vocab-size 8192 --out runs/books
-        nsa train --preset demo --out runs/nsa --resume
+        nsa train --out runs/nsa --resume
     """
 
     out: Path = Path("runs/nsa")
-    """Folder for checkpoints, metrics, the configuration and the final model."""
+    """Folder for checkpoints, metrics, the configuration and the final model: new, empty, or a run's with --resume."""
     preset: str = "demo"
     """Where the values of all other flags start from: demo, small or 1b."""
     attention: Literal["nsa", "dense", "window"] = "nsa"
     """NSA, or one of its twins that differ in nothing else."""
     resume: bool = False
-    """Continue from the last checkpoint in `out`, exactly as if it had not stopped."""
+    """Continue from the last checkpoint in `out`, exactly as if it had not stopped; with its configuration."""
 
     # Data
     data: str = "python"
-    """python (sources on this machine), a text file or folder, or a token file (.bin of uint16, .npy of integers)."""
+    """python (sources on this machine); or a file or folder of text, .jsonl, .parquet, any of these as .gz, a Hugging
+    Face dataset saved to disk, or tokens (.bin of uint16, .npy of integers)."""
+    text_field: str = "text"
+    """Where the text is in a line of .jsonl, or a row of a table."""
     max_bytes: int = 50_000_000
     """How much text to take for training; a tenth as much is held out."""
     tokenizer: str = "bytes"
     """bytes, bpe (trained on the corpus), or a folder with a tokenizer (needed for token files not of bytes)."""
     vocab_size: int = 8192
     """Of a bpe tokenizer."""
+    cache_dir: Path | None = None
+    """Where trained tokenizers and tokenized text are kept for the next start; by default ~/.cache/nsa."""
     layout: Literal["rows", "flat"] = "rows"
     """rows: each row from one document; flat: one packed row a batch, whose documents do not see each other."""
     curriculum: tuple[str, ...] = ("512x1000:retrieval=0.1",)
@@ -85,6 +110,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    workers: int = 2
+    """Processes that make batches ahead of a GPU; a CPU has none to spare."""
     seed: int = 0
 
     # Records
@@ -93,10 +120,12 @@ class TrainConfig:
     eval_tokens: int = 32768
     """Tokens of held-out text, and of retrieval rows, in an evaluation."""
     save_every: int = 100
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end, and at Ctrl-C."""
     keep_checkpoints: int = 2
+    """How many of them, the newest; 0: all."""
     log_every: int = 10
-    tensorboard: bool = False
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Other places for the metrics, as Trainer has them."""
     quiet: bool = False
     """No progress bar."""
 
@@ -114,51 +143,79 @@ class TrainConfig:
         return max(stage.length for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "out": str(self.out), "curriculum": list(self.curriculum)}
+        return json.loads(json.dumps(asdict(self), default=str))
 
     def save(self, folder: Path) -> None:
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         part = folder / (CONFIG_FILE + ".part")
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         part.replace(folder / CONFIG_FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "TrainConfig":
+        """The configuration that a run was started with; ValueError in one line where its file holds none."""
+        path = folder / CONFIG_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            paths = {name: Path(values[name]) for name in ("out", "cache_dir") if values.get(name) is not None}
+            tuples = {name: tuple(values[name]) for name in ("curriculum", "report_to") if name in values}
+            config = cls(**values | paths | tuples | {"nsa": NSAConfig.from_dict(values["nsa"])})
+            config.validate()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path} is not the configuration of a run: {reason}") from error
+        return config
 
     def validate(self) -> None:
         """ValueError in one line for a value that no run can have."""
+        check_numbers(self, LIMITS)
         _ = self.stages
-        for name in ("batch_tokens", "accumulation", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} should be at least 1, got {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads or self.hidden_size % self.num_heads:
+        if self.num_heads % self.num_kv_heads or self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                "num_heads should be a multiple of num_kv_heads and divide hidden_size, got "
+                "num_heads should be a multiple of num_kv_heads, and hidden_size one of 2 * num_heads (rotation takes "
+                "the dimensions of a head in pairs), got "
                 f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, hidden_size={self.hidden_size}"
             )
-        if not 0.0 <= self.decay_share <= 1.0:
-            raise ValueError(f"decay_share should lie between 0 and 1, got {self.decay_share}")
-        if self.tokenizer != "bytes" and self.tokenizer != "bpe" and not Path(self.tokenizer).is_dir():
+        if self.tokenizer != "bytes" and self.tokenizer != "bpe" and not Path(self.tokenizer).expanduser().is_dir():
             raise ValueError(f"tokenizer should be bytes, bpe or a folder, got {self.tokenizer!r}")
+        for name in self.report_to:
+            if name not in REPORTERS:
+                raise ValueError(f"report_to should be of {', '.join(REPORTERS)}, got {name!r}")
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"report_to {name}: not installed here; pip install {name}")
 
     @classmethod
     def default_for(cls, arguments: list[str]) -> "TrainConfig":
-        """The preset that the command line names: what its other flags then change."""
+        """What the other flags of a command line then change: the named preset, or the run that is to be continued."""
         from nsa.training.presets import preset
 
-        for place, argument in enumerate(arguments):
-            if argument == "--preset" and place + 1 < len(arguments):
-                return preset(arguments[place + 1])
-            if argument.startswith("--preset="):
-                return preset(argument.removeprefix("--preset="))
-        return preset("demo")
+        name, out = _value(arguments, "--preset"), Path(_value(arguments, "--out") or cls.out)
+        if "--resume" in arguments and name is None and (out / CONFIG_FILE).exists():
+            return replace(cls.load(out), out=out)
+        return preset(name or "demo")
 
     def run(self) -> None:
         from nsa.training.train import train
 
         train(self)
+        command = f"nsa generate {shlex.quote(str(self.out))} --prompt 'def '"
+        print(f"The model lies in {self.out}. It continues a text:\n  {command}")
+
+
+def _value(arguments: list[str], flag: str) -> str | None:
+    """What a command line says after a flag, the last time."""
+    found = None
+    for place, argument in enumerate(arguments):
+        if argument == flag:
+            found = next(iter(arguments[place + 1 :]), None)
+        elif argument.startswith(f"{flag}="):
+            found = argument.removeprefix(f"{flag}=")
+    return found
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """Fields in which a checkpoint's configuration is another one: "name: saved, now"."""
-    now = json.loads(json.dumps(config.to_dict()))
+    saved, now = TrainConfig().to_dict() | saved, config.to_dict()
     names = [f.name for f in fields(TrainConfig) if f.name not in FREE_ON_RESUME | {"out"}]
     found = []
     for name in names:

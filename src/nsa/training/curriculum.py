@@ -49,7 +49,7 @@ def parse_stage(text: str) -> Stage:
         if option in ("style=assert", "style=keyword"):
             style = "assert" if option == "style=assert" else "keyword"
             continue
-        match = re.fullmatch(r"(repeated|retrieval|puzzles)=([\d.]+)|(keys)=(\d+)", option)
+        match = re.fullmatch(r"(repeated|retrieval|puzzles)=(\d*\.?\d+)|(keys)=(\d+)", option)
         if match is None:
             raise ValueError(f"curriculum stage {text!r}: expected {GRAMMAR}, got the option {option!r}")
         if match[1]:

@@ -5,6 +5,11 @@ where a document is cut changes with every pass). `flat`: one row of b * t token
 each other, with `position_ids` that start again from 0 at each piece: the field's way (transformers'
 DataCollatorWithFlattening), which wastes nothing on short documents. In neither does attention, or a loss, cross
 from one document to another.
+
+A packed row says where its documents lie, so that no model has to ask the device: `cu_seq_lens_q`, int32, the first
+token of each document and then the row's length, repeated up to a power of two of entries (documents of no tokens, at
+least `FEWEST_BOUNDARIES`), and `max_length_q`, an int, the longest document rounded up to a power of two. Both take
+few values in a run, and so does the number of shapes that torch.compile meets.
 """
 
 import random
@@ -17,52 +22,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from nsa.training.corpus import Corpus, Document
 from nsa.training.curriculum import Stage
+from nsa.training.documents import Documents, Encode
 from nsa.training.puzzles.mix import puzzle_row
 from nsa.training.retrieval import repeated_example, retrieval_example
 
 Layout = Literal["rows", "flat"]
-Encode = Callable[[str], Sequence[int]]
 IGNORED = -100  # a label that no loss counts
-
-
-class Documents:
-    """Tokens of documents, one after the other, and where each begins."""
-
-    def __init__(self, tokens: np.ndarray, starts: Sequence[int]) -> None:
-        self.tokens = tokens
-        self.starts = np.asarray([*starts, len(tokens)], dtype=np.int64)
-
-    @classmethod
-    def from_texts(cls, documents: Sequence[Document], encode: Encode, dtype: type = np.uint32) -> "Documents":
-        encoded = [_as_array(encode(document.text), dtype) for document in documents]
-        starts = np.cumsum([0, *(len(ids) for ids in encoded)])[:-1]
-        return cls(np.concatenate(encoded) if encoded else np.zeros(0, dtype), starts.tolist())
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-    def require(self, length: int, what: str) -> None:
-        """ValueError if no document holds a sequence of `length` tokens."""
-        longest = int(self.lengths.max(initial=0))
-        if longest < length:
-            raise ValueError(
-                f"the {what} is too small for one sequence of {length} tokens: it has {len(self.tokens)} tokens in "
-                f"{len(self.lengths)} documents, the longest {longest}"
-            )
-
-
-def read_documents(corpus: Corpus, encode: Encode) -> tuple[Documents, Documents]:
-    """The corpus as tokens: for training and for validation."""
-    if corpus.train_tokens is not None and corpus.validation_tokens is not None:
-        return Documents(corpus.train_tokens, [0]), Documents(corpus.validation_tokens, [0])
-    return Documents.from_texts(corpus.train, encode), Documents.from_texts(corpus.validation, encode)
+FEWEST_BOUNDARIES = 64
 
 
 class TrainingBatches(Dataset):
-    """Item i is the whole i-th batch: input_ids and labels [b, t], in the flat layout [1, b * t] with position_ids.
+    """Item i is the whole i-th batch: input_ids and labels [b, t], or in the flat layout what `flatten` gives.
 
     Args:
         documents: the training text.
@@ -101,13 +72,32 @@ class TrainingBatches(Dataset):
         self.ends = np.cumsum([stage.steps * batches_per_step for stage in stages])
         self._pieces = lru_cache(maxsize=4)(self._cut)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_pieces"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._pieces = lru_cache(maxsize=4)(self._cut)
+
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def stage_of(self, index: int) -> int:
+        """The number of the stage that item `index` belongs to."""
+        return int(np.searchsorted(self.ends, index, side="right"))
+
+    def mean_over_tokens(self, which: int, value: Callable[[int], float]) -> float:
+        """The mean of value(length of its sequence) over all tokens of a stage."""
+        stage = self.stages[which]
+        sizes, counts = np.unique(self._pieces(which, stage.length, 0)[1], return_counts=True)
+        values = [value(int(size)) for size in sizes]
+        examples = stage.repeated + stage.retrieval + stage.puzzles
+        return examples * value(stage.length) + (1 - examples) * float(np.average(values, weights=counts * sizes))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        which = int(np.searchsorted(self.ends, index, side="right"))
+        which = self.stage_of(index)
         stage = self.stages[which]
         first = index - (int(self.ends[which - 1]) if which else 0)
         num_rows = max(1, self.batch_tokens // stage.length)
@@ -116,7 +106,7 @@ class TrainingBatches(Dataset):
         rows = [self._row(rng, which, stage, number) for number in numbers]
         ids = torch.from_numpy(np.stack([row.ids for row in rows]))
         if self.layout == "rows":
-            batch = {"input_ids": ids, "labels": ids.clone()}
+            batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
         else:
             batch = flatten(ids, [row.starts for row in rows])
         if self.answer_weight != 1.0:
@@ -166,20 +156,20 @@ class TrainingBatches(Dataset):
     def _cut(self, which: int, length: int, turn: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces of at most `length` tokens in the order of one pass: their starts, sizes, and summed sizes."""
         rng = np.random.default_rng([self.seed, which, turn])
-        starts, sizes = [], []
-        for start, size in zip(self.documents.starts, self.documents.lengths, strict=False):
-            if self.layout == "rows":
-                shift = int(rng.integers(size % length + 1)) if size >= length else 0
-                first = np.arange(start + shift, start + size - length + 1, length)
-                starts.append(first)
-                sizes.append(np.full(len(first), length))
-            else:
-                first = np.arange(start, start + size, length)
-                starts.append(first)
-                sizes.append(np.minimum(length, start + size - first))
-        all_starts, all_sizes = np.concatenate(starts), np.concatenate(sizes)
-        order = rng.permutation(len(all_starts))
-        return all_starts[order], all_sizes[order], np.cumsum(all_sizes[order])
+        starts, lengths = self.documents.starts[:-1], self.documents.lengths
+        if self.layout == "rows":
+            is_long = lengths >= length
+            starts, lengths = starts[is_long], lengths[is_long]
+            shifts = rng.integers(lengths % length + 1)
+            starts, lengths = starts + shifts, lengths - shifts
+            counts = lengths // length
+        else:
+            counts = -(-lengths // length)
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of the piece in its document
+        firsts = np.repeat(starts, counts) + number * length
+        sizes = np.minimum(length, np.repeat(starts + lengths, counts) - firsts)
+        order = rng.permutation(len(firsts))
+        return firsts[order], sizes[order], np.cumsum(sizes[order])
 
 
 @dataclass(frozen=True)
@@ -236,8 +226,13 @@ def retrieval_batches(
     return _batched(rows, labels, max(1, batch_tokens // length))
 
 
-def flatten(ids: torch.Tensor, boundaries: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Rows [b, t] with pieces starting at `boundaries` as one packed row: no piece sees another."""
+def flatten(ids: torch.Tensor, boundaries: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Rows [b, t] with pieces starting at `boundaries` as one packed row [1, b * t]: no piece sees another.
+
+    Returns:
+        input_ids, labels and position_ids [1, b * t], and `cu_seq_lens_q` and `max_length_q` as in this module's
+        docstring; everything is made on the CPU.
+    """
     b, t = ids.shape
     starts = torch.tensor([row * t + start for row in range(b) for start in boundaries[row]])
     sizes = torch.diff(starts, append=torch.tensor([b * t]))
@@ -245,7 +240,20 @@ def flatten(ids: torch.Tensor, boundaries: Sequence[Sequence[int]]) -> dict[str,
     flat = ids.reshape(1, -1)
     labels = flat.clone()
     labels[0, starts] = IGNORED
-    return {"input_ids": flat, "labels": labels, "position_ids": positions[None]}
+    cu_seqlens = torch.full((max(FEWEST_BOUNDARIES, power_of_two(len(starts) + 1)),), b * t, dtype=torch.int32)
+    cu_seqlens[: len(starts)] = starts
+    return {
+        "input_ids": flat,
+        "labels": labels,
+        "position_ids": positions[None],
+        "cu_seq_lens_q": cu_seqlens,
+        "max_length_q": power_of_two(int(sizes.max())),
+    }
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def unwrap(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -261,10 +269,6 @@ def _batched(rows: list[torch.Tensor], labels: list[torch.Tensor], size: int) ->
             for i in range(0, len(rows), size)
         ]
     )
-
-
-def _as_array(ids: Sequence[int], dtype: type) -> np.ndarray:
-    return (np.frombuffer(ids, np.uint8) if isinstance(ids, bytes) else np.asarray(ids)).astype(dtype)
 
 
 def _fit(ids: Sequence[int], length: int) -> np.ndarray:

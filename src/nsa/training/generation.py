@@ -1,5 +1,6 @@
 """`nsa generate`: a model continues a prompt, token by token on the terminal."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -7,6 +8,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from nsa.training.limits import Limits, check_numbers
+
+LIMITS: dict[str, Limits] = {
+    "max_new_tokens": (1, math.inf),
+    "num_beams": (1, math.inf),
+    "top_p": (0, 1),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,8 @@ class GenerateConfig:
     prefill_chunk: int = 16384
     """A longer prompt is read in chunks of so many tokens, which bounds the memory that it takes; 0: at once."""
     seed: int = 0
+    trust_remote_code: bool = False
+    """Run the Python files that a folder brings for its own kind of model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def run(self) -> None:
@@ -50,38 +62,31 @@ def generate(config: GenerateConfig) -> str:
     Raises:
         ValueError: values out of range, or a folder that holds no model, in one line.
     """
-    if config.max_new_tokens < 1 or config.num_beams < 1:
-        raise ValueError(
-            f"max_new_tokens and num_beams should be at least 1, got {config.max_new_tokens} and {config.num_beams}"
-        )
-    if config.temperature < 0.0 or not 0.0 < config.top_p <= 1.0:
-        raise ValueError(
-            "temperature should be at least 0 and top_p in (0, 1], got "
-            f"temperature={config.temperature}, top_p={config.top_p}"
-        )
-    if config.prefill_chunk < 0:
-        raise ValueError(f"prefill_chunk should be at least 0, got {config.prefill_chunk}")
-    if not (config.model / "config.json").exists():
-        raise ValueError(f"{config.model} holds no model: expected a folder with config.json")
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    check_numbers(config, LIMITS)
+    if config.top_p == 0:
+        raise ValueError("expected top_p in (0, 1], got 0")
+    prompt = _prompt(config.prompt)
 
     import torch
     import transformers
 
-    import nsa.models  # noqa: F401  (makes the Auto classes know NSA)
-    from nsa.training.tokenizer import load_tokenizer
+    from nsa.training.loading import load_model
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer = load_tokenizer(str(config.model))
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(config.model, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no model could be loaded from {config.model}: {str(error).splitlines()[0]}") from error
     cuda = torch.cuda.is_available() and config.device != "cpu"
+    if config.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+    model, tokenizer = load_model(config.model, trust_remote_code=config.trust_remote_code)
     model.to("cuda" if cuda else "cpu").eval()
 
-    ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.bos_token_id]
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids and tokenizer.bos_token_id is None:
+        raise ValueError("the prompt is empty, and the tokenizer has no token to begin with")
+    ids = ids or [tokenizer.bos_token_id]
+    known = model.get_input_embeddings().num_embeddings
+    if max(ids) >= known:
+        raise ValueError(
+            f"the tokenizer in {config.model} is not the model's: it gives the token {max(ids)} of only {known}"
+        )
     streamer = None
     if config.num_beams == 1:
         streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -111,3 +116,13 @@ def generate(config: GenerateConfig) -> str:
     path = getattr(model, "decode_path", "transformers' own decoding")
     print(f"{len(ids)} tokens read, {made} made in {seconds:.2f} s; {path}", file=sys.stderr)
     return text
+
+
+def _prompt(given: str) -> str:
+    """The prompt, from standard input for a dash; ValueError in one line where its bytes are no UTF-8."""
+    try:
+        prompt = sys.stdin.read() if given == "-" else given
+        prompt.encode()  # what the shell passed on of other bytes
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompt is not UTF-8 text ({error.reason})") from error
+    return prompt

@@ -1,17 +1,25 @@
 """`nsa info`: what a model takes and reads at a context and a batch, beside its dense twin, planned, not run."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from nsa.training.limits import check_numbers
+
 if TYPE_CHECKING:
     from nsa.models import NSALlamaConfig
     from nsa.models.plan import Plan
 
 GIB = 2**30
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +67,9 @@ def info(config: InfoConfig) -> dict[str, Any]:
     Raises:
         ValueError: no such model or GPU, or counts that are not positive, in one line.
     """
-    if min(config.context, config.batch) < 1 or config.prefill_chunk < 0:
-        raise ValueError(
-            "--context and --batch should be at least 1 and --prefill-chunk at least 0, got "
-            f"{config.context}, {config.batch} and {config.prefill_chunk}"
-        )
-    if config.bandwidth is not None and config.bandwidth <= 0:
-        raise ValueError(f"--bandwidth should be positive, got {config.bandwidth}")
+    check_numbers(config, {"context": (1, math.inf), "batch": (1, math.inf)})
+    if config.bandwidth == 0:
+        raise ValueError("bandwidth should be positive, got 0")
 
     import torch
 
@@ -105,30 +109,32 @@ def _configuration(name: str) -> tuple["NSALlamaConfig", str]:
     """The model's, and the dtype of its weights."""
     from nsa.models import NSALlamaConfig
     from nsa.training.presets import PRESETS
+    from nsa.training.sizes import model_config
 
     if name in PRESETS:
-        sizes = PRESETS[name]()
-        config = NSALlamaConfig(
-            nsa=sizes.nsa.to_dict(),
-            vocab_size=sizes.vocab_size,
-            hidden_size=sizes.hidden_size,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_heads,
-            num_key_value_heads=sizes.num_kv_heads,
-            intermediate_size=sizes.intermediate_size,
-        )
-        return config, "bfloat16"
+        return model_config(PRESETS[name]()), "bfloat16"
     path = Path(name) / "config.json"
     if not path.exists():
         raise ValueError(
             f"{name} holds no model: expected a folder with config.json, or a preset of {', '.join(PRESETS)}"
         )
-    values = json.loads(path.read_text())
-    kind = values.pop("model_type", None)
-    if kind not in ("llama", NSALlamaConfig.model_type):
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind = values.pop("model_type", None)
+        stored = str(values.get("dtype") or values.get("torch_dtype") or "float32")
+        is_known = kind in ("llama", NSALlamaConfig.model_type)
+        config = NSALlamaConfig(**values) if is_known else None
+    except Exception as error:  # transformers' checks of its fields raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()
+        raise ValueError(f"{path} is no model's configuration: {' '.join(reason[:2])}") from error
+    if config is None:
         raise ValueError(f"{path}: expected a model of type llama or {NSALlamaConfig.model_type}, got {kind!r}")
-    stored = values.get("dtype") or values.get("torch_dtype") or "float32"
-    return NSALlamaConfig(**values), str(stored)
+    for size in SIZES:
+        if getattr(config, size) < 1:
+            raise ValueError(f"{path}: {size} should be at least 1, got {getattr(config, size)}")
+    if stored not in DTYPES:
+        raise ValueError(f"{path}: expected a dtype of {', '.join(DTYPES)}, got {stored!r}")
+    return config, stored
 
 
 def _show(config: InfoConfig, found: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def demo() -> TrainConfig:
         beta2=0.99,
         eval_every=545,
         eval_tokens=8192,
-        save_every=0,
+        save_every=200,
         log_every=20,
     )
 

@@ -3,13 +3,20 @@
 Both are byte-level, so that any text at all survives encoding and decoding.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
+import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nsa.training.cache import Cache
+
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+BYTES_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -20,9 +27,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with `vocab_size` tokens, the special ones included, trained on `texts`."""
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise ValueError(f"a BPE needs a vocab_size of at least {smallest}, got {vocab_size}")
+    if vocab_size < BYTES_VOCABULARY:
+        raise ValueError(f"a BPE needs a vocab_size of at least {BYTES_VOCABULARY}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -34,16 +40,46 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return _wrap(tokenizer)
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; ValueError with one line if there is none."""
+def cached_bpe(texts: Sequence[str], vocab_size: int, key: str, cache: Cache) -> PreTrainedTokenizerFast:
+    """`train_bpe`, or what it gave for the same `key` before: a fingerprint of the texts."""
+
+    def write(folder: Path) -> None:
+        trained = train_bpe(texts, vocab_size).backend_tokenizer.to_str()
+        (folder / "tokenizer.json").write_text(trained, encoding="utf-8")
+
+    def read(folder: Path) -> PreTrainedTokenizerFast:
+        return _wrap(Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+    return cache.get(f"bpe-{key}-{vocab_size}-{tokenizers.__version__}", write, read)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same for tokenizers that give the same ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = type(tokenizer).__name__
+    text = backend.to_str() if backend is not None else json.dumps([kind, sorted(tokenizer.get_vocab().items())])
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; ValueError with one line if there is none, whatever a damaged file makes of it."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {folder}") from error
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"no tokenizer could be loaded from {folder} ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library as part of a line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return len(tokenizer) == 256 + len(SPECIAL_TOKENS)
+    """Whether the id of every byte is its value: a BPE may have as many tokens, in another order."""
+    return len(tokenizer) == BYTES_VOCABULARY and (
+        tokenizer.convert_tokens_to_ids(_letters_of_bytes()) == list(range(256))
+    )
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Sequence[int]]:

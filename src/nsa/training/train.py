@@ -4,33 +4,31 @@ What is here is what the Trainer does not do by itself: batches in the order of 
 appear whole or not at all, metrics in files, and one clear line for what a user can repair.
 """
 
-import json
 import logging
+import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
-from nsa.modules.attention import NativeSparseAttention
-from nsa.training.config import CONFIG_FILE, TrainConfig, differences
-from nsa.training.corpus import Corpus, read_corpus
-from nsa.training.data import (
-    FixedBatches,
-    TrainingBatches,
-    read_documents,
-    retrieval_batches,
-    text_batches,
-)
-from nsa.training.folder import is_trained, last_checkpoint
+from nsa.training.cache import Cache
+from nsa.training.clock import Clock
+from nsa.training.config import TrainConfig, differences
+from nsa.training.corpus import read_corpus
+from nsa.training.data import TrainingBatches
+from nsa.training.flops import flops_per_token, mean_keys, peak_of
+from nsa.training.folder import check_checkpoint, check_free, is_trained, last_checkpoint, step_of
+from nsa.training.lock import claimed
 from nsa.training.metrics import MetricsFiles, Progress
-from nsa.training.tokenizer import byte_tokenizer, encoder, load_tokenizer, train_bpe
+from nsa.training.prepare import check_same_data, make_data, make_model, make_tokenizer
+from nsa.training.stopping import StopOnCtrlC
 from nsa.training.trainer import WholeCheckpointTrainer
-
-RETRIEVAL_ROWS = 32
 
 
 def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> NSALlamaForCausalLM:
@@ -39,130 +37,93 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> NSA
     `callbacks` are transformers' own, beside those for metrics and progress.
 
     Raises:
-        ValueError: a configuration, data or checkpoint that does not fit, in one line.
-        OSError: a checkpoint that could not be written, in one line; the last one is whole.
+        ValueError: a configuration, data or checkpoint that does not fit, or a loss that is no number any more, in
+            one line.
+        OSError: a checkpoint, or tokenized data, that could not be written, in one line; the last checkpoint is whole.
         KeyboardInterrupt: stopped by the user; its text names the checkpoint to continue from.
     """
     config.validate()
-    checkpoint = _prepare_folder(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("nsa train runs in one process on one device; start it without torchrun or accelerate launch")
+    with claimed(config.out):
+        return _train(config, callbacks)
+
+
+def _train(config: TrainConfig, callbacks: Sequence[TrainerCallback]) -> NSALlamaForCausalLM:
+    checkpoint = _checkpoint(config)
+    arguments = _arguments(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
-    corpus = read_corpus(config.data, config.max_bytes)
-    tokenizer = make_tokenizer(config, corpus)
-    train_set, eval_sets = make_data(config, corpus, tokenizer)
+    cache = Cache(config.cache_dir, _say)
+    corpus = read_corpus(config.data, config.max_bytes, config.text_field)
+    for remark in corpus.remarks:
+        _say(remark)
+    tokenizer = make_tokenizer(config, corpus, cache)
+    train_set, eval_sets = make_data(config, corpus, tokenizer, cache)
+    check_same_data(config.out, corpus, tokenizer, resume=checkpoint is not None)
+    del corpus  # its texts, which may be gigabytes
     model = make_model(config, tokenizer)
-    config.out.mkdir(parents=True, exist_ok=True)
-    config.save(config.out)
+    if checkpoint is None:
+        config.save(config.out)
 
-    metrics = MetricsFiles(config.out)
+    on_gpu = not arguments.use_cpu
+    peak = peak_of(torch.cuda.get_device_name()) if on_gpu and config.dtype == "bfloat16" else None
+    clock = Clock(peak)
+    metrics, stop, progress = MetricsFiles(config.out, clock), StopOnCtrlC(quiet=config.quiet), Progress()
     trainer = WholeCheckpointTrainer(
+        clock=clock,
+        flops_of_token=_flops_of_token(model.config, train_set, config.accumulation) if peak else None,
+        workers=config.workers if on_gpu else 0,
         model=model,
-        args=_arguments(config),
+        args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_sets,
         processing_class=tokenizer,
-        callbacks=[metrics, *([] if config.quiet else [Progress()]), *callbacks],
+        callbacks=[metrics, stop, *([] if config.quiet else [progress]), *callbacks],
     )
     if checkpoint is not None:
-        metrics.forget_after(_step_of(checkpoint))
+        metrics.forget_after(step_of(checkpoint))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < config.total_steps:
+            raise KeyboardInterrupt
         trainer.save_final(config.out)
     except KeyboardInterrupt:
         last = last_checkpoint(config.out)
         hope = f"continue from {last} with --resume" if last else "no checkpoint was written yet"
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; {hope}") from None
+    finally:
+        progress.close()
     return model
 
 
-def make_tokenizer(config: TrainConfig, corpus: Corpus) -> PreTrainedTokenizerBase:
-    if config.tokenizer == "bytes":
-        return byte_tokenizer()
-    if config.tokenizer == "bpe":
-        if not corpus.train:
-            raise ValueError("a bpe tokenizer is trained on text; for a token file name the folder of its tokenizer")
-        return train_bpe((document.text for document in corpus.train), config.vocab_size)
-    return load_tokenizer(config.tokenizer)
-
-
-def make_data(
-    config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TrainingBatches, dict[str, FixedBatches]]:
-    """Training batches, and evaluation's: held-out text, and retrieval with held-out names in held-out text."""
-    encode = encoder(tokenizer)
-    documents, held_out = read_documents(corpus, encode)
-    for kind in (documents, held_out):
-        top = int(kind.tokens[: 1 << 20].max(initial=0))
-        if top >= len(tokenizer):
-            raise ValueError(
-                f"the data holds the token {top}, but the tokenizer has {len(tokenizer)}; name its own with --tokenizer"
-            )
-    filler = "\n".join(document.text for document in corpus.train) or tokenizer.decode(documents.tokens[:1_000_000])
-    train_set = TrainingBatches(
-        documents,
-        config.stages,
-        config.batch_tokens,
-        encode=encode,
-        filler=filler,
-        seed=config.seed,
-        layout=config.layout,
-        batches_per_step=config.accumulation,
-        answer_weight=config.answer_weight,
-    )
-    held_out_filler = "\n".join(document.text for document in corpus.validation) or tokenizer.decode(
-        held_out.tokens[:1_000_000]
-    )
-    eval_sets = {"text": text_batches(held_out, config.context, config.batch_tokens, config.eval_tokens)}
-    if any(stage.retrieval for stage in config.stages):
-        eval_sets["retrieval"] = retrieval_batches(
-            encode, held_out_filler, config.context, config.batch_tokens, RETRIEVAL_ROWS, config.seed
-        )
-    return train_set, eval_sets
-
-
-def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALlamaForCausalLM:
-    """The model, its weights drawn from the seed."""
-    torch.manual_seed(config.seed)
-    model = NSALlamaForCausalLM(
-        NSALlamaConfig(
-            attention=config.attention,
-            nsa=config.nsa.to_dict(),
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.context,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            initializer_range=config.initializer_range,
-            tie_word_embeddings=config.tie_embeddings,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    for module in model.modules():
-        if isinstance(module, NativeSparseAttention):
-            with torch.no_grad():
-                module.g_proj.bias[0::3] = config.compressed_gate_bias  # per head: compressed, selected, window
-    return model
-
-
-def _prepare_folder(config: TrainConfig) -> Path | None:
+def _checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint to continue from, None for a new run; ValueError if the folder does not fit the request."""
-    last = last_checkpoint(config.out)
     if not config.resume:
-        if last is not None or is_trained(config.out):
-            raise ValueError(f"{config.out} holds a run already; continue it with --resume or choose another --out")
+        check_free(config.out)
         return None
+    last = last_checkpoint(config.out)
     if last is None:
         raise ValueError(f"--resume: there is no checkpoint in {config.out}")
-    saved = json.loads((config.out / CONFIG_FILE).read_text())
+    saved = TrainConfig.load(config.out).to_dict()
     if changed := differences(saved, config):
         raise ValueError(f"--resume: the checkpoint in {config.out} has another configuration ({'; '.join(changed)})")
+    if is_trained(config.out):
+        raise ValueError(f"--resume: the run in {config.out} has come to its end; nothing is left to do")
+    check_checkpoint(last)
     return last
+
+
+def _flops_of_token(model: NSALlamaConfig, train_set: TrainingBatches, batches_per_step: int) -> Callable[[int], float]:
+    """Number of a step -> floating-point operations for each of its tokens, on average over its stage."""
+
+    @lru_cache
+    def of_stage(which: int) -> float:
+        return flops_per_token(model, train_set.mean_over_tokens(which, mean_keys(model)))
+
+    return lambda step: of_stage(train_set.stage_of(step * batches_per_step))
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
@@ -171,7 +132,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     if config.device == "cuda" and on_cpu:
         raise ValueError("--device cuda: torch sees no CUDA device here")
     _quiet_libraries()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.out),
         max_steps=steps,
         per_device_train_batch_size=1,  # an item of the dataset is a whole batch
@@ -204,11 +165,15 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         save_total_limit=config.keep_checkpoints,
         logging_steps=config.log_every,
         logging_first_step=True,
-        report_to=["tensorboard"] if config.tensorboard else [],
+        logging_nan_inf_filter=False,  # it would show NaN as 0.0, and ask the device in every step
+        report_to=list(config.report_to),
         disable_tqdm=True,  # nsa.training.metrics.Progress shows one bar instead
-        dataloader_num_workers=0,
+        dataloader_num_workers=0,  # evaluation's; those of training are the Trainer's own
         dataloader_pin_memory=not on_cpu,
+        accelerator_config={"non_blocking": not on_cpu},
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several would cut a packed row into pieces
+    return arguments
 
 
 def _quiet_libraries() -> None:
@@ -217,7 +182,8 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|accelerate|transformers)\.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # workers are forked after it, which it warns of otherwise
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _say(line: str) -> None:
+    print(f"nsa train: {line}", file=sys.stderr, flush=True)

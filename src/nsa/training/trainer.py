@@ -1,30 +1,79 @@
-"""transformers' Trainer, with checkpoints that appear whole or not at all."""
+"""transformers' Trainer, with checkpoints that appear whole or not at all and hold nothing but numbers."""
 
 import os
 import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
+from nsa.training.clock import Clock
 from nsa.training.data import IGNORED, unwrap
-from nsa.training.folder import checkpoints, last_checkpoint
+from nsa.training.folder import MODEL_FILE, checkpoints, last_checkpoint
+from nsa.training.stopping import all_finite, non_finite
+from nsa.training.tokenizer import first_line
 
 PARTIAL = ".partial"  # what is being written, inside the run's folder
+PREFETCHED = 4  # batches that each worker makes ahead
 
 
 class WholeCheckpointTrainer(Trainer):
     """A checkpoint is written beside its place and moved there when every file is complete.
 
-    An interruption, a full disk or a loss of power leaves the checkpoints before it as they were.
+    An interruption, a full disk or a loss of power leaves the checkpoints before it as they were, and so does a model
+    that has become NaN: it is not saved, and training stops.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Clock | None = None,
+        flops_of_token: Callable[[int], float] | None = None,
+        workers: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            clock: is told of every step.
+            flops_of_token: number of the optimizer's step, from 0 -> floating-point operations for a token of it.
+            workers: processes that make training batches ahead.
+            kwargs: Trainer's.
+        """
         super().__init__(data_collator=unwrap, **kwargs)
         self.remove_callback(PrinterCallback)
+        self.clock, self.workers = clock or Clock(), workers
+        self._flops_of_token = flops_of_token or (lambda step: 0.0)
         self._parent: Path | None = None
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the order of their numbers, on a GPU made ahead by workers, into pinned memory."""
+        loader: DataLoader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            collate_fn=unwrap,
+            num_workers=self.workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=PREFETCHED if self.workers else None,
+            worker_init_fn=leave_ctrl_c_to_the_run,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        with self.clock.waiting():
+            samples, count = super().get_batch_samples(*args)
+        tokens = sum(item["input_ids"].numel() for item in samples)
+        self.clock.count(tokens, tokens * self._flops_of_token(self.state.global_step))
+        return samples, count
+
+    # Losses
 
     def compute_loss(
         self,
@@ -42,27 +91,87 @@ class WholeCheckpointTrainer(Trainer):
         loss = weighted_loss(outputs.logits, labels, weights, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # nsa.training.flops counts; this one looks at every parameter in every step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.clock.lap() | {"tokens": self.clock.tokens}
+        if (what := non_finite(logs)) is not None:
+            raise ValueError(self._diverged(what))
+        super().log(logs, start_time)
+
+    def _diverged(self, what: str) -> str:
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
+        return f"{what} at step {self.state.global_step}: training has diverged and was stopped; {kept}"
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.paused():
+            return super()._evaluate(*args, **kwargs)
+
+    # Checkpoints
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._parent) if self._parent else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self.args.output_dir)
-        with _Partial(run) as self._parent:
-            try:
-                super()._save_checkpoint(model, trial)
-                name = f"checkpoint-{self.state.global_step}"
-                _replace(self._parent / name, run / name)
-            finally:
-                self._parent = None
-        for old in checkpoints(run)[: -(self.args.save_total_limit or 10**9)]:
-            shutil.rmtree(old, ignore_errors=True)
+        with self.clock.paused():
+            self._require_numbers()
+            with _Partial(run) as self._parent:
+                try:
+                    super()._save_checkpoint(model, trial)
+                    name = f"checkpoint-{self.state.global_step}"
+                    _replace(self._parent / name, run / name)
+                finally:
+                    self._parent = None
+            for old in checkpoints(run)[: -(self.args.save_total_limit or 10**9)]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def save_final(self, run: Path) -> None:
         """The model and its tokenizer in the run's own folder, for from_pretrained."""
+        self._require_numbers()
         with _Partial(run) as part:
             self.save_model(str(part / "model"))
-            for file in sorted((part / "model").iterdir()):
-                os.replace(file, run / file.name)
+            for file in sorted((part / "model").iterdir(), key=lambda file: file.name == MODEL_FILE):
+                os.replace(file, run / file.name)  # the weights last: with them the run counts as finished
+
+    def _require_numbers(self) -> None:
+        """ValueError if what is about to be saved is NaN or infinite: losses, weights, or the optimizer's state."""
+        assert self.model is not None
+        states = () if self.optimizer is None else self.optimizer.state.values()
+        moments = (value for state in states for value in state.values() if isinstance(value, Tensor))
+        for name, tensors in (
+            ("the loss", [self._tr_loss]),
+            ("a weight", self.model.parameters()),
+            ("the optimizer's state", moments),
+        ):
+            if not all_finite(tensors):
+                raise ValueError(self._diverged(f"{name} is NaN or infinite"))
+
+    # Continuing
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer warns of weights that a checkpoint lacks, and goes on with random ones."""
+        assert self.model is not None
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        missing = sorted(set(load_result.missing_keys) - tied)
+        if missing or load_result.unexpected_keys:
+            raise ValueError(f"its weights are not this model's: {[*missing, *load_result.unexpected_keys][:3]}")
+        self.model.tie_weights()
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor | int | None = None) -> Tensor:
@@ -70,6 +179,13 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor
     losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
     return (losses * weights).sum() / (count if count is not None else (labels[:, 1:] != IGNORED).sum())
+
+
+def leave_ctrl_c_to_the_run(worker: int) -> None:
+    """A terminal sends it to every process; a worker that it ends takes the run with it. And threads stay behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class _Partial:
@@ -86,10 +202,22 @@ class _Partial:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, Exception) and not isinstance(error, (AssertionError, TypeError)):
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             last = last_checkpoint(self.folder.parent)
             kept = f"{last} is whole" if last else "there is none before it"
-            raise OSError(f"the checkpoint could not be written to {self.folder.parent} ({reason}); {kept}") from error
+            raise OSError(
+                f"the checkpoint could not be written to {self.folder.parent} ({first_line(error)}); {kept}"
+            ) from error
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a damaged file makes its reader raise becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"--resume: {checkpoint} cannot be read ({first_line(error)}); remove it to continue from one before it"
+        ) from error
 
 
 def _replace(source: Path, target: Path) -> None:
