@@ -47,9 +47,8 @@ class GenerationPolicy(GenerationMixin):
         * A filled cache is gone on from: give whole sequences, as transformers wants them, or the new tokens with an
           attention_mask of all columns. A mask may not hide what is cached.
         * `prefill_chunk_size` bounds the memory of a long prompt, of embeddings and after a filled cache too.
-        * Right-padded prompts (of a later turn: its new columns) become left-padded ones first, so that each row
-          continues after its own last token. The sequences returned have their padding there, and so must the mask of
-          the next turn.
+        * Rows that end in padding get it in front first (in a later turn: in front of its new columns), so that each
+          continues after its own last token. The sequences returned have it there, and so must the next turn's mask.
         * Continuous batching is refused but for the dense twin: transformers' pages know nothing of NSA or a window.
         """
         self._cuda_graphs_asked, self._moved_mask = cuda_graphs, None
@@ -284,7 +283,7 @@ def _check_moved(cache: Any, mask: Tensor) -> None:
 
 
 def left_padded(input_ids: Tensor, model_kwargs: dict[str, Any], past: int) -> tuple[Tensor, dict[str, Any]]:
-    """Prompts whose padding among the columns from `past` on has gone to the front of them; those before stay.
+    """Prompts that end in tokens: of other rows, padding among the columns from `past` on goes to the front of these.
 
     Args:
         input_ids: [rows, all columns or those from past on], or fewer beside inputs_embeds.
@@ -292,10 +291,11 @@ def left_padded(input_ids: Tensor, model_kwargs: dict[str, Any], past: int) -> t
     """
     mask = model_kwargs["attention_mask"]
     new = mask.shape[1] - past
-    is_token = (mask[:, past:] != 0).to(torch.int8)
-    if not (is_token.diff(dim=1) < 0).any():
+    is_token = mask[:, past:] != 0
+    stays = is_token[:, -1:]
+    if stays.all():
         return input_ids, model_kwargs
-    order = is_token.argsort(dim=1, stable=True)
+    order = (is_token | stays).to(torch.int8).argsort(dim=1, stable=True)
 
     def moved(x: Tensor) -> Tensor:
         x = x.expand(len(order), *x.shape[1:])

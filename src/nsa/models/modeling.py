@@ -198,8 +198,9 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         self.config.refuse_attentions(kwargs.get("output_attentions") or self.config.output_attentions)
-        if isinstance(past_key_values, NSALlamaCache) and attention_mask is not None:
-            past_key_values.check_mask(attention_mask, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if isinstance(past_key_values, NSALlamaCache) and attention_mask is not None and given is not None:
+            past_key_values.check_mask(attention_mask, given.shape[1])
         if self.config.attention == "nsa" and past_key_values is None:
             # A cache that nobody will read costs memory in training; it is made where generation can use it.
             use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
@@ -210,7 +211,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
                 assert position_ids is not None
                 kwargs["cu_seq_lens_q"] = packed_boundaries(position_ids)
         if isinstance(past_key_values, NSALlamaCache) and not torch.is_grad_enabled():
-            fixed, given = past_key_values.fixed, input_ids if inputs_embeds is None else inputs_embeds
+            fixed = past_key_values.fixed
             if fixed and given is not None and fixed[0].can_step(given.shape[1]):
                 embeds = self.embed_tokens(given) if inputs_embeds is None else given
                 return self._forward_step(embeds, attention_mask, past_key_values, use_cache=use_cache, **kwargs)
@@ -290,6 +291,8 @@ class NSALlamaForCausalLM(GenerationPolicy, NSALlamaPreTrainedModel, LlamaForCau
         self.vocab_size = config.vocab_size
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if config.attention == "nsa":
+            self._tp_plan: dict[str, str] = {}  # Llama's class has one of the head
 
     def forward(
         self,
