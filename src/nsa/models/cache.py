@@ -117,6 +117,33 @@ class NSALlamaCache(Cache):
                 layer.num_columns = number
             raise
 
+    def check_mask(self, attention_mask: Tensor, t: int) -> None:
+        """ValueError where the mask says otherwise of cached columns than the cache, which cannot hide a token again.
+
+        Args:
+            attention_mask: of the t new columns; or of all, [rows, cached + t], which must show as many of a row's
+                cached columns as the cache has tokens of it. Of a decoding step on a GPU the latter is not asked:
+                the answer would wait for the device.
+            t: new columns.
+        """
+        past = self.get_seq_length()
+        if attention_mask.dim() != 2 or attention_mask.shape[1] <= t or not past:
+            return
+        if attention_mask.shape[1] != past + t:
+            raise ValueError(
+                f"attention_mask should have t={t} columns, or {past + t} with the cached ones; "
+                f"got {list(attention_mask.shape)}"
+            )
+        if attention_mask.is_cuda and self.fixed and self.fixed[0].can_step(t):
+            return
+        shown, held = (attention_mask[:, :past] != 0).sum(1).tolist(), self.caches[0].lengths
+        if len(shown) == len(held) and shown != held:
+            row = next(row for row, pair in enumerate(zip(shown, held, strict=True)) if pair[0] != pair[1])
+            raise ValueError(
+                f"attention_mask shows {shown[row]} of row {row}'s cached tokens, the cache holds {held[row]}; "
+                "what is cached cannot be hidden"
+            )
+
     def make_room(self, t: int, counts: Tensor | None = None) -> None:
         """`FixedNSACache.make_room` of every layer. All have the same room: the first refuses, or none."""
         for cache, layer in zip(self.fixed, self.layers, strict=True):

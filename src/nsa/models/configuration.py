@@ -1,5 +1,6 @@
 """Llama's configuration, plus which attention it has and NSA's sizes."""
 
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +9,10 @@ from transformers import LlamaConfig
 from nsa.config import NSAConfig
 
 ATTENTIONS = ("nsa", "dense", "window")
+# What other families change attention with. A configuration takes any key, and this model would ignore these.
+FOREIGN = re.compile(
+    "sliding|dropout|pdrop|qk_|qkv|softcap|attention|attn|rope|rotary|alibi|sink|multiplier|layer_types"
+)
 
 
 @strict
@@ -19,6 +24,11 @@ class NSALlamaConfig(LlamaConfig):
             `nsa["window_size"]` keys only.
         nsa: fields of `nsa.NSAConfig`; those left out have its defaults, unknown ones are an error.
         Everything else is LlamaConfig's.
+
+    Raises:
+        ValueError: an unknown attention or field of nsa; an option that the model would ignore: another family's way
+            to change attention (sliding_window, use_qk_norm), attention_dropout with "nsa", output_attentions where
+            attention has no weights to return ("nsa", "window").
     """
 
     model_type = "nsa_llama"
@@ -31,7 +41,36 @@ class NSALlamaConfig(LlamaConfig):
             raise ValueError(f"NSALlamaConfig: attention should be one of {ATTENTIONS}, got {self.attention!r}")
         self.nsa = NSAConfig.from_dict(self.nsa or {}).to_dict()
         super().__post_init__(**kwargs)
+        if self.attention == "nsa":
+            self.base_model_tp_plan = None  # Llama's does not know of NSA's projections
+        self.refuse_ignored()
 
     @property
     def nsa_config(self) -> NSAConfig:
         return NSAConfig.from_dict(self.nsa or {})
+
+    def refuse_ignored(self) -> None:
+        """ValueError where an option is set that the model would ignore; its constructor asks again."""
+        known = type(self).__dataclass_fields__
+        foreign = [
+            key
+            for key, value in vars(self).items()
+            if value and not key.startswith("_") and key not in known and FOREIGN.search(key)
+        ]
+        if foreign:
+            options = ", ".join(f"{key}={getattr(self, key)!r}" for key in foreign)
+            raise ValueError(f"NSALlamaConfig: this model would ignore {options}; expected no such option")
+        if self.attention == "nsa" and self.attention_dropout:
+            raise ValueError(
+                f"NSALlamaConfig: attention='nsa' has no dropout; expected attention_dropout=0, "
+                f"got {self.attention_dropout}"
+            )
+        self.refuse_attentions(self.output_attentions)
+
+    def refuse_attentions(self, asked: bool | None) -> None:
+        """ValueError where attention weights are asked for that are never computed."""
+        if asked and self.attention != "dense":
+            raise ValueError(
+                f"output_attentions=True: attention={self.attention!r} has no attention weights to return; "
+                "expected False"
+            )

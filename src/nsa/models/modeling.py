@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
+    prepare_padding_mask,
     sdpa_mask,
     sliding_window_overlay,
 )
@@ -38,10 +39,20 @@ from nsa.modules.token_layout import TokenLayout
 
 
 def window_mask(*args: Any, config: NSALlamaConfig, mask_function: Any = causal_mask_function, **kwargs: Any) -> Any:
-    """transformers' own mask, restricted to the last `window_size` keys."""
+    """transformers' own mask, restricted to the last `window_size` tokens; padding between them does not count."""
     window = sliding_window_overlay(config.nsa_config.window_size)
+    padding = prepare_padding_mask(kwargs.get("attention_mask"), kwargs["kv_length"], kwargs.get("kv_offset", 0))
+    if padding is not None:
+        window = _window_of_tokens(padding.cumsum(-1), config.nsa_config.window_size)
     kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(*args, mask_function=and_masks(mask_function, window), config=config, **kwargs)
+
+
+def _window_of_tokens(count: Tensor, size: int) -> Any:
+    def inner(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return count[row, query] - count[row, key] < size
+
+    return inner
 
 
 # NSA's module never calls the attention function registered beside it; no mask is made for it.
@@ -102,10 +113,21 @@ OLD_NAMES = {
 }
 
 
+class DenseTwinOnly:
+    """A flag of a model class: true of the dense twin, whose attention transformers may replace, and of no other."""
+
+    def __get__(self, model: Any, owner: type) -> bool:
+        return model is not None and model.config.attention == "dense"
+
+
 class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
     config: NSALlamaConfig
     config_class = NSALlamaConfig
     _can_compile_fullgraph = False
+    _supports_attention_backend = DenseTwinOnly()
+    _supports_flash_attn = DenseTwinOnly()
+    _supports_flex_attn = DenseTwinOnly()
+    _supports_sdpa = DenseTwinOnly()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -118,9 +140,23 @@ class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The configuration's `attention` decides; for the dense twin transformers may choose its kernel."""
-        if self.config.attention == "dense":
+        attention, own = self.config.attention, {"nsa": "nsa", "window": "nsa_window"}
+        if attention == "dense" and attn_implementation not in own.values():
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-        return {"nsa": "nsa", "window": "nsa_window"}[self.config.attention]
+        if attn_implementation not in (None, own.get(attention)):
+            raise ValueError(
+                f"attention={attention!r} has its own implementation: expected attn_implementation=None, "
+                f"got {attn_implementation!r}"
+            )
+        return own[attention]
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, device_mesh: Any) -> Any:
+        """transformers', where there is a plan."""
+        tp_plan = getattr(distributed_config, "tp_plan", None)
+        if tp_plan is not None and model.config.attention == "nsa":
+            raise ValueError(f"tp_plan={tp_plan!r}: attention='nsa' has no tensor-parallel plan yet; expected None")
+        return super().maybe_distribute_model(model, distributed_config, device_mesh)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Llama's, and: phi starts as the block mean, gates at 1/2."""
@@ -135,6 +171,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
     """The decoder without a head."""
 
     def __init__(self, config: NSALlamaConfig) -> None:
+        config.refuse_ignored()
         super().__init__(config)
         self.nsa_config = config.nsa_config
         for layer_idx, layer in enumerate(self.layers):
@@ -156,6 +193,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        self.config.refuse_attentions(kwargs.get("output_attentions") or self.config.output_attentions)
         if self.config.attention != "nsa":
             return super().forward(
                 input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -173,6 +211,8 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         elif kwargs.pop("cu_seq_lens_q", None) is not None:
             raise ValueError("NSALlamaModel: cu_seq_lens_q (packed sequences) does not go with past_key_values")
         else:
+            if attention_mask is not None:
+                past_key_values.check_mask(attention_mask, embeds.shape[1])
             check_positions(position_ids, past_key_values, attention_mask, embeds.shape[1])
 
         if past_key_values is None:
@@ -256,14 +296,21 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             embeds = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
         cache.make_room(t, counts)
         step = self._step(embeds, cache, counts)
+        return_dict = kwargs.pop("return_dict", None)
         out = super().forward(
             inputs_embeds=embeds, position_ids=torch.zeros_like(embeds[:1, :, 0], dtype=torch.long),
-            past_key_values=cache, decode_step=step, **kwargs,
+            past_key_values=cache, decode_step=step, return_dict=True, **kwargs,
         )  # fmt: skip
         if order is not None:
-            hidden = out.last_hidden_state
-            out.last_hidden_state = torch.empty_like(hidden).scatter(1, order.unsqueeze(-1).expand_as(hidden), hidden)
-        return out
+            out.last_hidden_state = _unsorted(out.last_hidden_state, order)
+            if out.hidden_states is not None:
+                out.hidden_states = tuple(_unsorted(hidden, order) for hidden in out.hidden_states)
+        return out if return_dict or (return_dict is None and self.config.return_dict) else out.to_tuple()
+
+
+def _unsorted(hidden: Tensor, order: Tensor) -> Tensor:
+    """Columns back where they were before `order` sorted them."""
+    return torch.empty_like(hidden).scatter(1, order.unsqueeze(-1).expand_as(hidden), hidden)
 
 
 class NSALlamaForCausalLM(GenerationPolicy, NSALlamaPreTrainedModel, LlamaForCausalLM):
@@ -275,6 +322,8 @@ class NSALlamaForCausalLM(GenerationPolicy, NSALlamaPreTrainedModel, LlamaForCau
         self.vocab_size = config.vocab_size
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if config.attention == "nsa":
+            self._tp_plan: dict[str, str] = {}  # Llama's class has one of the head
 
     def forward(
         self,
@@ -290,7 +339,10 @@ class NSALlamaForCausalLM(GenerationPolicy, NSALlamaPreTrainedModel, LlamaForCau
     ) -> CausalLMOutputWithPast:
         if isinstance(past_key_values, NSALlamaCache) and past_key_values.cuda_graphs:
             is_step = input_ids is not None and input_ids.shape[1] == 1 and bool(past_key_values.fixed)
-            if is_step and labels is None and not torch.is_grad_enabled():
+            # What asks for more than logits goes through the modules.
+            more = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
+            more = more or self.config.output_hidden_states or not kwargs.get("return_dict", self.config.return_dict)
+            if is_step and labels is None and not more and not torch.is_grad_enabled():
                 assert input_ids is not None
                 logits = self._decoder(past_key_values, input_ids, attention_mask)(input_ids, attention_mask)
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

@@ -44,7 +44,8 @@ class SideBySide:
         if [x.data_ptr() for x in weights[1:]] == ends[:-1]:  # side by side already
             whole = weights[0].as_strided((sum(sizes), weights[0].shape[1]), weights[0].stride())
         else:
-            whole = torch.cat(weights)
+            with torch.inference_mode(False):  # the weights stay trainable ones
+                whole = torch.cat(weights)
             for one, part in zip(maps, whole.split(sizes), strict=True):
                 one.weight.data = part
         biases = [
