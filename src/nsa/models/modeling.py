@@ -15,12 +15,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    and_masks,
-    causal_mask_function,
-    sdpa_mask,
-    sliding_window_overlay,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
@@ -31,6 +25,7 @@ from nsa.models.generation import GenerationPolicy
 from nsa.models.loss import lm_loss, lm_loss_of_logits, takes_hidden_states
 from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
 from nsa.models.step import StepDecoder
+from nsa.models.twins import dense_attention, dense_mask, packed_positions, packing, window_attention, window_mask
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
 from nsa.modules.decode_step import DecodeStep, step_padding
@@ -38,18 +33,12 @@ from nsa.modules.projections import StartingLinear
 from nsa.modules.rotary import RotaryFactors
 from nsa.modules.token_layout import TokenLayout
 
-
-def window_mask(*args: Any, config: NSALlamaConfig, mask_function: Any = causal_mask_function, **kwargs: Any) -> Any:
-    """transformers' own mask, restricted to the last `window_size` keys."""
-    window = sliding_window_overlay(config.nsa_config.window_size)
-    kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, mask_function=and_masks(mask_function, window), config=config, **kwargs)
-
-
 # NSA's module never calls the attention function registered beside it; no mask is made for it.
 AttentionInterface.register("nsa", sdpa_attention_forward)
+AttentionMaskInterface.register("nsa_dense", dense_mask)
+AttentionInterface.register("nsa_dense", dense_attention)
 AttentionMaskInterface.register("nsa_window", window_mask)
-AttentionInterface.register("nsa_window", sdpa_attention_forward)
+AttentionInterface.register("nsa_window", window_attention)
 
 
 class NSALlamaAttention(NativeSparseAttention):
@@ -119,9 +108,9 @@ class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
         return loaded
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        """The configuration's `attention` decides; for the dense twin transformers may choose its kernel."""
+        """The configuration's `attention` decides; the dense twin takes any of transformers' that is asked for."""
         if self.config.attention == "dense":
-            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+            return super()._check_and_adjust_attn_implementation(attn_implementation or "nsa_dense", *args, **kwargs)
         return {"nsa": "nsa", "window": "nsa_window"}[self.config.attention]
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -157,25 +146,29 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        if self.config.attention != "nsa":
-            return super().forward(
-                input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-            )  # fmt: skip
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("NSALlamaModel: give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        is_nsa, packed = self.config.attention == "nsa", {}
         if past_key_values is None:
             packed, attention_mask, use_cache = self._packing(embeds, attention_mask, position_ids, use_cache, kwargs)
-            past_key_values = NSALlamaCache(self.config) if use_cache else None
-        elif not isinstance(past_key_values, NSALlamaCache):
+            past_key_values = NSALlamaCache(self.config) if use_cache and is_nsa else None
+        elif is_nsa and not isinstance(past_key_values, NSALlamaCache):
             got = type(past_key_values).__name__
             raise ValueError(f"attention='nsa' needs an NSALlamaCache as past_key_values, got {got}")
         elif kwargs.pop("cu_seq_lens_q", None) is not None:
             raise ValueError("NSALlamaModel: cu_seq_lens_q (packed sequences) does not go with past_key_values")
-        else:
+        elif is_nsa:
             check_positions(position_ids, past_key_values, attention_mask, embeds.shape[1])
 
+        if not is_nsa:
+            if packed:
+                kwargs |= packing(*embeds.shape[:2], attention_mask, **packed)
+                position_ids = packed_positions(packed["cu_seqlens"], *embeds.shape[:2]) if position_ids is None else position_ids
+            return super().forward(
+                inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
         if past_key_values is None:
             kwargs["layout"] = TokenLayout.of(
                 embeds, self.rotary_emb, self.nsa_config,
@@ -212,7 +205,8 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             cu_seqlens, max_seqlen = packed_boundaries(position_ids, mask, *embeds.shape[:2])
             mask = mask if cu_seqlens is None else None
         wanted = not self.training and (self.config.use_cache if use_cache is None else use_cache)
-        plain = cu_seqlens is None and (not wanted or follow_each_other(position_ids, mask))
+        counted = not wanted or self.config.attention != "nsa"  # transformers' caches hold any positions
+        plain = cu_seqlens is None and (counted or follow_each_other(position_ids, mask))
         if use_cache and wanted and not plain:
             what = "packed sequences" if cu_seqlens is not None else "position_ids that do not count from 0"
             raise ValueError(f"NSALlamaModel: {what} leave no cache behind; expected use_cache=False")
