@@ -195,7 +195,9 @@ def block_mask(cu_seqlens: Int[Tensor, " documents_plus_1"], t: int, window: int
     last = (first + TILE - 1).clamp(max=t - 1)
     begins, ends = document[first], document[last]
     some = (first[:, None] >= first) & (begins[:, None] <= ends)
-    every = (first[:, None] > first) & (ends[:, None] == begins)
+    every = (
+        (first[:, None] > first) & (ends[:, None] == begins) & (first[:, None] + TILE <= t)
+    )  # a cut tile is not full
     if window is not None:
         some &= first[:, None] - last < window
         every &= last[:, None] - first < window
