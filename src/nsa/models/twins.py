@@ -32,7 +32,7 @@ from nsa.models.configuration import NSALlamaConfig
 
 TILE = 128  # queries and keys of a block of FlexAttention's mask
 # Where the operation wants to be told so; before, it looks at the shapes.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def dense_mask(
@@ -61,7 +61,7 @@ def _is_full(attention_mask: Tensor) -> bool:
 
 
 def packing(
-    cu_seqlens: Int[Tensor, " documents_plus_1"], longest: int | None, shape: tuple[int, int], mask: Tensor | None
+    cu_seqlens: Int[Tensor, " documents_plus_1"], longest: int | None, b: int, t: int, mask: Tensor | None
 ) -> dict[str, Any]:
     """What transformers calls the boundaries of packed rows [b, t], as layers take it.
 
@@ -74,15 +74,15 @@ def packing(
         raise ValueError(
             f"cu_seq_lens_q should be a 1-D int32 or int64 tensor, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
-    longest = shape[0] * shape[1] if longest is None else int(longest)
+    longest = b * t if longest is None else int(longest)
     bounds = cu_seqlens.int()
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
-def packed_positions(cu_seqlens: Int[Tensor, " documents_plus_1"], shape: tuple[int, int]) -> Int[Tensor, "b t"]:
+def packed_positions(cu_seqlens: Int[Tensor, " documents_plus_1"], b: int, t: int) -> Int[Tensor, "b t"]:
     """0, 1, 2, .. from the start of every document."""
-    tokens = torch.arange(shape[0] * shape[1], device=cu_seqlens.device)
-    return (tokens - cu_seqlens[_documents(cu_seqlens, tokens)]).view(shape)
+    tokens = torch.arange(b * t, device=cu_seqlens.device)
+    return (tokens - cu_seqlens[_documents(cu_seqlens, tokens)]).view(b, t)
 
 
 def _documents(cu_seqlens: Int[Tensor, " documents_plus_1"], tokens: Int[Tensor, " t"]) -> Int[Tensor, " t"]:
@@ -95,7 +95,7 @@ def dense_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tenso
     return _attend(module, *args, window=None, **kwargs)
 
 
-def window_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def window_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """An attention function of transformers, over the last `window_size` keys, the query's own included."""
     return _attend(module, *args, window=module.config.nsa["window_size"], **kwargs)
 
@@ -127,8 +127,8 @@ def _attend(
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = torch.arange(b + 1, device=query.device, dtype=torch.int32) * t, t
     run = _by_document if query.device.type != "cuda" else _varlen if _has_varlen(query) else _flex
-    packed = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = run(*packed, cu_seq_lens_q, b * t if max_length_q is None else max_length_q, window, scaling)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = run(q, k, v, cu_seq_lens_q, b * t if max_length_q is None else max_length_q, window, scaling)
     return out.unflatten(0, (b, t)), None
 
 
@@ -153,9 +153,8 @@ def _varlen(
     scale: float,
 ) -> Float[Tensor, "t h d"]:
     seen = (-1 if window is None else window - 1, 0)  # keys to the left and to the right of the query's own
-    return varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=seen, **GROUPED
-    )  # fmt: skip
+    run: Any = varlen_attn  # which returns more if asked to
+    return run(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=seen, **GROUPED)
 
 
 def _flex(
@@ -225,8 +224,9 @@ def _by_document(
     sizes = [stop - start for start, stop in pairwise(ends)]
     if ends[:1] != [0] or ends[-1] != len(q) or min(sizes) < 0:
         raise ValueError(f"cu_seq_lens_q: expected boundaries from 0 to {len(q)} that do not fall, got {ends}")
-    rows = zip(*(x.transpose(0, 1)[None].split(sizes, dim=2) for x in (q, k, v)), strict=True)
-    outs = [_by_tiles(*one, window, scale) for one, size in zip(rows, sizes, strict=True) if size]
+    queries, keys, values = (x.transpose(0, 1)[None].split(sizes, dim=2) for x in (q, k, v))
+    documents = zip(queries, keys, values, strict=True)
+    outs = [_by_tiles(*one, window=window, scale=scale) for one in documents if one[0].shape[2]]
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
