@@ -173,7 +173,7 @@ def _counted(targets: Tensor, weights: Tensor | None, dtype: torch.dtype) -> tup
 def _dtype(hidden: Tensor) -> torch.dtype:
     """What products are computed in."""
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if hidden.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype
 

@@ -25,7 +25,7 @@ from nsa.models.generation import GenerationPolicy
 from nsa.models.loss import lm_loss, lm_loss_of_logits, takes_hidden_states
 from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
 from nsa.models.step import StepDecoder
-from nsa.models.twins import dense_attention, dense_mask, packed_positions, packing, window_attention, window_mask
+from nsa.models.twins import dense_attention, dense_mask, packing, window_attention, window_mask
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
 from nsa.modules.decode_step import DecodeStep, step_padding
@@ -149,7 +149,8 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("NSALlamaModel: give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        is_nsa, packed = self.config.attention == "nsa", {}
+        is_nsa = self.config.attention == "nsa"
+        packed: dict[str, Any] = {}
         if past_key_values is None:
             packed, attention_mask, use_cache = self._packing(embeds, attention_mask, position_ids, use_cache, kwargs)
             past_key_values = NSALlamaCache(self.config) if use_cache and is_nsa else None
@@ -163,11 +164,11 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
 
         if not is_nsa:
             if packed:
-                kwargs |= packing(*embeds.shape[:2], attention_mask, **packed)
-                position_ids = packed_positions(packed["cu_seqlens"], *embeds.shape[:2]) if position_ids is None else position_ids
+                packed = packing(embeds, position_ids, attention_mask, **packed)
+                position_ids = packed.pop("position_ids")
             return super().forward(
                 inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+                past_key_values=past_key_values, use_cache=use_cache, **packed, **kwargs,
             )  # fmt: skip
         if past_key_values is None:
             kwargs["layout"] = TokenLayout.of(
@@ -201,7 +202,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         max_seqlen: int | None = kwargs.pop("max_length_q", None)
         for name in ("cu_seq_lens_k", "max_length_k"):
             kwargs.pop(name, None)
-        if cu_seqlens is None and position_ids is not None:
+        if cu_seqlens is None and position_ids is not None and (mask is None or mask.dim() == 2):
             cu_seqlens, max_seqlen = packed_boundaries(position_ids, mask, *embeds.shape[:2])
             mask = mask if cu_seqlens is None else None
         wanted = not self.training and (self.config.use_cache if use_cache is None else use_cache)

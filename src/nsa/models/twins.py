@@ -61,9 +61,13 @@ def _is_full(attention_mask: Tensor) -> bool:
 
 
 def packing(
-    cu_seqlens: Int[Tensor, " documents_plus_1"], longest: int | None, b: int, t: int, mask: Tensor | None
+    x: Float[Tensor, "b t hidden"],
+    position_ids: Int[Tensor, "_ t"] | None,
+    mask: Tensor | None,
+    cu_seqlens: Int[Tensor, " documents_plus_1"],
+    max_seqlen: int | None,
 ) -> dict[str, Any]:
-    """What transformers calls the boundaries of packed rows [b, t], as layers take it.
+    """Where the documents of packed rows x begin, under transformers' names; and positions, from 0 in each document.
 
     Raises:
         ValueError: boundaries that are no list of integers; a mask beside them.
@@ -74,15 +78,15 @@ def packing(
         raise ValueError(
             f"cu_seq_lens_q should be a 1-D int32 or int64 tensor, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
-    longest = b * t if longest is None else int(longest)
-    bounds = cu_seqlens.int()
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-
-
-def packed_positions(cu_seqlens: Int[Tensor, " documents_plus_1"], b: int, t: int) -> Int[Tensor, "b t"]:
-    """0, 1, 2, .. from the start of every document."""
-    tokens = torch.arange(b * t, device=cu_seqlens.device)
-    return (tokens - cu_seqlens[_documents(cu_seqlens, tokens)]).view(b, t)
+    b, t, _ = x.shape
+    bounds, longest = cu_seqlens.to(x.device, torch.int32), b * t if max_seqlen is None else int(max_seqlen)
+    if position_ids is None:
+        tokens = torch.arange(b * t, device=x.device)
+        position_ids = (tokens - bounds[_documents(bounds, tokens)]).view(b, t)
+    return {
+        "position_ids": position_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
+        "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
 
 
 def _documents(cu_seqlens: Int[Tensor, " documents_plus_1"], tokens: Int[Tensor, " t"]) -> Int[Tensor, " t"]:
@@ -119,7 +123,7 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise ValueError(f"attention_dropout: expected 0 for packed rows and for windows, got {dropout}")
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(low) for x in (query, key, value))
     if cu_seq_lens_q is None and query.device.type != "cuda":
