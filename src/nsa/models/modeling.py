@@ -15,21 +15,17 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    and_masks,
-    causal_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-    sliding_window_overlay,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
 
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.generation import GenerationPolicy
+from nsa.models.loss import lm_loss, lm_loss_of_logits, takes_hidden_states
 from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
 from nsa.models.step import StepDecoder
+from nsa.models.twins import dense_attention, dense_mask, packing, window_attention, window_mask
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
 from nsa.modules.decode_step import DecodeStep, step_padding
@@ -37,28 +33,12 @@ from nsa.modules.projections import StartingLinear
 from nsa.modules.rotary import RotaryFactors
 from nsa.modules.token_layout import TokenLayout
 
-
-def window_mask(*args: Any, config: NSALlamaConfig, mask_function: Any = causal_mask_function, **kwargs: Any) -> Any:
-    """transformers' own mask, restricted to the last `window_size` tokens; padding between them does not count."""
-    window = sliding_window_overlay(config.nsa_config.window_size)
-    padding = prepare_padding_mask(kwargs.get("attention_mask"), kwargs["kv_length"], kwargs.get("kv_offset", 0))
-    if padding is not None:
-        window = _window_of_tokens(padding.cumsum(-1), config.nsa_config.window_size)
-    kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, mask_function=and_masks(mask_function, window), config=config, **kwargs)
-
-
-def _window_of_tokens(count: Tensor, size: int) -> Any:
-    def inner(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return count[row, query] - count[row, key] < size
-
-    return inner
-
-
 # NSA's module never calls the attention function registered beside it; no mask is made for it.
 AttentionInterface.register("nsa", sdpa_attention_forward)
+AttentionMaskInterface.register("nsa_dense", dense_mask)
+AttentionInterface.register("nsa_dense", dense_attention)
 AttentionMaskInterface.register("nsa_window", window_mask)
-AttentionInterface.register("nsa_window", sdpa_attention_forward)
+AttentionInterface.register("nsa_window", window_attention)
 
 
 class NSALlamaAttention(NativeSparseAttention):
@@ -139,10 +119,10 @@ class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
         return loaded
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        """The configuration's `attention` decides; for the dense twin transformers may choose its kernel."""
+        """The configuration's `attention` decides; the dense twin takes any of transformers' that is asked for."""
         attention, own = self.config.attention, {"nsa": "nsa", "window": "nsa_window"}
         if attention == "dense" and attn_implementation not in own.values():
-            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+            return super()._check_and_adjust_attn_implementation(attn_implementation or "nsa_dense", *args, **kwargs)
         if attn_implementation not in (None, own.get(attention)):
             raise ValueError(
                 f"attention={attention!r} has its own implementation: expected attn_implementation=None, "
@@ -194,27 +174,32 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         self.config.refuse_attentions(kwargs.get("output_attentions") or self.config.output_attentions)
-        if self.config.attention != "nsa":
-            return super().forward(
-                input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-            )  # fmt: skip
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("NSALlamaModel: give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        is_nsa = self.config.attention == "nsa"
+        packed: dict[str, Any] = {}
         if past_key_values is None:
             packed, attention_mask, use_cache = self._packing(embeds, attention_mask, position_ids, use_cache, kwargs)
-            past_key_values = NSALlamaCache(self.config) if use_cache else None
-        elif not isinstance(past_key_values, NSALlamaCache):
+            past_key_values = NSALlamaCache(self.config) if use_cache and is_nsa else None
+        elif is_nsa and not isinstance(past_key_values, NSALlamaCache):
             got = type(past_key_values).__name__
             raise ValueError(f"attention='nsa' needs an NSALlamaCache as past_key_values, got {got}")
         elif kwargs.pop("cu_seq_lens_q", None) is not None:
             raise ValueError("NSALlamaModel: cu_seq_lens_q (packed sequences) does not go with past_key_values")
-        else:
+        elif is_nsa:
             if attention_mask is not None:
                 past_key_values.check_mask(attention_mask, embeds.shape[1])
             check_positions(position_ids, past_key_values, attention_mask, embeds.shape[1])
 
+        if not is_nsa:
+            if packed:
+                packed = packing(embeds, position_ids, attention_mask, **packed)
+                position_ids = packed.pop("position_ids")
+            return super().forward(
+                inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, use_cache=use_cache, **packed, **kwargs,
+            )  # fmt: skip
         if past_key_values is None:
             kwargs["layout"] = TokenLayout.of(
                 embeds, self.rotary_emb, self.nsa_config,
@@ -247,11 +232,12 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         max_seqlen: int | None = kwargs.pop("max_length_q", None)
         for name in ("cu_seq_lens_k", "max_length_k"):
             kwargs.pop(name, None)
-        if cu_seqlens is None and position_ids is not None:
+        if cu_seqlens is None and position_ids is not None and (mask is None or mask.dim() == 2):
             cu_seqlens, max_seqlen = packed_boundaries(position_ids, mask, *embeds.shape[:2])
             mask = mask if cu_seqlens is None else None
         wanted = not self.training and (self.config.use_cache if use_cache is None else use_cache)
-        plain = cu_seqlens is None and (not wanted or follow_each_other(position_ids, mask))
+        counted = not wanted or self.config.attention != "nsa"  # transformers' caches hold any positions
+        plain = cu_seqlens is None and (counted or follow_each_other(position_ids, mask))
         if use_cache and wanted and not plain:
             what = "packed sequences" if cu_seqlens is not None else "position_ids that do not count from 0"
             raise ValueError(f"NSALlamaModel: {what} leave no cache behind; expected use_cache=False")
@@ -335,8 +321,15 @@ class NSALlamaForCausalLM(GenerationPolicy, NSALlamaPreTrainedModel, LlamaForCau
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        weights: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
+        """Llama's, and:
+
+        * In training, with labels, `logits` are None: the loss takes hidden states, some tokens at a time
+          (`nsa.models.loss`), so that the logits of a large vocabulary are never all in memory.
+        * `weights` [b, t] say how much each label counts in the loss.
+        """
         if isinstance(past_key_values, NSALlamaCache) and past_key_values.cuda_graphs:
             is_step = input_ids is not None and input_ids.shape[1] == 1 and bool(past_key_values.fixed)
             # What asks for more than logits goes through the modules.
@@ -346,8 +339,32 @@ class NSALlamaForCausalLM(GenerationPolicy, NSALlamaPreTrainedModel, LlamaForCau
                 assert input_ids is not None
                 logits = self._decoder(past_key_values, input_ids, attention_mask)(input_ids, attention_mask)
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        return super().forward(
+        if weights is not None and labels is None:
+            raise ValueError("weights: expected labels, which they weigh, beside them; got none")
+        forward = super().forward if labels is None else self._forward_with_loss
+        extra = {} if labels is None else {"labels": labels, "weights": weights}
+        return forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
-            logits_to_keep=logits_to_keep, **kwargs,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            logits_to_keep=logits_to_keep, **extra, **kwargs,
+        )  # fmt: skip
+
+    @can_return_tuple
+    def _forward_with_loss(
+        self, labels: Tensor, weights: Tensor | None, logits_to_keep: int | Tensor, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        of_loss = {name: kwargs[name] for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        wants_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if self.training and wants_all and takes_hidden_states(self, kwargs):
+            out, logits = self.model(**kwargs), None
+            loss = lm_loss(out.last_hidden_state, self.lm_head.weight, labels, weights=weights, **of_loss)
+        elif weights is None:
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        else:
+            out = super().forward(logits_to_keep=logits_to_keep, **kwargs)
+            logits = out.logits
+            loss = lm_loss_of_logits(logits, labels, weights=weights, **of_loss)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
+            attentions=out.attentions,
         )  # fmt: skip
