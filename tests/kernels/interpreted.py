@@ -258,7 +258,11 @@ def test_shapes_that_do_not_fit_are_one_line(generator: torch.Generator) -> None
         ((q, k, v, gates), {"k_cmp": k_cmp, "v_cmp": v_cmp}, "expected 8 compressed blocks for 19 keys, got 3"),
         ((q, k[:, :9], v[:, :9], gates), {}, "expected t <= s, got t = 19, s = 9"),
         ((q, k, v, gates), {"seqlens_k": cu}, r"seqlens_k should have shape \[b=1\]"),
-        ((q, k, v, gates), {"cu_seqlens_q": cu, "seqlens_win": cu[:1]}, "either cu_seqlens_q"),
+        (
+            (q, k, v, gates),
+            {"seqlens_win": cu[:1]},
+            "seqlens_win is the length of k_win and v_win, which were not given",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             in_triton(*arguments, SMALL, **options)
