@@ -135,8 +135,10 @@ def test_dropout_is_refused_by_nsa_and_done_by_its_twins():
     with refused("NSALlamaConfig: attention='nsa' has no dropout; expected attention_dropout=0, got 0.5"):
         config(attention_dropout=0.5)
     for attention in ("dense", "window"):
-        built, ids = model(attention, attention_dropout=0.5).train(), tokens(1, 20)
+        built, ids = model(attention, attention_dropout=0.5).train(), tokens(1, 8)
         assert not torch.equal(built(ids).logits, built(ids).logits)
+    with refused("attention_dropout: expected 0 for packed rows and for windows, got 0.5"):
+        built(tokens(1, 60))
 
 
 def test_a_tensor_parallel_plan_is_refused_until_there_is_one(tmp_path):

@@ -23,7 +23,6 @@ from nsa.training.curriculum import parse_curriculum
 from nsa.training.folder import checkpoints
 from nsa.training.presets import PRESETS, preset
 from nsa.training.train import train
-from nsa.training.trainer import weighted_loss
 
 pytestmark = pytest.mark.filterwarnings("default")  # the Trainer's own
 
@@ -89,16 +88,6 @@ def test_twins_start_from_the_same_weights_and_read_the_same_batches(config):
         tokenizer = prepare.byte_tokenizer()
         models[attention] = prepare.make_model(one, tokenizer).state_dict()
     assert all(torch.equal(models["dense"][name], models["window"][name]) for name in models["dense"])
-
-
-def test_answers_weigh_more_and_the_mean_weight_is_one():
-    logits, labels = torch.randn(2, 9, 11), torch.randint(11, (2, 9))
-    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(weighted_loss(logits, labels, torch.ones(2, 9)), plain)
-    one = torch.zeros(2, 9)
-    one[1, 4] = 16.0
-    single = torch.nn.functional.cross_entropy(logits[1, 3], labels[1, 4])
-    torch.testing.assert_close(weighted_loss(logits, labels, one), single)
 
 
 DRIVER = """

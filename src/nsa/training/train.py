@@ -26,7 +26,7 @@ from nsa.training.flops import flops_per_token, mean_keys, peak_of
 from nsa.training.folder import check_checkpoint, check_free, is_trained, last_checkpoint, step_of
 from nsa.training.lock import claimed
 from nsa.training.metrics import MetricsFiles, Progress
-from nsa.training.prepare import check_same_data, make_data, make_model, make_tokenizer
+from nsa.training.prepare import check_same_data, compile_decoder, make_data, make_model, make_tokenizer
 from nsa.training.stopping import StopOnCtrlC
 from nsa.training.trainer import WholeCheckpointTrainer
 
@@ -64,6 +64,8 @@ def _train(config: TrainConfig, callbacks: Sequence[TrainerCallback]) -> NSALlam
     check_same_data(config.out, corpus, tokenizer, resume=checkpoint is not None)
     del corpus  # its texts, which may be gigabytes
     model = make_model(config, tokenizer)
+    if config.compile:
+        compile_decoder(model, on_cpu=arguments.use_cpu)
     if checkpoint is None:
         config.save(config.out)
 

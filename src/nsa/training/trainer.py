@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
 from nsa.training.clock import Clock
-from nsa.training.data import IGNORED, unwrap
+from nsa.training.data import unwrap
 from nsa.training.folder import MODEL_FILE, checkpoints, last_checkpoint
 from nsa.training.stopping import all_finite, non_finite
 from nsa.training.tokenizer import first_line
@@ -74,22 +73,6 @@ class WholeCheckpointTrainer(Trainer):
         return samples, count
 
     # Losses
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The model's own loss, or, where the batch has `weights`, the weighted one."""
-        weights = inputs.pop("weights", None)
-        if weights is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = weighted_loss(outputs.logits, labels, weights, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # nsa.training.flops counts; this one looks at every parameter in every step
@@ -172,13 +155,6 @@ class WholeCheckpointTrainer(Trainer):
         if missing or load_result.unexpected_keys:
             raise ValueError(f"its weights are not this model's: {[*missing, *load_result.unexpected_keys][:3]}")
         self.model.tie_weights()
-
-
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """Mean over the labelled tokens (or sum / count) of weight * negative log-probability of the next token."""
-    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
-    weights = weights[:, 1:].flatten()
-    return (losses * weights).sum() / (count if count is not None else (labels[:, 1:] != IGNORED).sum())
 
 
 def leave_ctrl_c_to_the_run(worker: int) -> None:
