@@ -24,6 +24,8 @@ KERNELS = {
     "merge_parts_kernel",
     "selected_dq_kernel",
     "selected_dkdv_kernel",
+    "selected_dkdv_kernel with parts",
+    "merge_dq_kernel",
     "sum_items_kernel",
     "sum_splits_kernel",
     "pick_segments_kernel",
