@@ -14,8 +14,8 @@ from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.layout import Layout
 from nsa.kernels.rows import combine, rowsum_delta
-from nsa.kernels.selected_backward import selected_dkdv
-from nsa.kernels.selected_forward import selected_dq, selected_forward
+from nsa.kernels.selected_forward import selected_forward
+from nsa.kernels.selected_gradients import selected_gradients
 from nsa.kernels.selection import select_top_blocks
 from nsa.testing import INPUT_FAMILIES, InputShape, assert_close_to_fp64, assert_same_selection
 
@@ -101,8 +101,7 @@ class Run:
         rest = (self.raw, self.case.config, self.scale)
 
         def backward(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor):
-            given = (q, k, v, indices, d_out, lse, delta)
-            return selected_dq(*given, *rest), *selected_dkdv(*given, *rest)
+            return selected_gradients(q, k, v, indices, d_out, lse, delta, *rest)
 
         self._branch(
             "selected",

@@ -7,7 +7,8 @@ from layouts import LAYOUTS, Layout
 from poison import poisoned_memory
 
 from nsa.config import NSAConfig
-from nsa.kernels import selected_by_block
+from nsa.kernels import selected_by_block, selected_gradients
+from nsa.kernels.rows import rowsum_delta
 from nsa.kernels.selected_forward import selected_forward
 from nsa.modules.rotary import rotate
 from nsa.testing import INPUT_FAMILIES, assert_close_to_fp64
@@ -30,6 +31,7 @@ LENGTHS = (2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 507, 511, 512, 513, 1000,
 
 CASES = [
     *(Case(layout=whole(1000), config=SPARSE, h=64, g=4, d=128, e=128, family=family) for family in INPUT_FAMILIES),
+    *(Case(layout=whole(1000), config=SPARSE, h=8, g=2, family=family) for family in INPUT_FAMILIES),
     *(Case(layout=whole(length)) for length in LENGTHS),
     *(Case(layout=whole(300), config=SMALL, h=2 * group, g=2, d=64, e=64) for group in (1, 2, 3, 4, 6, 8, 16, 32)),
     *(Case(layout=whole(1500), config=SPARSE, h=2 * group, g=2, d=128, e=128) for group in (1, 4)),
@@ -61,14 +63,20 @@ def test_small_groups_repeat_bit_by_bit_whatever_shares_a_tile(group: int, monke
     indices = run.block_indices()
     poisoned_memory(monkeypatch)
 
-    def attend() -> tuple[torch.Tensor, torch.Tensor]:
-        return selected_forward(run.q, run.k, run.v, indices, run.raw, SPARSE, run.scale)
+    def attend() -> tuple[torch.Tensor, ...]:
+        out, lse = selected_forward(run.q, run.k, run.v, indices, run.raw, SPARSE, run.scale)
+        given = (run.q, run.k, run.v, indices, run.d_out, lse, rowsum_delta(out, run.d_out, None))
+        return out, lse, *selected_gradients.selected_gradients(*given, run.raw, SPARSE, run.scale)
 
     first = attend()
     for _ in range(3):
         assert all(torch.equal(x, y) for x, y in zip(first, attend(), strict=True))
     monkeypatch.setattr(selected_by_block, "PARTS_BYTES", 1 << 20)  # other passes, other lists
-    assert all(torch.equal(x, y) for x, y in zip(first, attend(), strict=True))
+    monkeypatch.setattr(selected_gradients, "PARTS_BYTES", 1 << 20)
+    again = attend()  # the sums of dk and dv are cut elsewhere
+    assert all(torch.equal(x, y) for x, y in zip(first[:3], again[:3], strict=True))
+    for x, y in zip(first[3:], again[3:], strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

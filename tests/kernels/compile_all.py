@@ -25,13 +25,12 @@ from triton.runtime import JITFunction
 
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
-from nsa.kernels import decode, launch, rotary, rows, step_begin
+from nsa.kernels import decode, launch, rotary, rows, selected_gradients, step_begin
 from nsa.kernels import step as steps
 from nsa.kernels.contiguous_backward import contiguous_backward, sum_splits
 from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.layout import Layout
-from nsa.kernels.selected_backward import selected_dkdv
-from nsa.kernels.selected_forward import selected_dq, selected_forward
+from nsa.kernels.selected_forward import selected_forward
 from nsa.kernels.selection import select_top_blocks
 
 # Bytes of shared memory that a program may take: A100, L4 and 4090, H100 and H200, B200.
@@ -72,7 +71,8 @@ def compile_instead(architecture: int) -> None:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         language = GluonASTSource if isinstance(self, GluonJITFunction) else ASTSource
         source = language(fn=self, signature=signature, constexprs=constants, attrs=attributes)
-        report(self.fn.__name__, triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
+        name = self.fn.__name__ + (" with parts" if values.get("PARTS") is True else "")
+        report(name, triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
 
     JITFunction.run = run
 
@@ -120,8 +120,9 @@ def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096
     select_top_blocks(q, k_cmp, lse, compressed, config, scale)
     selected_forward(q, k, v, block_indices, raw, config, scale)
     selected_forward(q[:, :, : 4 * g], k, v, block_indices, raw, config, scale)  # groups of four heads
-    selected_dq(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
-    selected_dkdv(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
+    selected_gradients.selected_gradients(q, k, v, block_indices, d_out, lse, lse, raw, config, scale)
+    few = (q[:, :, : 4 * g], k, v, block_indices, d_out[:, :, : 4 * g], lse[:, :, : 4 * g], lse[:, :, : 4 * g])
+    selected_gradients.selected_gradients(*few, raw, config, scale)
     rows.combine(d_out, d_out, d_out, gates)
     rows.signed_by_gate(d_out, gates, 0)
     rows.gates_backward((d_out,) * 3, (lse,) * 3, gates, d_out)
@@ -167,5 +168,6 @@ if __name__ == "__main__":
     launch.shared_memory = lambda device: SHARED[int(architecture)]
     launch.is_hopper = lambda device: architecture == "90"
     compile_instead(int(architecture))
+    selected_gradients.PARTS_BYTES = 48 << 20  # in pieces
     launch_all(getattr(torch, dtype), *map(int, sizes))
     launch_decoding(getattr(torch, dtype), *map(int, sizes))

@@ -8,6 +8,7 @@ to `tests/gpu` and `test_compile.py`.
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from poison import poisoned_memory
 from nsa.backend import resolve, use_backend
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention
-from nsa.kernels import library, selected_by_block
+from nsa.kernels import inverse, launch, library, selected_by_block, selected_gradients
 from nsa.kernels.launch import Heads
+from nsa.kernels.rows import rowsum_delta
 from nsa.kernels.selected_forward import selected_forward
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.rotary import rotate
@@ -78,20 +80,34 @@ def test_every_layout_is_within_the_budget(name: str, check: str) -> None:
 def test_small_groups_attend_block_by_block_in_every_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selected_by_block, "PARTS_BYTES", 4096)  # several passes
     monkeypatch.setattr(selected_by_block, "ITEM_ROWS", 32)  # several work items to a list
+    monkeypatch.setattr(selected_gradients, "PARTS_BYTES", 4096)  # a KV head at a time, in pieces of its queries
+    monkeypatch.setattr(inverse, "QUERIES_PER_ITEM", (8, 8))
     case = Case(layout=LAYOUTS_HERE[name], config=ODD, dtype=torch.float16, h=6, g=2, d=8, e=24)
     run = Run(case, "cpu")
     assert selected_by_block.serves(run.q, Heads.of(run.q, run.k, run.v), case.config)
     run.selected()
 
 
+def test_small_groups_take_blocks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(launch.TABLE, "selected_gradients", [(128, (16, 16, 4, 1))])
+    launch.choose.cache_clear()
+    config = replace(ODD, select_block_size=20)
+    Run(Case(layout=whole(50), config=config, dtype=torch.float16, h=3, g=1, d=16, e=8), "cpu").selected()
+    launch.choose.cache_clear()
+
+
 def test_what_shares_a_tile_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(layout=whole(66), config=SMALL, dtype=torch.float16, h=4, g=2, d=8, e=8)
     run, found = Run(case, "cpu"), []
     indices = select_blocks(run.q.float(), run.k_cmp.float(), case.config).int()
-    for counters, item_rows in ((1, 16), (1 << 14, 512)):  # lists in another order, other work items
+    for counters, item_rows, size in ((1, 16, 2048), (1 << 14, 512, 1 << 20)):  # lists in another order, other items
         monkeypatch.setattr(selected_by_block, "COUNTERS", counters)
         monkeypatch.setattr(selected_by_block, "ITEM_ROWS", item_rows)
-        found.append(selected_forward(run.q, run.k, run.v, indices, run.raw, case.config, run.scale))
+        monkeypatch.setattr(selected_gradients, "PARTS_BYTES", size)
+        out, lse = selected_forward(run.q, run.k, run.v, indices, run.raw, case.config, run.scale)
+        given = (run.q, run.k, run.v, indices, run.d_out, lse, rowsum_delta(out, run.d_out, None))
+        dq, _, _ = selected_gradients.selected_gradients(*given, run.raw, case.config, run.scale)
+        found.append((out, lse, dq))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 

@@ -91,7 +91,9 @@ def kernel_flops(shape: Shape, config: NSAConfig) -> dict[str, int]:
         "forward: window": forward_flops(shape, seen.window),
         "backward: compressed": backward_flops(shape, seen.compressed),
         "backward: window": backward_flops(shape, seen.window),
-        # Two kernels without atomics recompute the scores and dO v^T: 3 products and 4.
+        # Groups of few heads have one kernel; elsewhere two without atomics recompute the scores and dO v^T: 3 products
+        # and 4.
+        "backward: selected": backward_flops(shape, seen.selected),
         "backward: selected dq": forward_flops(shape, seen.selected, keys=2, values=1),
         "backward: selected dk, dv": forward_flops(shape, seen.selected, keys=2, values=2),
     }

@@ -12,13 +12,16 @@ from nsa.bench.result import Entry
 from nsa.bench.timing import Candidates, interleaved, peak_gib
 from nsa.config import NSAConfig
 from nsa.kernels import rows
+from nsa.kernels import selected_by_block as by_block
 from nsa.kernels.attention import Layouts, attention_forward
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.inverse import invert
+from nsa.kernels.launch import Heads
 from nsa.kernels.layout import Layout
 from nsa.kernels.selected_backward import selected_dkdv
 from nsa.kernels.selected_forward import selected_dq, selected_forward
+from nsa.kernels.selected_gradients import selected_gradients
 from nsa.kernels.selection import select_top_blocks
 
 
@@ -99,6 +102,12 @@ def single_kernels(problem: Problem) -> Candidates:
     picks = saved.block_indices
     _, deltas, lses = rows.gates_backward(saved.outs, saved.lses, gates, d_out)
     given = (q, *slc, picks, d_out, lses[1], deltas[1], raw, config, scale)
+    selected: Candidates = {
+        "backward: selected dq": lambda: selected_dq(*given),
+        "backward: selected dk, dv": lambda: selected_dkdv(*given),
+    }
+    if by_block.serves(q, Heads.of(q, *slc), config):
+        selected = {"backward: selected": lambda: selected_gradients(*given)}
     return {
         "forward: compressed": lambda: contiguous_forward(q, *cmp, compressed, None, scale),
         "forward: selection": lambda: select_top_blocks(q, cmp[0], saved.lses[0], compressed, config, scale),
@@ -110,7 +119,6 @@ def single_kernels(problem: Problem) -> Candidates:
             q, *cmp, d_out, lses[0], deltas[0], compressed, None, scale
         ),
         "backward: window": lambda: contiguous_backward(q, *win, d_out, lses[2], deltas[2], raw, window, scale),
-        "backward: selected dq": lambda: selected_dq(*given),
         "backward: inverse index": lambda: invert(picks, raw, config),
-        "backward: selected dk, dv": lambda: selected_dkdv(*given),
+        **selected,
     }

@@ -15,8 +15,8 @@ from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.launch import as_rows
 from nsa.kernels.layout import Layout
 from nsa.kernels.rows import combine, gates_backward, signed_by_gate
-from nsa.kernels.selected_backward import selected_dkdv
-from nsa.kernels.selected_forward import selected_dq, selected_forward
+from nsa.kernels.selected_forward import selected_forward
+from nsa.kernels.selected_gradients import selected_gradients
 from nsa.kernels.selection import select_top_blocks
 
 
@@ -98,6 +98,5 @@ def attention_backward(
     dq, *d_cmp = contiguous_backward(q, *cmp, *of_branch(0), layouts.cmp, None, scale)
     dq, *d_win = contiguous_backward(q, *win, *of_branch(2), layouts.win, config.window_size, scale, dq)
     arguments = (*of_branch(1), layouts.slc, config, scale)
-    dq = selected_dq(q, *slc, saved.block_indices, *arguments, add_to=dq)
-    d_slc = selected_dkdv(q, *slc, saved.block_indices, *arguments)
-    return dq, tuple(d_cmp), d_slc, tuple(d_win), d_gates
+    dq, *d_slc = selected_gradients(q, *slc, saved.block_indices, *arguments, add_to=dq)
+    return dq, tuple(d_cmp), tuple(d_slc), tuple(d_win), d_gates

@@ -2,7 +2,7 @@
 
 keys        grid (picks): the segment (KV head, block of the batch) of each pick, ordered so that queries ascend
             within a segment; then the library's stable sort
-segments    grid (picks, or segments): the sorted picks' queries; where each segment's list begins, and its work items
+segments    grid (picks, or segments): the sorted picks; where each segment's list begins, and its work items
 
 Lists come in order, so that sums over them repeat bit by bit. Work items are numbered by a counter, in whatever order
 programs come; those of one segment lie side by side and in order, which is all that sums see of it.
@@ -29,13 +29,13 @@ SEGMENTS = 32
 
 @dataclass(frozen=True)
 class InverseIndex:
-    """For each segment (KV head, block of the batch): its queries, ascending, cut into work items."""
+    """For each segment (KV head, block of the batch): its picks, queries ascending, cut into work items."""
 
-    queries: Tensor  # int32: b * t + column, by segment
-    segment_start: Tensor  # int32 [segments + 1]: into queries
+    picks: Tensor  # int32, by segment: query (counted over the batch) * n + slot
+    segment_start: Tensor  # int32 [segments + 1]: into picks
     item_start: Tensor  # int32 [segments + 1]: into the work items; the last is their number
     item_segment: Tensor  # int32 [items]
-    per_item: int  # queries in a work item, at most
+    per_item: int  # picks in a work item, at most
     items: int  # a bound, known without asking the device
     blocks: int  # of the whole batch, a bound too
     block_sequence: Tensor | None  # packed: int32 [blocks]
@@ -64,15 +64,15 @@ def pick_segments_kernel(
         tl.store(item_start + segments, 0)  # the counter of work items
 
 
-@triton.jit(do_not_specialize=["picks", "num_queries", "segments", "per_item", "steps"])
+@triton.jit(do_not_specialize=["picks", "picks_of_head", "segments", "per_item", "steps"])
 def segments_kernel(
-    ordered, order, queries, segment_start, item_start, item_segment, picks, num_queries, segments, per_item, steps,
-    N: tl.constexpr, PICKS: tl.constexpr, SEGMENTS: tl.constexpr,
+    ordered, order, listed, segment_start, item_start, item_segment, picks, picks_of_head, segments, per_item, steps,
+    PICKS: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     pick = tl.program_id(0) * PICKS + tl.arange(0, PICKS)
     exists = pick < picks
     place = tl.load(order + pick, mask=exists, other=0).to(tl.int32)
-    tl.store(queries + pick, place // N % num_queries, mask=exists)
+    tl.store(listed + pick, place % picks_of_head, mask=exists)
 
     segment = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
     mask = segment < segments
@@ -98,7 +98,7 @@ def segments_kernel(
         tl.store(item_segment + first + i, segment, mask=i < items)
 
 
-def invert(block_indices: Tensor, layout: Layout, config: NSAConfig) -> InverseIndex:
+def invert(block_indices: Tensor, layout: Layout, config: NSAConfig, work_items: int = WORK_ITEMS) -> InverseIndex:
     """Of block_indices [b, t, g, n], which has at least one pick."""
     block_indices = block_indices.contiguous()
     b, t, g, n = block_indices.shape
@@ -111,7 +111,7 @@ def invert(block_indices: Tensor, layout: Layout, config: NSAConfig) -> InverseI
         token_sequence = layout.query_tiles(1).sequence
     segments = g * blocks
     few, many = QUERIES_PER_ITEM
-    per_item = min(max(next_power_of_2(picks // WORK_ITEMS), few), many)
+    per_item = min(max(next_power_of_2(picks // work_items), few), many)
     items = cdiv(picks, per_item) + min(segments, picks)
     keys, segment_start, item_start, item_segment = (
         torch.empty(size, dtype=torch.int32, device=device) for size in (picks, segments + 1, segments + 1, items)
@@ -123,12 +123,12 @@ def invert(block_indices: Tensor, layout: Layout, config: NSAConfig) -> InverseI
         GROUPS=g, N=n, LAYOUT=layout.kind, PICKS=PICKS, num_warps=4,
     )  # fmt: skip
     ordered, order = keys.sort(stable=True)
-    queries = keys  # what was sorted is needed no longer
+    listed = keys  # what was sorted is needed no longer
     start_kernel(
         segments_kernel, (max(programs, cdiv(segments, SEGMENTS)),),
-        ordered, order, queries, segment_start, item_start, item_segment, picks, b * t, segments, per_item,
-        picks.bit_length(), N=n, PICKS=PICKS, SEGMENTS=SEGMENTS, num_warps=4,
+        ordered, order, listed, segment_start, item_start, item_segment, picks, b * t * n, segments, per_item,
+        picks.bit_length(), PICKS=PICKS, SEGMENTS=SEGMENTS, num_warps=4,
     )  # fmt: skip
     return InverseIndex(
-        queries, segment_start, item_start, item_segment, per_item, items, blocks, block_sequence, block_start
+        listed, segment_start, item_start, item_segment, per_item, items, blocks, block_sequence, block_start
     )

@@ -71,6 +71,13 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (256, (32, 32, 4, 2)),
         (256, (32, 16, 4, 1)),
     ],
+    # dk, dv and dq's parts of groups of few heads, whose widths are 128 at most
+    "selected_gradients": [
+        (64, (64, 64, 4, 2)),
+        (128, (64, 64, 8, 2)),
+        (128, (32, 64, 4, 2)),
+        (128, (16, 64, 4, 1)),
+    ],
     "selected_dkdv": [
         (128, (64, 64, 4, 2)),
         (128, (32, 64, 4, 3)),
@@ -189,6 +196,7 @@ def needed(kernel: str, candidate: Candidate, heads: Heads, bytes_each: int) -> 
         "selected_dq": (rows * both, block_n * both),
         "contiguous_dkdv": (block_n * both, rows * both),
         "selected_dkdv": (block_n * both, rows * both),
+        "selected_gradients": (block_n * both + rows * (block_n + d), rows * both),
         "scoring": (block_n * d, rows * d),
     }[kernel.replace("window", "contiguous")]
     return bytes_each * (stays + stages * streams) + 8 * rows * block_n // 4

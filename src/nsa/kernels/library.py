@@ -18,8 +18,8 @@ from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.launch import as_rows
 from nsa.kernels.layout import Layout
 from nsa.kernels.rows import rowsum_delta
-from nsa.kernels.selected_backward import selected_dkdv
-from nsa.kernels.selected_forward import selected_dq, selected_forward
+from nsa.kernels.selected_forward import selected_forward
+from nsa.kernels.selected_gradients import selected_gradients
 from nsa.kernels.selection import select_top_blocks
 
 
@@ -152,8 +152,9 @@ def selected_attention_backward(
     d_out = d_out.contiguous()
     with _serving(q, k, v, scale=scale):
         delta = rowsum_delta(out, d_out, d_lse)
-        given = (as_rows(q), as_rows(k), as_rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale)
-        return selected_dq(*given), *selected_dkdv(*given)
+        return selected_gradients(
+            as_rows(q), as_rows(k), as_rows(v), block_indices, d_out, lse, delta, layout, _config(sizes), scale
+        )
 
 
 @selected_attention_backward.register_fake

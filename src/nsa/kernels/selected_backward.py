@@ -1,4 +1,5 @@
 """dk and dv of attention over the selected blocks, by blocks of keys: each gathers the queries that selected it.
+On the way dq's part of every pick, where it is wanted (selected_gradients.py).
 
 The inverse index (inverse.py) lists them in order, so sums repeat bit by bit; nothing is added atomically. A popular
 block (every query selects the first one) is split into work items; their fp32 sums are added afterwards, in order.
@@ -8,6 +9,8 @@ dk, dv      grid (work items, steps of BLOCK_N keys): rows are BLOCK_Q gathered 
 sums        grid (blocks x KV heads, steps)
 """
 
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +18,8 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.integers import cdiv
-from nsa.kernels.inverse import invert
-from nsa.kernels.launch import Heads, empty, tile_for
+from nsa.kernels.inverse import WORK_ITEMS, invert
+from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
 from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import load_rows, log2_lse, wide
@@ -53,22 +56,24 @@ def _load_statistics(lse, delta, flat, mask, num_heads):
 
 @triton.jit
 def _dkdv_range(
-    dk, dv, k, v, keys, q, d_out, lse, delta, queries, begin, end, row_start, first_position, num_heads,
-    stride_qt, stride_ot, scale_log2, MASKED: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    dk, dv, k, v, keys, q, d_out, lse, delta, picks, parts, begin, end, row_start, first_position, num_heads, part_pick,
+    part_query, stride_qt, stride_ot, scale, MASKED: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The queries listed in queries[begin:end]; q, d_out, lse and delta point to the rows' heads."""
+    """The queries of picks[begin:end]; q, d_out, lse, delta and parts point to the rows' heads."""
+    scale_log2 = scale * 1.4426950408889634
     rows = tl.arange(0, BLOCK_Q * GP)
     query, head = rows // GP, rows % GP
     d, e = tl.arange(0, DP), tl.arange(0, EP)
-    listed = queries + query
-    flat = tl.load(listed + begin, mask=begin + query < end, other=0)
+    listed = picks + query
+    flat = tl.load(listed + begin, mask=begin + query < end, other=0) // N
     next_lse, next_delta = _load_statistics(lse, delta, flat, (begin + query < end) & (head < G), num_heads)
-    next_flat = tl.load(listed + begin + BLOCK_Q, mask=begin + BLOCK_Q + query < end, other=0)
+    next_flat = tl.load(listed + begin + BLOCK_Q, mask=begin + BLOCK_Q + query < end, other=0) // N
     for start in tl.range(begin, end, BLOCK_Q):
         row_mask = (start + query < end) & (head < G)
-        flat = tl.load(listed + start, mask=start + query < end, other=0)
+        pick = tl.load(listed + start, mask=start + query < end, other=0)
+        flat = pick // N
         column = flat.to(tl.int64) - row_start
         q_tile = load_rows(q[:, None] + (column * stride_qt)[:, None] + d[None, :], row_mask, d < D, True, D != DP)
         o_tile = load_rows(d_out[:, None] + (column * stride_ot)[:, None] + e[None, :], row_mask, e < E, True, E != EP)
@@ -76,7 +81,7 @@ def _dkdv_range(
         row_lse, row_delta = next_lse, next_delta
         in_next = (start + BLOCK_Q + query < end) & (head < G)
         next_lse, next_delta = _load_statistics(lse, delta, next_flat, in_next, num_heads)
-        next_flat = tl.load(listed + start + 2 * BLOCK_Q, mask=start + 2 * BLOCK_Q + query < end, other=0)
+        next_flat = tl.load(listed + start + 2 * BLOCK_Q, mask=start + 2 * BLOCK_Q + query < end, other=0) // N
         scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - log2_lse(row_lse)[None, :])
         if MASKED:
@@ -84,20 +89,41 @@ def _dkdv_range(
         dv = tl.dot(p.to(o_tile.dtype), o_tile, dv, input_precision=PRECISION)
         d_p = tl.dot(v, tl.trans(o_tile), input_precision=PRECISION)
         d_s = p * (d_p - row_delta[None, :])
-        dk = tl.dot(d_s.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        d_s = d_s.to(q_tile.dtype)
+        dk = tl.dot(d_s, q_tile, dk, input_precision=PRECISION)
+        if PARTS:
+            part = tl.dot(tl.trans(d_s), k, input_precision=PRECISION) * scale
+            at = flat.to(tl.int64) * part_query + pick % N * part_pick
+            tl.store(
+                parts[:, None] + (at * D)[:, None] + d[None, :],
+                part.to(parts.dtype.element_ty),
+                mask=row_mask[:, None] & (d < D)[None, :],
+            )
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows", "per_item"])
+@triton.jit
+def _before(picks, begin, end, pick):
+    """How many of picks[begin:end], which ascend, are less."""
+    count = begin * 0
+    for start in tl.range(begin, end, 512):
+        at = start + tl.arange(0, 512)
+        count += tl.sum((tl.load(picks + at, mask=at < end, other=pick) < pick).to(tl.int32), 0)
+    return count
+
+
+@triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows", "per_item", "first_query", "end_query"])
 def selected_dkdv_kernel(
-    q, k, v, d_out, lse, delta, dk, dv, queries, segment_start, item_start, item_segment, block_sequence, block_start,
-    cu_q, cu_k, lengths, segments, blocks, num_queries, num_keys, num_rows, num_heads, per_item, scale,
+    q, k, v, d_out, lse, delta, dk, dv, parts, picks, segment_start, item_start, item_segment, block_sequence,
+    block_start, cu_q, cu_k, lengths, segments, blocks, num_queries, num_keys, num_rows, num_heads, per_item,
+    first_query, end_query, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_ob, stride_ot, stride_oh,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    SELECT: tl.constexpr, LAYOUT: tl.constexpr,
+    SELECT: tl.constexpr, LAYOUT: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """SPLIT: of the queries first_query .. end_query only, added to what the queries before them gave."""
     item = tl.program_id(0)
     if item >= tl.load(item_start + segments):
         return
@@ -105,6 +131,12 @@ def selected_dkdv_kernel(
     first = tl.load(segment_start + segment)
     begin = first + (item - tl.load(item_start + segment)) * per_item
     end = tl.minimum(begin + per_item, tl.load(segment_start + segment + 1))
+    if SPLIT:
+        before = _before(picks, begin, end, first_query * N)
+        end = begin + _before(picks, begin, end, end_query * N)
+        begin += before
+        if begin >= end:
+            return
     # Queries inside the block are the first of its list, and at most as many as it has keys; the others see all of it.
     past = begin + tl.cdiv(tl.maximum(tl.minimum(first + SELECT, end) - begin, 0), BLOCK_Q) * BLOCK_Q
     past = tl.minimum(past, end)
@@ -125,25 +157,41 @@ def selected_dkdv_kernel(
     q_heads = q + row.to(tl.int64) * stride_qb + group * G * stride_qh + wide(head) * stride_qh
     o_heads = d_out + row.to(tl.int64) * stride_ob + group * G * stride_oh + wide(head) * stride_oh
     flat_heads = group * G + head
-    scale_log2 = scale * 1.4426950408889634
+    # A pick's parts lie [query, KV head, slot, step, head of the group].
+    steps = tl.num_programs(1)
+    part_pick = steps * G
+    part_query = (segments // blocks) * N * part_pick
+    if PARTS:
+        part_head = (group * N * steps + tl.program_id(1)) * G + head - wide(first_query) * part_query
+        parts += part_head * D
+        if SELECT % BLOCK_N != 0:
+            # Keys of the next block are masked as if they were not seen yet.
+            keys = tl.where(in_block < SELECT, keys, 0x7FFFFFFF)
+    MASK_PAST: tl.constexpr = PARTS and SELECT % BLOCK_N != 0
     # Rows of q are counted over the batch in the index, in its own row here; they are one for packed sequences.
     row_start = row.to(tl.int64) * num_queries
     dk_sum = tl.zeros([BLOCK_N, DP], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, EP], tl.float32)
     dk_sum, dv_sum = _dkdv_range(
-        dk_sum, dv_sum, k_tile, v_tile, keys, q_heads, o_heads, lse + flat_heads, delta + flat_heads, queries,
-        begin, past, row_start, s - t - q_start, num_heads, stride_qt, stride_ot, scale_log2,
-        True, G, GP, D, DP, E, EP, BLOCK_Q, PRECISION,
+        dk_sum, dv_sum, k_tile, v_tile, keys, q_heads, o_heads, lse + flat_heads, delta + flat_heads, picks, parts,
+        begin, past, row_start, s - t - q_start, num_heads, part_pick, part_query, stride_qt, stride_ot, scale,
+        True, N, PARTS, G, GP, D, DP, E, EP, BLOCK_Q, PRECISION,
     )  # fmt: skip
     dk_sum, dv_sum = _dkdv_range(
-        dk_sum, dv_sum, k_tile, v_tile, keys, q_heads, o_heads, lse + flat_heads, delta + flat_heads, queries,
-        past, end, row_start, s - t - q_start, num_heads, stride_qt, stride_ot, scale_log2,
-        False, G, GP, D, DP, E, EP, BLOCK_Q, PRECISION,
+        dk_sum, dv_sum, k_tile, v_tile, keys, q_heads, o_heads, lse + flat_heads, delta + flat_heads, picks, parts,
+        past, end, row_start, s - t - q_start, num_heads, part_pick, part_query, stride_qt, stride_ot, scale,
+        MASK_PAST, N, PARTS, G, GP, D, DP, E, EP, BLOCK_Q, PRECISION,
     )  # fmt: skip
     out = (item.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_N
     out_rows = out + tl.arange(0, BLOCK_N)
-    tl.store(dk + out_rows[:, None] * DP + d[None, :], dk_sum * scale)
-    tl.store(dv + out_rows[:, None] * EP + e[None, :], dv_sum)
+    dk_rows = dk + out_rows[:, None] * DP + d[None, :]
+    dv_rows = dv + out_rows[:, None] * EP + e[None, :]
+    dk_sum *= scale
+    if SPLIT:
+        dk_sum += tl.load(dk_rows, mask=before > 0, other=0.0)
+        dv_sum += tl.load(dv_rows, mask=before > 0, other=0.0)
+    tl.store(dk_rows, dk_sum)
+    tl.store(dv_rows, dv_sum)
 
 
 @triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows", "per_item"])
@@ -175,15 +223,38 @@ def sum_items_kernel(
     tl.store(dv + out[:, None] * E + e[None, :], dv_sum.to(dv.dtype.element_ty), mask=write[:, None] & (e < E)[None, :])
 
 
+class DqParts(Protocol):
+    """Takes dq's parts while dk and dv are computed; `selected_gradients` has the one there is."""
+
+    tile: TileSize
+    out: Tensor
+    pieces: list[tuple[int, int]]  # of the batch's queries, in order: `out` has room for the parts of one
+
+    def merge(self, first: int, end: int) -> None: ...
+
+
 def selected_dkdv(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
     layout: Layout, config: NSAConfig, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    heads = Heads.of(q, k, v)
     if q.numel() == 0 or k.shape[1] == 0:
         return k.new_zeros(k.shape), v.new_zeros(v.shape)
-    index = invert(block_indices, layout, config)
-    tile = tile_for("selected_dkdv", heads, q, config.select_block_size)
+    dk, dv = empty(layout, k.shape, k.dtype, k.device), empty(layout, v.shape, v.dtype, v.device)
+    heads = Heads.of(q, k, v)
+    write_dkdv(q, k, v, block_indices, d_out, lse, delta, dk, dv, heads, layout, config, scale)
+    return dk, dv
+
+
+def write_dkdv(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+    dk: Tensor, dv: Tensor, of: Heads, layout: Layout, config: NSAConfig, scale: float,
+    parts: DqParts | None = None, runs: int = 1,
+) -> None:  # fmt: skip
+    """Of all heads, or of one of the `runs` of KV heads: slices of tensors that have the heads `of`."""
+    heads = Heads.of(q, k, v)
+    # A run has less work; in as many items their sums would weigh.
+    index = invert(block_indices, layout, config, WORK_ITEMS // min(runs, 4))
+    tile = parts.tile if parts else tile_for("selected_dkdv", heads, q, config.select_block_size)
     steps = cdiv(config.select_block_size, tile.block_n)
     dk_items, dv_items = (
         torch.empty((index.items, steps * tile.block_n, width), dtype=torch.float32, device=q.device)
@@ -191,21 +262,23 @@ def selected_dkdv(
     )
     segments = heads.g * index.blocks
     where = (index.block_sequence, index.block_start, layout.cu_q, layout.cu_k, layout.lengths)
-    start_kernel(
-        selected_dkdv_kernel, (index.items, steps),
-        q, k, v, d_out, lse, delta, dk_items, dv_items,
-        index.queries, index.segment_start, index.item_start, index.item_segment, *where,
-        segments, index.blocks, layout.t, layout.s, layout.b, heads.h, index.per_item, scale,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
-        **heads.constants, SELECT=config.select_block_size, LAYOUT=layout.kind,
-        **tile.constants,
-    )  # fmt: skip
-    dk, dv = empty(layout, k.shape, k.dtype, k.device), empty(layout, v.shape, v.dtype, v.device)
+    pieces = parts.pieces if parts else [(0, layout.b * layout.t)]
+    for first, end in pieces:
+        start_kernel(
+            selected_dkdv_kernel, (index.items, steps),
+            q, k, v, d_out, lse, delta, dk_items, dv_items, parts.out if parts else None,
+            index.picks, index.segment_start, index.item_start, index.item_segment, *where,
+            segments, index.blocks, layout.t, layout.s, layout.b, of.h, index.per_item, first, end, scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
+            **heads.constants, SELECT=config.select_block_size, LAYOUT=layout.kind, N=block_indices.shape[3],
+            PARTS=parts is not None, SPLIT=len(pieces) > 1, **tile.constants,
+        )  # fmt: skip
+        if parts:
+            parts.merge(first, end)
     start_kernel(
         sum_items_kernel, (segments, steps),
         dk_items, dv_items, dk, dv, index.segment_start, index.item_start, *where,
-        index.blocks, layout.t, layout.s, layout.b, heads.g, index.per_item,
+        index.blocks, layout.t, layout.s, layout.b, of.g, index.per_item,
         D=heads.d, DP=heads.padded_d, E=heads.e, EP=heads.padded_e,
         SELECT=config.select_block_size, LAYOUT=layout.kind, BLOCK_N=tile.block_n, num_warps=8,
     )  # fmt: skip
-    return dk, dv
