@@ -42,25 +42,7 @@ def training_step(
     config: TrainConfig, attention: str, max_length: int, layers: int | None, device: str
 ) -> tuple[Callable[[torch.Tensor], object], int]:
     """A function that trains on one row of token ids, and the number of parameters."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = NSALlamaForCausalLM(
-            NSALlamaConfig(
-                attention=attention,
-                nsa=config.nsa.to_dict(),
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                num_hidden_layers=layers or config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                intermediate_size=config.intermediate_size,
-                max_position_embeddings=max_length,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                initializer_range=config.initializer_range,
-                use_cache=False,
-            )
-        )
-    model.train()
+    model = random_model(config, attention, max_length, layers or config.num_layers, device)
     model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
 
@@ -73,3 +55,27 @@ def training_step(
         optimizer.zero_grad()
 
     return step, sum(parameter.numel() for parameter in model.parameters())
+
+
+def random_model(config: TrainConfig, attention: str, max_length: int, layers: int, device: str) -> NSALlamaForCausalLM:
+    """Of a preset's sizes, with random weights, ready to be trained."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = NSALlamaForCausalLM(
+            NSALlamaConfig(
+                attention=attention,
+                nsa=config.nsa.to_dict(),
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_kv_heads,
+                intermediate_size=config.intermediate_size,
+                max_position_embeddings=max_length,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                initializer_range=config.initializer_range,
+                tie_word_embeddings=config.tie_embeddings,
+                use_cache=False,
+            )
+        )
+    return model.train()
