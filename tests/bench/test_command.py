@@ -28,7 +28,7 @@ def test_help_has_examples(arguments: list[str], capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
-@pytest.mark.parametrize("bench", ["kernels", "module", "step", "decode", "generate"])
+@pytest.mark.parametrize("bench", ["kernels", "module", "step", "train", "decode", "generate"])
 def test_without_cuda_it_is_one_line(bench: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", bench]) == 2
     assert capsys.readouterr().err == "nsa bench: error: nsa bench measures a CUDA device, and PyTorch sees none here\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from nsa.bench.run import check, run
+from nsa.bench.train_command import TrainArguments
 
 if TYPE_CHECKING:
     from nsa.bench.result import Entry
@@ -303,12 +304,13 @@ def _subcommand(name: str, arguments: type) -> Any:
 
 @dataclass(frozen=True)
 class BenchArguments:
-    """What the kernels, a layer, a training step and decoding cost on this machine's GPU, beside dense attention.
+    """What the kernels, a layer, training and decoding cost on this machine's GPU, beside dense attention.
 
     Examples:
         nsa bench kernels --lengths 8192 65536
         nsa bench module
         nsa bench step --lengths 32768
+        nsa bench train --models small --lengths 4096
         nsa bench decode --lengths 65536 --batches 1 32
         nsa bench generate --lengths 65536 --batches 8
         nsa bench kernels --help
@@ -318,6 +320,7 @@ class BenchArguments:
         Annotated[KernelArguments, _subcommand("kernels", KernelArguments)]
         | Annotated[ModuleArguments, _subcommand("module", ModuleArguments)]
         | Annotated[StepArguments, _subcommand("step", StepArguments)]
+        | Annotated[TrainArguments, _subcommand("train", TrainArguments)]
         | Annotated[DecodeArguments, _subcommand("decode", DecodeArguments)]
         | Annotated[GenerateArguments, _subcommand("generate", GenerateArguments)]
         | Annotated[ShowArguments, _subcommand("show", ShowArguments)],

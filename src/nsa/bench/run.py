@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from nsa.bench.command import DecodeArguments, GenerateArguments, KernelArguments, ModuleArguments, StepArguments
+    from nsa.bench.train_command import TrainArguments
 
-    Measured: TypeAlias = KernelArguments | ModuleArguments | StepArguments | DecodeArguments | GenerateArguments
+    Measured: TypeAlias = (
+        KernelArguments | ModuleArguments | StepArguments | TrainArguments | DecodeArguments | GenerateArguments
+    )
 
 
 def check(arguments: Measured, lengths: tuple[int, ...]) -> None:
@@ -16,7 +19,7 @@ def check(arguments: Measured, lengths: tuple[int, ...]) -> None:
         raise ValueError(f"--lengths: expected positive numbers of tokens, got {list(lengths)}")
     numbers = {name: value for name, value in asdict(arguments).items() if type(value) is int}
     for name, value in numbers.items():
-        least = 0 if name == "dense_prompt" else 1
+        least = 0 if name in ("dense_prompt", "workers", "seed") else 1
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     heads, kv_heads = numbers.get("heads", 1), numbers.get("kv_heads", 1)

@@ -59,6 +59,8 @@ def tables(result: Result) -> list[Table]:
     """The tables of a result of any bench."""
     if result.bench == "decode":
         return [_microseconds(result, part) for part in _parts(result)]
+    if result.bench == "train":
+        return [_training(result, part) for part in _parts(result)]
     found = [_times(result, part) for part in _parts(result) if part != "kernels"]
     if any("rows" in entry.facts for entry in result.entries):
         found.append(_rates(result))
@@ -118,6 +120,26 @@ def _microseconds(result: Result, part: str) -> Table:
         rows.append(row)
     header = ["tokens", "batch", "floor", "dense floor", *names]
     return Table(f"{part}: microseconds a step, and how many times NSA's", header, rows)
+
+
+def _training(result: Result, model: str) -> Table:
+    """Tokens a second, also over those of the faster dense twin of the same rows; what a step consists of; memory."""
+    rows = []
+    for entry in result.of(model):
+        tokens, facts = entry.facts["tokens"], entry.facts
+        dense = min((ms for name, ms in entry.ms.items() if name.split(",")[0] == "dense"), default=None)
+        for name, ms in entry.ms.items():
+            row = [f"{entry.length:,}", entry.inputs, f"{facts['documents']:.0f}", name, f"{tokens / ms * 1e3:,.0f}"]
+            row += ["" if dense is None else f"{dense / ms:.2f}", _number(ms), _number(entry.gib.get(name))]
+            row += [f"{facts[f'{name}: {what}']:.0f}" for what in ("launches", "host reads", "graphs")]
+            rows.append([*row, f"{facts[f'{name}: waiting']:.1%}"])
+        short = [name.split(":")[0] for name in facts if name.endswith(": out of memory")]
+        rows += [[f"{entry.length:,}", entry.inputs, "", name, "out of memory", *[""] * 7] for name in short]
+    header = [
+        "row, tokens", "layout", "documents", "attention", "tokens/s", "of dense", "ms a step", "peak GiB",
+        "launches", "host reads", "graphs compiled", "waiting for data",
+    ]  # fmt: skip
+    return Table(f"{model}: training steps of the same tokens", header, rows)
 
 
 def _rates(result: Result) -> Table:

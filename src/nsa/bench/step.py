@@ -43,18 +43,7 @@ def training_step(
     config: TrainConfig, attention: str, max_length: int, layers: int | None, device: str
 ) -> tuple[Callable[[torch.Tensor], object], int]:
     """A function that trains on one row of token ids, and the number of parameters."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = NSALlamaForCausalLM(
-            model_config(
-                config,
-                attention=attention,
-                num_hidden_layers=layers or config.num_layers,
-                max_position_embeddings=max_length,
-                use_cache=False,
-            )
-        )
-    model.train()
+    model = random_model(config, attention, max_length, layers or config.num_layers, device)
     model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
 
@@ -67,3 +56,19 @@ def training_step(
         optimizer.zero_grad()
 
     return step, sum(parameter.numel() for parameter in model.parameters())
+
+
+def random_model(config: TrainConfig, attention: str, max_length: int, layers: int, device: str) -> NSALlamaForCausalLM:
+    """Of a preset's sizes, with random weights, ready to be trained."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = NSALlamaForCausalLM(
+            model_config(
+                config,
+                attention=attention,
+                num_hidden_layers=layers,
+                max_position_embeddings=max_length,
+                use_cache=False,
+            )
+        )
+    return model.train()

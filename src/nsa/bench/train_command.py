@@ -1,0 +1,73 @@
+"""The arguments of `nsa bench train`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from nsa.bench.run import check, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nsa.bench.result import Entry
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Training steps of whole models, NSA beside its dense and window twins: tokens a second, and where time goes.
+
+    A step: a batch copied to the device, forward, backward, fused AdamW; bf16 autocast over fp32 weights. Rows hold one
+    document each; packed ones hold documents whose lengths are log-normal (standard deviation of the logarithm: 1), cut
+    at the ends of rows and then side by side in one row. Compiled is torch.compile(model). Also launches of a step,
+    copies from the device (each waits for it), graphs that were compiled, the share of the step spent waiting for data,
+    and peak memory, weights and optimizer included. All candidates are in memory and take turns, or one attention after
+    the other where they do not fit.
+
+    Examples:
+        nsa bench train --models small
+        nsa bench train --models 300m --lengths 8192 --layouts rows --output train_300m_h200
+        nsa bench train --models 1b --lengths 8192 32768 --layouts rows --modes compiled --attentions nsa dense
+    """
+
+    models: tuple[Literal["demo", "small", "300m", "1b"], ...] = ("small", "300m", "1b")
+    """Whose sizes: a preset of nsa train, or 300m: hidden size 1024, 12 layers, 16 query heads and 1 KV head of 64."""
+    lengths: tuple[int, ...] = (4096, 8192, 32768)
+    """Tokens in a row."""
+    layouts: tuple[Literal["rows", "packed"], ...] = ("rows", "packed")
+    """One document a row, or packed documents."""
+    attentions: tuple[Literal["nsa", "dense", "window"], ...] = ("nsa", "dense", "window")
+    """NSA and its twins."""
+    modes: tuple[Literal["compiled", "eager"], ...] = ("compiled", "eager")
+    """With torch.compile, and without."""
+    tokens: int = 32768
+    """Tokens in a step, at least a row."""
+    mean_document: int = 1024
+    """Mean length of packed documents before they are cut, in tokens."""
+    checkpointing: bool | None = None
+    """Gradient checkpointing. Default: as the preset has it, which is for 1b alone."""
+    workers: int = 2
+    """Processes that make batches."""
+    steps: int = 3
+    """Steps of a candidate before the next one's turn."""
+    repetitions: int = 5
+    """Rounds that count, after one that does not."""
+    seed: int = 0
+    """Of documents and tokens."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="STEM")] = None
+    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+    def run(self) -> None:
+        check(self, self.lengths)
+        for name in ("models", "layouts", "attentions", "modes"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name}: expected one or more, got none")
+        run("train", self)
+
+    def measure(self) -> "Iterator[Entry]":
+        from nsa.bench.train import measure
+
+        return measure(self)
