@@ -18,10 +18,17 @@ from nsa.config import NSAConfig
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("length", 512), ("heads", 16), ("kv-heads", 1), ("head-dim", 64), ("repetitions", 200)):
+    for name, default in (
+        ("length", 512),
+        ("heads", 16),
+        ("kv-heads", 1),
+        ("head-dim", 64),
+        ("value-dim", 64),
+        ("repetitions", 200),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
-    shape = Shape(length=a.length, h=a.heads, g=a.kv_heads, d=a.head_dim, e=a.head_dim)
+    shape = Shape(length=a.length, h=a.heads, g=a.kv_heads, d=a.head_dim, e=a.value_dim)
     nsa = Problem(shape, NSAConfig(), correlated=False, dtype=torch.bfloat16).nsa()
     times: dict[str, list[float]] = {"forward": [], "backward": []}
     for _ in range(a.repetitions):

@@ -25,14 +25,28 @@ from nsa.kernels import hopper, launch
 CANDIDATES: dict[str, list[launch.Candidate]] = {
     "contiguous_forward": [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
     "window_forward": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
-    "contiguous_dq": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2)],
+    "contiguous_dq": [
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+        (64, 64, 8, 2),
+        (64, 64, 4, 2),
+        (64, 32, 4, 3),
+        (128, 128, 8, 2),
+    ],
     "window_dq": [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)],
-    "contiguous_dkdv": [(64, 128, 8, 3), (32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
+    "contiguous_dkdv": [
+        (64, 128, 8, 3),
+        (32, 128, 8, 3),
+        (64, 128, 8, 2),
+        (64, 64, 4, 2),
+        (64, 64, 8, 2),
+        (32, 64, 4, 3),
+    ],
     "window_dkdv": [(64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 3)],
     "scoring": [(64, 128, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 64, 4, 3), (64, 256, 8, 3)],
     "selected_forward": [(64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (16, 64, 2, 3), (64, 32, 4, 3)],
     "selected_dq": [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (16, 64, 4, 2), (64, 32, 4, 2)],
-    "selected_dkdv": [(64, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2), (16, 64, 4, 3)],
+    "selected_dkdv": [(64, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3), (32, 64, 8, 2)],
     "hopper.ATTENTION": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)],
     "hopper.SCORING": [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 8, 3)],
 }
@@ -79,14 +93,16 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--value-dim", type=int, help="by default the head dim; the paper's are 192 and 128")
     parser.add_argument("--correlated", action="store_true", help="queries that resemble their neighbours")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--share", default="0/1", help="i/n: only every n-th candidate, from the i-th on")
     arguments = parser.parse_args()
     first, step = map(int, arguments.share.split("/"))
     shape = Shape(
-        length=arguments.length, h=arguments.heads, g=arguments.kv_heads, d=arguments.head_dim, e=arguments.head_dim
-    )
+        length=arguments.length, h=arguments.heads, g=arguments.kv_heads,
+        d=arguments.head_dim, e=arguments.value_dim or arguments.head_dim,
+    )  # fmt: skip
     launchers = single_kernels(Problem(shape, NSAConfig(), correlated=arguments.correlated, dtype=torch.bfloat16))
     print(f"{torch.cuda.get_device_name()}, {arguments.length} tokens", flush=True)
     todo = [(kernel, candidate) for kernel, candidates in CANDIDATES.items() for candidate in candidates]

@@ -1,6 +1,6 @@
 """Compiles every kernel for a GPU that is not there, from the launchers themselves; `test_compile.py` runs it.
 
-    python compile_all.py ARCHITECTURE DTYPE HEADS KV_HEADS D E   ->   one line of JSON for each kernel
+    python compile_all.py ARCHITECTURE DTYPE HEADS KV_HEADS D E [--training]   ->   one line of JSON for each kernel
 
 The launchers get tensors without memory. What would launch a kernel compiles it instead, for the target and for
 integers and pointers as they would be on the device.
@@ -27,11 +27,12 @@ from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.kernels import decode, launch, rotary, rows, selected_gradients, step_begin
 from nsa.kernels import step as steps
-from nsa.kernels.contiguous_backward import contiguous_backward, sum_splits
+from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.layout import Layout
 from nsa.kernels.selected_forward import selected_forward
 from nsa.kernels.selection import select_top_blocks
+from nsa.kernels.split_sums import sum_splits
 
 # Bytes of shared memory that a program may take: A100, L4 and 4090, H100 and H200, B200.
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
@@ -164,10 +165,12 @@ def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
 
 
 if __name__ == "__main__":
-    architecture, dtype, *sizes = sys.argv[1:]
+    architecture, dtype, *sizes = (x for x in sys.argv[1:] if x != "--training")
+    only_training = "--training" in sys.argv
     launch.shared_memory = lambda device: SHARED[int(architecture)]
     launch.is_hopper = lambda device: architecture == "90"
     compile_instead(int(architecture))
     selected_gradients.PARTS_BYTES = 48 << 20  # in pieces
     launch_all(getattr(torch, dtype), *map(int, sizes))
-    launch_decoding(getattr(torch, dtype), *map(int, sizes))
+    if not only_training:
+        launch_decoding(getattr(torch, dtype), *map(int, sizes))

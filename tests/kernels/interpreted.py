@@ -60,6 +60,22 @@ def test_every_kernel_is_within_the_budget(check: str, dtype: torch.dtype) -> No
     getattr(Run(case, "cpu"), check)()
 
 
+@pytest.mark.parametrize("check", ["compressed", "window", "selected", "selection", "whole"])
+@pytest.mark.parametrize(("d", "e"), [(192, 128), (96, 64), (40, 8)])  # 128 + 64, 64 + 32, 32 + 8 of 16
+def test_widths_that_are_sums_of_two_powers_of_two(d: int, e: int, check: str) -> None:
+    case = Case(layout=whole(21), config=SMALL, dtype=torch.float32, h=2, g=1, d=d, e=e)
+    heads = Heads(2, 1, d, e)
+    assert heads.split_d[1] > 0
+    assert sum(heads.split_d) < heads.padded_d
+    getattr(Run(case, "cpu"), check)()
+
+
+def test_small_groups_of_such_widths_attend_block_by_block() -> None:
+    run = Run(Case(layout=whole(21), config=ODD, dtype=torch.float16, h=2, g=1, d=40, e=8), "cpu")
+    assert selected_by_block.serves(run.q, Heads.of(run.q, run.k, run.v), run.case.config)
+    run.selected()
+
+
 LAYOUTS_HERE = {
     "suffix": Layout(b=2, t=7, s=33),
     "packed": Layout(t=30, s=30, cu_seqlens_q=(0, 10, 11, 11, 30)),

@@ -57,8 +57,8 @@ MATRIX = ("contiguous", "compressed", "selected", "scoring")
 STACK = {"selected_dkdv_kernel": 256, "selected_dkdv_kernel with parts": 96}
 
 
-def compiled(architecture: str, dtype: str, h: int, g: int, d: int, e: int) -> dict[str, dict]:
-    command = [sys.executable, "compile_all.py", architecture, dtype, *map(str, (h, g, d, e))]
+def compiled(architecture: str, dtype: str, h: int, g: int, d: int, e: int, *options: str) -> dict[str, dict]:
+    command = [sys.executable, "compile_all.py", architecture, dtype, *map(str, (h, g, d, e)), *options]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -82,6 +82,18 @@ def test_the_papers_heads_fit_without_spilling(architecture: str) -> None:
     instruction = {"80": "mma", "90": "wgmma", "100": "tcgen05"}[architecture]
     for name, kernel in found.items():
         assert (kernel[instruction] > 0) == name.startswith(MATRIX), (name, kernel)
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_the_papers_own_widths_are_not_padded_to_256(architecture: str) -> None:
+    found = compiled(architecture, "bfloat16", 64, 4, 192, 128, "--training")
+    assert (found.keys() >= HOPPER) == (architecture == "90")
+    for name, kernel in found.items():
+        assert kernel["shared"] <= SHARED[architecture], (name, kernel)
+        assert kernel["stack"] <= STACK.get(name, 192), (name, kernel)
+        if name in HOPPER:
+            assert kernel["wgmma"] > 0, (name, kernel)
+            assert kernel["shared"] <= SHARED[architecture] // 2, (name, kernel)
 
 
 def test_wide_heads_fit_the_smallest_device() -> None:

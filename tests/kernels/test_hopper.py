@@ -24,18 +24,18 @@ def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, select: int = 64, 
     ]
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("d", "e"), [(64, 64), (128, 128), (192, 128)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_they_serve_what_is_most_often_asked_for(dtype: torch.dtype, width: int) -> None:
-    q, k = (x[..., :width].to(dtype).contiguous() for x in (Q, K))
-    assert serves(q, k, k) == [True, True, True]
+def test_they_serve_what_is_most_often_asked_for(dtype: torch.dtype, d: int, e: int) -> None:
+    q, k, v = torch.zeros(1, 64, 64, d, dtype=dtype), *(torch.zeros(1, 64, 4, x, dtype=dtype) for x in (d, e))
+    assert serves(q, k, v) == [True, True, True]
 
 
 def test_they_leave_the_rest_to_the_plain_kernels() -> None:
     strided = K.transpose(1, 2).contiguous().transpose(1, 2)
     assert serves(Q.float(), K.float(), K.float()) == [False] * 3
     assert serves(Q[..., :96], K[..., :96], K[..., :96]) == [False] * 3
-    assert serves(Q, K, K[..., :64].contiguous()) == [False] * 3
+    assert serves(Q, K, K[..., :64].contiguous()) == [False, False, True]  # scoring reads no values
     assert serves(Q, strided, strided) == [False, False, True]  # scoring copies queries, not keys
     assert serves(Q[:, :, :16].contiguous(), K, K) == [True, False, True]  # 4 heads to a group
     assert serves(Q, K, K, select=48, per_block=3) == [True, False, False]

@@ -13,28 +13,42 @@ from torch import Tensor
 from nsa.kernels.integers import cdiv
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import Layout
+from nsa.kernels.split_sums import sum_splits
 from nsa.kernels.start import start_kernel
-from nsa.kernels.tiles import keys_seen, load_log2_lse, load_rows, locate, log2_lse, wide
+from nsa.kernels.tiles import (
+    add_product,
+    columns,
+    dot_columns,
+    keep_rows,
+    keys_seen,
+    load_columns,
+    load_log2_lse,
+    load_rows,
+    locate,
+    log2_lse,
+    store_columns,
+    wide,
+    zero_columns,
+)
 
 # Programs to aim at, so that the longest of them do not decide alone, and the most splits worth their fp32 sums.
 PROGRAMS = 2048
 MAX_SPLITS = 16
-SUM_BLOCK = 1024
 
 
 @triton.jit
 def _dq_range(
-    dq, q, d_out, lse, delta, k_rows, v_rows, stride_ks, stride_vs, low_key, high_key, low, high, k_columns, v_columns,
-    scale_log2, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, MASK_D: tl.constexpr, MASK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, d_out, lse, delta, k_rows, v_rows, stride_ks, stride_vs, low_key, high_key, low, high, v_columns,
+    scale_log2, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    MASK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, BLOCK_N)
     for start in tl.range(low_key, high_key, BLOCK_N):
         keys = start + offsets
         base = wide(start)
-        k = load_rows(k_rows + base * stride_ks, keys < high_key, k_columns, MASKED, MASK_D)
+        k = load_columns(k_rows, base * stride_ks, keys < high_key, MASKED, D, DP, DR)
         v = load_rows(v_rows + base * stride_vs, keys < high_key, v_columns, MASKED, MASK_E)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = dot_columns(q, k, DR, PRECISION)
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - lse[:, None])
         d_s = p * (d_p - delta[:, None])
@@ -43,7 +57,7 @@ def _dq_range(
             if HAS_WINDOW:
                 visible &= keys[None, :] >= low[:, None]
             d_s = tl.where(visible, d_s, 0.0)  # not only p: 0 times NaN
-        dq = tl.dot(d_s.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = add_product(dq, d_s, k, DR, PRECISION)
     return dq
 
 
@@ -52,9 +66,9 @@ def contiguous_dq_kernel(
     q, k, v, d_out, lse, delta, dq, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
     window, scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_ob, stride_ot, stride_oh,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    LAYOUT: tl.constexpr, ADD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group, row = wide(tl.program_id(1)), tl.program_id(2)
     pid = tl.program_id(0)
@@ -73,12 +87,12 @@ def contiguous_dq_kernel(
     row_mask = (column < t) & (head < G)
     high = tl.where(column < t, keys_seen(s - t + column, BLOCK, STRIDE), 0)
     low = tl.maximum(high - window, 0)
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
     heads = tl.num_programs(1) * G
 
     q_rows = row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
     q_in_tile = (rows // GP) * stride_qt + wide(head) * stride_qh
-    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], row_mask, d < D, True, D != DP)
+    queries = load_columns(columns(q + q_rows + q_in_tile[:, None], DP, DR), 0, row_mask, True, D, DP, DR)
     o_rows = row.to(tl.int64) * stride_ob + (q_start + first).to(tl.int64) * stride_ot + group * G * stride_oh
     o_in_tile = (rows // GP) * stride_ot + wide(head) * stride_oh
     d_outs = load_rows(d_out + o_rows + o_in_tile[:, None] + e[None, :], row_mask, e < E, True, E != EP)
@@ -90,11 +104,11 @@ def contiguous_dq_kernel(
     offsets = tl.arange(0, BLOCK_N)
     k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
     v_rows = v + row.to(tl.int64) * stride_vb + k_start.to(tl.int64) * stride_vs + group * stride_vg
-    k_rows = k_rows + offsets[:, None] * stride_ks + d[None, :]
+    k_rows = columns(k_rows + offsets[:, None] * stride_ks, DP, DR)
     v_rows = v_rows + offsets[:, None] * stride_vs + e[None, :]
     scale_log2 = scale * 1.4426950408889634
 
-    acc = tl.zeros([BLOCK_Q * GP, DP], tl.float32)
+    acc = zero_columns(BLOCK_Q * GP, DP, DR)
     high_first = keys_seen(s - t + first, BLOCK, STRIDE)
     high_last = keys_seen(s - t + last, BLOCK, STRIDE)
     start = high_first * 0
@@ -104,25 +118,21 @@ def contiguous_dq_kernel(
         begin = start + tl.cdiv(low_last - start, BLOCK_N) * BLOCK_N
         acc = _dq_range(
             acc, queries, d_outs, row_lse, row_delta, k_rows, v_rows, stride_ks, stride_vs,
-            start, tl.minimum(begin, high_last), low, high, d < D, e < E, scale_log2,
-            True, True, D != DP, E != EP, BLOCK_N, PRECISION,
+            start, tl.minimum(begin, high_last), low, high, e < E, scale_log2,
+            True, True, D, DP, DR, E != EP, BLOCK_N, PRECISION,
         )  # fmt: skip
         start = tl.minimum(begin, high_last)
     end = start + tl.maximum(high_first - start, 0) // BLOCK_N * BLOCK_N
     acc = _dq_range(
         acc, queries, d_outs, row_lse, row_delta, k_rows, v_rows, stride_ks, stride_vs, start, end,
-        low, high, d < D, e < E, scale_log2, False, False, D != DP, E != EP, BLOCK_N, PRECISION,
+        low, high, e < E, scale_log2, False, False, D, DP, DR, E != EP, BLOCK_N, PRECISION,
     )  # fmt: skip
     acc = _dq_range(
         acc, queries, d_outs, row_lse, row_delta, k_rows, v_rows, stride_ks, stride_vs, end, high_last,
-        low, high, d < D, e < E, scale_log2, True, HAS_WINDOW, D != DP, E != EP, BLOCK_N, PRECISION,
+        low, high, e < E, scale_log2, True, HAS_WINDOW, D, DP, DR, E != EP, BLOCK_N, PRECISION,
     )  # fmt: skip
-    acc *= scale
-    dq_tile = dq + flat_rows * D + (in_tile * D)[:, None] + d[None, :]
-    dq_mask = row_mask[:, None] & (d < D)[None, :]
-    if ADD:
-        acc += tl.load(dq_tile, mask=dq_mask, other=0.0).to(tl.float32)
-    tl.store(dq_tile, acc.to(dq.dtype.element_ty), mask=dq_mask)
+    dq_rows = columns(dq + flat_rows * D + (in_tile * D)[:, None], DP, DR)
+    store_columns(dq_rows, acc, scale, row_mask, D, DP, DR, ADD)
 
 
 @triton.jit
@@ -138,25 +148,26 @@ def _dkdv_range(
     dk, dv, k, v, keys, q, d_out, lse, delta, first_column, end_column, position, window, num_heads,
     stride_qt, stride_qh, stride_ot, stride_oh, scale_log2,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_Q * GP)
     query, head = rows // GP, rows % GP
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
-    q_tile = q + (query * stride_qt + wide(head) * stride_qh)[:, None] + d[None, :]
+    e = tl.arange(0, EP)
+    q_tile = columns(q + (query * stride_qt + wide(head) * stride_qh)[:, None], DP, DR)
     o_tile = d_out + (query * stride_ot + wide(head) * stride_oh)[:, None] + e[None, :]
     next_lse, next_delta = _load_statistics(lse, delta, first_column, end_column, num_heads, query, head, G)
     for first in tl.range(first_column, end_column, BLOCK_Q):
         base = wide(first)
         row_mask = (first + query < end_column) & (head < G)
         # Only the masked loops may have a ragged end; whole heads are missing only where the group is padded.
-        queries = load_rows(q_tile + base * stride_qt, row_mask, d < D, MASKED or G != GP, D != DP)
+        queries = load_columns(q_tile, base * stride_qt, row_mask, MASKED or G != GP, D, DP, DR)
         d_outs = load_rows(o_tile + base * stride_ot, row_mask, e < E, MASKED or G != GP, E != EP)
         # Loaded an iteration ahead: no product waits for them.
         row_lse, row_delta = next_lse, next_delta
         next_lse, next_delta = _load_statistics(lse, delta, first + BLOCK_Q, end_column, num_heads, query, head, G)
-        scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
+        scores = dot_columns(k, queries, DR, PRECISION)
         p = tl.exp2(scores * scale_log2 - log2_lse(row_lse)[None, :])
         if MASKED:
             high = keys_seen(position + first + query, BLOCK, STRIDE)
@@ -167,7 +178,7 @@ def _dkdv_range(
         dv = tl.dot(p.to(d_outs.dtype), d_outs, dv, input_precision=PRECISION)
         d_p = tl.dot(v, tl.trans(d_outs), input_precision=PRECISION)
         d_s = p * (d_p - row_delta[None, :])
-        dk = tl.dot(d_s.to(queries.dtype), queries, dk, input_precision=PRECISION)
+        dk = add_product(dk, d_s, queries, DR, PRECISION)
     return dk, dv
 
 
@@ -177,9 +188,9 @@ def contiguous_dkdv_kernel(
     num_queries, num_keys, window, key_rows, splits, split_stride, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_ob, stride_ot, stride_oh,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group = wide(tl.program_id(1))
     row, split = tl.program_id(2) // splits, tl.program_id(2) % splits
@@ -195,13 +206,13 @@ def contiguous_dkdv_kernel(
         return
     keys = first_key + tl.arange(0, BLOCK_N)
     last_key = tl.minimum(first_key + BLOCK_N, num_visible) - 1
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
     k_base = (k_start + first_key).to(tl.int64)
     offsets = tl.arange(0, BLOCK_N)
     k_rows = k + row.to(tl.int64) * stride_kb + k_base * stride_ks + group * stride_kg
     v_rows = v + row.to(tl.int64) * stride_vb + k_base * stride_vs + group * stride_vg
     key_mask = keys < num_visible
-    k_tile = load_rows(k_rows + offsets[:, None] * stride_ks + d[None, :], key_mask, d < D, True, D != DP)
+    k_tile = load_columns(columns(k_rows + offsets[:, None] * stride_ks, DP, DR), 0, key_mask, True, D, DP, DR)
     v_tile = load_rows(v_rows + offsets[:, None] * stride_vs + e[None, :], key_mask, e < E, True, E != EP)
 
     # Query columns that see any key of the tile, then this program's share of them.
@@ -228,33 +239,33 @@ def contiguous_dkdv_kernel(
     o_rows = d_out + row.to(tl.int64) * stride_ob + q_start.to(tl.int64) * stride_ot + group * G * stride_oh
     flat_rows = (row.to(tl.int64) * num_queries + q_start) * heads + group * G
     scale_log2 = scale * 1.4426950408889634
-    dk_sum = tl.zeros([BLOCK_N, DP], tl.float32)
+    dk_sum = zero_columns(BLOCK_N, DP, DR)
     dv_sum = tl.zeros([BLOCK_N, EP], tl.float32)
     dk_sum, dv_sum = _dkdv_range(
         dk_sum, dv_sum, k_tile, v_tile, keys, q_rows, o_rows, lse + flat_rows, delta + flat_rows,
         first_column, begin, position, window, heads, stride_qt, stride_qh, stride_ot, stride_oh, scale_log2,
-        True, HAS_WINDOW, G, GP, D, DP, E, EP, BLOCK, STRIDE, BLOCK_Q, PRECISION,
+        True, HAS_WINDOW, G, GP, D, DP, DR, E, EP, BLOCK, STRIDE, BLOCK_Q, PRECISION,
     )  # fmt: skip
     dk_sum, dv_sum = _dkdv_range(
         dk_sum, dv_sum, k_tile, v_tile, keys, q_rows, o_rows, lse + flat_rows, delta + flat_rows,
         begin, until, position, window, heads, stride_qt, stride_qh, stride_ot, stride_oh, scale_log2,
-        False, False, G, GP, D, DP, E, EP, BLOCK, STRIDE, BLOCK_Q, PRECISION,
+        False, False, G, GP, D, DP, DR, E, EP, BLOCK, STRIDE, BLOCK_Q, PRECISION,
     )  # fmt: skip
     dk_sum, dv_sum = _dkdv_range(
         dk_sum, dv_sum, k_tile, v_tile, keys, q_rows, o_rows, lse + flat_rows, delta + flat_rows,
         until, end_column, position, window, heads, stride_qt, stride_qh, stride_ot, stride_oh, scale_log2,
-        True, HAS_WINDOW, G, GP, D, DP, E, EP, BLOCK, STRIDE, BLOCK_Q, PRECISION,
+        True, HAS_WINDOW, G, GP, D, DP, DR, E, EP, BLOCK, STRIDE, BLOCK_Q, PRECISION,
     )  # fmt: skip
 
     # The loop without a mask gave keys past a ragged row's length, loaded as zeros, the probability exp(-lse).
-    dk_sum = tl.where(key_mask[:, None], dk_sum, 0.0)
+    dk_sum = keep_rows(dk_sum, key_mask, DR)
     dv_sum = tl.where(key_mask[:, None], dv_sum, 0.0)
     groups = tl.num_programs(1)
     out_rows = split.to(tl.int64) * split_stride + (row.to(tl.int64) * key_rows + k_base) * groups + group
     write = keys < to_write
-    dk_rows = dk + out_rows * D + (offsets * groups * D)[:, None] + d[None, :]
+    dk_rows = columns(dk + out_rows * D + (offsets * groups * D)[:, None], DP, DR)
     dv_rows = dv + out_rows * E + (offsets * groups * E)[:, None] + e[None, :]
-    tl.store(dk_rows, (dk_sum * scale).to(dk.dtype.element_ty), mask=write[:, None] & (d < D)[None, :])
+    store_columns(dk_rows, dk_sum, scale, write, D, DP, DR)
     tl.store(dv_rows, dv_sum.to(dv.dtype.element_ty), mask=write[:, None] & (e < E)[None, :])
 
 
@@ -317,29 +328,6 @@ def contiguous_dkdv(
         **_constants(heads, layout, window), **tile.constants,
     )  # fmt: skip
     return sum_splits(dk, dv, k, v) if many else (dk, dv)
-
-
-@triton.jit(do_not_specialize=["size_k", "size_v", "splits"])
-def sum_splits_kernel(dk_parts, dv_parts, dk, dv, size_k, size_v, splits, BLOCK: tl.constexpr):
-    parts, out, size = dk_parts, dk, wide(size_k)
-    if tl.program_id(1) == 1:
-        parts, out, size = dv_parts, dv, wide(size_v)
-    at = wide(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.range(0, splits):
-        total += tl.load(parts + split * size + at, mask=mask, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
-
-
-def sum_splits(dk_parts: Tensor, dv_parts: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    sizes = (dk.numel(), dv.numel())
-    start_kernel(
-        sum_splits_kernel, (cdiv(max(sizes), SUM_BLOCK), 2), dk_parts, dv_parts, dk, dv, *sizes, len(dk_parts),
-        BLOCK=SUM_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return dk, dv
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -13,21 +13,31 @@ from nsa.kernels import hopper
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import Layout
 from nsa.kernels.start import start_kernel
-from nsa.kernels.tiles import keys_seen, load_rows, locate, softmax_end, softmax_step, wide
+from nsa.kernels.tiles import (
+    columns,
+    dot_columns,
+    keys_seen,
+    load_columns,
+    load_rows,
+    locate,
+    softmax_end,
+    softmax_step,
+    wide,
+)
 
 
 @triton.jit
 def _range(
-    acc, total, top, q, k_rows, v_rows, stride_ks, stride_vs, low_key, high_key, low, high, k_columns, v_columns,
-    scale_log2, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, MASK_D: tl.constexpr, MASK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    acc, total, top, q, k_rows, v_rows, stride_ks, stride_vs, low_key, high_key, low, high, v_columns,
+    scale_log2, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    MASK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, BLOCK_N)
     for start in tl.range(low_key, high_key, BLOCK_N):
         keys = start + offsets
         base = wide(start)
-        k = load_rows(k_rows + base * stride_ks, keys < high_key, k_columns, MASKED, MASK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = load_columns(k_rows, base * stride_ks, keys < high_key, MASKED, D, DP, DR)
+        scores = dot_columns(q, k, DR, PRECISION)
         if MASKED:
             visible = keys[None, :] < high[:, None]
             if HAS_WINDOW:
@@ -42,9 +52,9 @@ def _range(
 def contiguous_forward_kernel(
     q, k, v, out, lse, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys, window,
     scale_log2, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group, row = wide(tl.program_id(1)), tl.program_id(2)
     pid = tl.program_id(0)
@@ -63,15 +73,15 @@ def contiguous_forward_kernel(
     row_mask = (column < t) & (head < G)
     high = tl.where(column < t, keys_seen(s - t + column, BLOCK, STRIDE), 0)
     low = tl.maximum(high - window, 0)
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
 
     query_rows = row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
     in_tile = (rows // GP) * stride_qt + wide(head) * stride_qh
-    queries = load_rows(q + query_rows + in_tile[:, None] + d[None, :], row_mask, d < D, True, D != DP)
+    queries = load_columns(columns(q + query_rows + in_tile[:, None], DP, DR), 0, row_mask, True, D, DP, DR)
     offsets = tl.arange(0, BLOCK_N)
     k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
     v_rows = v + row.to(tl.int64) * stride_vb + k_start.to(tl.int64) * stride_vs + group * stride_vg
-    k_rows = k_rows + offsets[:, None] * stride_ks + d[None, :]
+    k_rows = columns(k_rows + offsets[:, None] * stride_ks, DP, DR)
     v_rows = v_rows + offsets[:, None] * stride_vs + e[None, :]
 
     acc = tl.zeros([BLOCK_Q * GP, EP], tl.float32)
@@ -86,17 +96,17 @@ def contiguous_forward_kernel(
         begin = start + tl.cdiv(low_last - start, BLOCK_N) * BLOCK_N
         acc, total, top = _range(
             acc, total, top, queries, k_rows, v_rows, stride_ks, stride_vs, start, tl.minimum(begin, high_last),
-            low, high, d < D, e < E, scale_log2, True, True, D != DP, E != EP, BLOCK_N, PRECISION,
+            low, high, e < E, scale_log2, True, True, D, DP, DR, E != EP, BLOCK_N, PRECISION,
         )  # fmt: skip
         start = tl.minimum(begin, high_last)
     end = start + tl.maximum(high_first - start, 0) // BLOCK_N * BLOCK_N
     acc, total, top = _range(
         acc, total, top, queries, k_rows, v_rows, stride_ks, stride_vs, start, end,
-        low, high, d < D, e < E, scale_log2, False, False, D != DP, E != EP, BLOCK_N, PRECISION,
+        low, high, e < E, scale_log2, False, False, D, DP, DR, E != EP, BLOCK_N, PRECISION,
     )  # fmt: skip
     acc, total, top = _range(
         acc, total, top, queries, k_rows, v_rows, stride_ks, stride_vs, end, high_last,
-        low, high, d < D, e < E, scale_log2, True, HAS_WINDOW, D != DP, E != EP, BLOCK_N, PRECISION,
+        low, high, e < E, scale_log2, True, HAS_WINDOW, D, DP, DR, E != EP, BLOCK_N, PRECISION,
     )  # fmt: skip
 
     result, row_lse = softmax_end(acc, total, top)

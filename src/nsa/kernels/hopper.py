@@ -1,6 +1,7 @@
 """When the kernels for Hopper serve, their tiles, and how they are launched.
 
-They take what is most often asked for: 16-bit inputs, heads of 64 or 128 dims for keys and values alike, dense rows.
+They take what is most often asked for: 16-bit inputs, heads of 64 or 128 dims for keys and values alike or the paper's
+192 and 128, dense rows.
 Everything else on Hopper, and every other GPU, has the kernels in plain Triton, which compute the same.
 """
 
@@ -23,18 +24,20 @@ if TYPE_CHECKING:
 # Gluon is experimental in Triton: only the versions that it was tried with.
 _HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
 
-# Rows (queries x heads; queries in scoring), keys, warps, stages.
+WIDTHS = ((64, 64), (128, 128), (192, 128))
+# Rows (queries x heads; queries in scoring), keys, warps, stages: two programs are to fit on a multiprocessor.
 ATTENTION: launch.Candidate = (64, 64, 4, 3)
 SCORING: launch.Candidate = (64, 128, 4, 3)
+STAGES_OF_SPLIT = 2  # where keys have more than 128 dims
 
 
 def serves_selected(q: Tensor, k: Tensor, v: Tensor, heads: Heads, select: int) -> bool:
     # Fewer heads to a group would mean more queries in a tile, whose blocks differ more.
-    return _serves(heads, q, k, v) and select in (32, 64) and heads.padded_group in (8, 16, 32)
+    return serves_compressed(q, k, v, heads) and select in (32, 64) and heads.padded_group in (8, 16, 32)
 
 
 def serves_compressed(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> bool:
-    return _serves(heads, q, k, v)
+    return _serves(heads, q, k, v) and (heads.d, heads.e) in WIDTHS
 
 
 def serves_scoring(q: Tensor, k_cmp: Tensor, heads: Heads, per_block: int) -> bool:
@@ -47,16 +50,15 @@ def _serves(heads: Heads, *tensors: Tensor) -> bool:
     return (
         _HAS_GLUON
         and x.dtype in (torch.bfloat16, torch.float16)
-        and heads.d == heads.e
-        and heads.d in (64, 128)
+        and heads.d in (64, 128, 192)
         and all(y.is_contiguous() and y.numel() > 0 and y.data_ptr() % 16 == 0 for y in copied)
         and launch.is_hopper(x.device)
     )
 
 
-def tile_of(candidate: launch.Candidate, group: int) -> TileSize:
+def tile_of(candidate: launch.Candidate, heads: Heads, group: int) -> TileSize:
     rows, block_n, warps, stages = candidate
-    return TileSize(rows // group, block_n, warps, stages, "tf32")
+    return TileSize(rows // group, block_n, warps, min(stages, STAGES_OF_SPLIT) if heads.split_d[1] else stages, "tf32")
 
 
 def selected_forward(
@@ -65,13 +67,14 @@ def selected_forward(
 ) -> None:  # fmt: skip
     from nsa.kernels.hopper_attention import selected_forward_hopper_kernel
 
-    tile = tile_of(ATTENTION, heads.padded_group)
+    tile = tile_of(ATTENTION, heads, heads.padded_group)
     start_kernel(
         selected_forward_hopper_kernel, (tiles.count, heads.g, layout.b),
-        q, k, v, _descriptor(k, select), _descriptor(v, select), items, counts, out, lse, *layout.arguments,
-        tiles.sequence, tiles.first, layout.t, layout.s, scale * LOG2E.value,
+        q, k, v, *_descriptors(k, select, heads), _descriptor(v, select, heads.e), items, counts, out, lse,
+        *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s, scale * LOG2E.value,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        G=heads.per_group, GP=heads.padded_group, D=heads.d, E=heads.e, SELECT=select, N=n, LAYOUT=layout.kind,
+        G=heads.per_group, GP=heads.padded_group, DP=heads.split_d[0], DR=heads.split_d[1], E=heads.e,
+        SELECT=select, N=n, LAYOUT=layout.kind,
         BLOCK_Q=tile.block_q, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
@@ -81,14 +84,15 @@ def compressed_forward(
 ) -> None:
     from nsa.kernels.hopper_attention import compressed_forward_hopper_kernel
 
-    tile = tile_of(ATTENTION, heads.padded_group)
+    tile = tile_of(ATTENTION, heads, heads.padded_group)
     tiles = layout.query_tiles(tile.block_q)
     start_kernel(
         compressed_forward_hopper_kernel, (tiles.count, heads.g, layout.b),
-        q, k, v, _descriptor(k, tile.block_n), _descriptor(v, tile.block_n), out, lse, *layout.arguments,
-        tiles.sequence, tiles.first, layout.t, layout.s, k.shape[1], scale * LOG2E.value,
+        q, k, v, *_descriptors(k, tile.block_n, heads), _descriptor(v, tile.block_n, heads.e), out, lse,
+        *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s, k.shape[1], scale * LOG2E.value,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        G=heads.per_group, GP=heads.padded_group, D=heads.d, E=heads.e, BLOCK=layout.block, STRIDE=layout.stride,
+        G=heads.per_group, GP=heads.padded_group, DP=heads.split_d[0], DR=heads.split_d[1], E=heads.e,
+        BLOCK=layout.block, STRIDE=layout.stride,
         LAYOUT=layout.kind, BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
@@ -99,22 +103,30 @@ def scoring(
 ) -> None:  # fmt: skip
     from nsa.kernels.hopper_scoring import scoring_hopper_kernel
 
-    tile = tile_of(SCORING, 1)
+    tile = tile_of(SCORING, heads, 1)
     start_kernel(
         scoring_hopper_kernel, (count, key_tiles, layout.b * heads.g),
-        _descriptor(q, tile.block_q), k_cmp, lse, own, spill, *layout.arguments, tiles.sequence, tiles.first,
+        *_descriptors(q, tile.block_q, heads), k_cmp, lse, own, spill, *layout.arguments, tiles.sequence, tiles.first,
         layout.t, layout.s, offset, num_blocks, heads.g, scale * LOG2E.value, *k_cmp.stride()[:3],
-        G=heads.per_group, D=heads.d, BLOCK=layout.block, STRIDE=layout.stride, PER_BLOCK=per_block,
-        LAYOUT=layout.kind, BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        G=heads.per_group, DP=heads.split_d[0], DR=heads.split_d[1], BLOCK=layout.block,
+        STRIDE=layout.stride, PER_BLOCK=per_block, LAYOUT=layout.kind, BLOCK_Q=tile.block_q, BLOCK_N=tile.block_n,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
 
-def _descriptor(x: Tensor, rows: int) -> "TensorDescriptor":
-    """x [b, s, heads, d] as a matrix, of which `rows` rows of one head are copied at a time."""
+def _descriptors(x: Tensor, rows: int, heads: Heads) -> "tuple[TensorDescriptor, TensorDescriptor | None]":
+    """For the two parts of queries' or keys' columns (`tiles.columns`)."""
+    main, rest = heads.split_d
+    return _descriptor(x, rows, main), _descriptor(x, rows, rest) if rest else None
+
+
+def _descriptor(x: Tensor, rows: int, width: int) -> "TensorDescriptor":
+    """x [b, s, heads, d] as a matrix, of which `rows` rows of `width` columns are copied at a time."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     b, s, heads, d = x.shape
-    return TensorDescriptor(x, [b * s, heads * d], [heads * d, 1], [rows, d], _shared_layout(rows, d, x.dtype))
+    layout = _shared_layout(rows, width, x.dtype)
+    return TensorDescriptor(x, [b * s, heads * d], [heads * d, 1], [rows, width], layout)
 
 
 @lru_cache

@@ -22,32 +22,36 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
     "contiguous_forward": [
         (128, (128, 128, 8, 3)),
         (128, (128, 64, 8, 3)),
+        (192, (128, 64, 8, 3)),
         (256, (128, 64, 8, 2)),
         (256, (64, 64, 4, 2)),
         (256, (64, 32, 4, 2)),
         (256, (64, 16, 4, 2)),
     ],
-    "window_forward": [(128, (64, 64, 4, 2))],
+    "window_forward": [(192, (64, 64, 4, 2))],
     "contiguous_dq": [
         (128, (128, 64, 8, 3)),
         (128, (64, 64, 4, 3)),
+        (192, (128, 64, 8, 2)),
         (256, (64, 64, 8, 2)),
         (256, (64, 32, 4, 2)),
         (256, (32, 32, 4, 2)),
         (256, (32, 16, 4, 1)),
     ],
-    "window_dq": [(128, (64, 32, 4, 2))],
+    "window_dq": [(192, (64, 32, 4, 2))],
     "window_dkdv": [(128, (64, 128, 8, 3))],
     "contiguous_dkdv": [
         (128, (64, 128, 8, 3)),
         (128, (32, 128, 8, 3)),
         (128, (32, 64, 4, 3)),
+        (192, (32, 128, 8, 3)),
         (256, (32, 64, 8, 2)),
         (256, (32, 32, 4, 2)),
         (256, (16, 32, 4, 1)),
     ],
     "scoring": [
         (128, (64, 128, 4, 3)),
+        (192, (64, 128, 4, 2)),
         (128, (128, 128, 8, 3)),
         (256, (128, 64, 8, 2)),
         (256, (64, 64, 4, 2)),
@@ -63,7 +67,9 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (64, (64, 128, 4, 3)),
         (128, (64, 128, 4, 1)),
         (128, (32, 128, 4, 1)),
-        (128, (16, 128, 4, 1)),
+        (192, (64, 128, 4, 1)),
+        (192, (32, 128, 4, 1)),
+        (192, (16, 128, 4, 1)),
     ],
     "selected_dq": [
         (128, (64, 64, 4, 2)),
@@ -82,6 +88,9 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
         (128, (64, 64, 4, 2)),
         (128, (32, 64, 4, 3)),
         (128, (32, 64, 4, 2)),
+        (192, (64, 64, 8, 3)),
+        (192, (64, 32, 4, 2)),
+        (192, (32, 32, 4, 2)),
         (256, (32, 64, 8, 2)),
         (256, (32, 32, 4, 2)),
         (256, (16, 32, 4, 1)),
@@ -125,12 +134,20 @@ class Heads:
         return max(16, next_power_of_2(self.e))
 
     @cached_property
+    def split_d(self) -> tuple[int, int]:
+        """The columns of queries and keys as two powers of two, the second of which may be 0 (`tiles.columns`)."""
+        main = self.padded_d // 2
+        rest = max(16, next_power_of_2(self.d - main))
+        return (self.padded_d, 0) if main < 16 or main + rest >= self.padded_d else (main, rest)
+
+    @cached_property
     def constants(self) -> dict[str, int]:
         return {
             "G": self.per_group,
             "GP": self.padded_group,
             "D": self.d,
-            "DP": self.padded_d,
+            "DP": self.split_d[0],
+            "DR": self.split_d[1],
             "E": self.e,
             "EP": self.padded_e,
         }
@@ -168,7 +185,7 @@ def tile_for(kernel: str, heads: Heads, q: Tensor, largest_block_n: int = 1 << 3
 
 @lru_cache
 def choose(kernel: str, heads: Heads, bytes_each: int, shared: int, largest_block_n: int = 1 << 30) -> TileSize:
-    width = max(heads.padded_d, heads.padded_e)
+    width = sum(heads.split_d) if kernel == "scoring" else max(sum(heads.split_d), heads.padded_e)
     if bytes_each == 4:
         candidates = TABLE_FP32
     else:
@@ -187,7 +204,8 @@ def choose(kernel: str, heads: Heads, bytes_each: int, shared: int, largest_bloc
 def needed(kernel: str, candidate: Candidate, heads: Heads, bytes_each: int) -> int:
     """About how many bytes of shared memory a program takes: what stays, and what is loaded ahead."""
     rows, block_n, _, stages = candidate
-    d, both = heads.padded_d, heads.padded_d + heads.padded_e
+    d = sum(heads.split_d)
+    both = d + heads.padded_e
     stays, streams = {
         "contiguous_forward": (rows * d, block_n * both),
         "selected_forward": (rows * d, block_n * both),

@@ -45,11 +45,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
     b, t, h, d = x.shape
     cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half_padded = next_power_of_2(d // 2)
+    rows = min(ROWS, 4096 // half_padded)  # what registers hold
     if out.numel():
         with torch.cuda.device_of(x):
             start_kernel(
-                rotate_kernel, (cdiv(t * h, ROWS), b),
+                rotate_kernel, (cdiv(t * h, rows), b),
                 x, cos, sin, out, t * h, *x.stride()[:3], 0 if cos.shape[0] == 1 else t * d,
-                H=h, HALF=d // 2, HALF_PADDED=next_power_of_2(d // 2), ROWS=ROWS, INVERSE=inverse, num_warps=4,
+                H=h, HALF=d // 2, HALF_PADDED=half_padded, ROWS=rows, INVERSE=inverse, num_warps=4,
             )  # fmt: skip
     return out

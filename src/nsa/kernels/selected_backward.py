@@ -22,7 +22,17 @@ from nsa.kernels.inverse import WORK_ITEMS, invert
 from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
 from nsa.kernels.start import start_kernel
-from nsa.kernels.tiles import load_rows, log2_lse, wide
+from nsa.kernels.tiles import (
+    add_product,
+    columns,
+    dot_columns,
+    load_columns,
+    load_rows,
+    log2_lse,
+    store_columns,
+    wide,
+    zero_columns,
+)
 
 
 @triton.jit
@@ -58,15 +68,17 @@ def _load_statistics(lse, delta, flat, mask, num_heads):
 def _dkdv_range(
     dk, dv, k, v, keys, q, d_out, lse, delta, picks, parts, begin, end, row_start, first_position, num_heads, part_pick,
     part_query, stride_qt, stride_ot, scale, MASKED: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The queries of picks[begin:end]; q, d_out, lse, delta and parts point to the rows' heads."""
     scale_log2 = scale * 1.4426950408889634
     rows = tl.arange(0, BLOCK_Q * GP)
     query, head = rows // GP, rows % GP
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
     listed = picks + query
+    q_rows = columns(q[:, None], DP, DR)
     flat = tl.load(listed + begin, mask=begin + query < end, other=0) // N
     next_lse, next_delta = _load_statistics(lse, delta, flat, (begin + query < end) & (head < G), num_heads)
     next_flat = tl.load(listed + begin + BLOCK_Q, mask=begin + BLOCK_Q + query < end, other=0) // N
@@ -75,30 +87,26 @@ def _dkdv_range(
         pick = tl.load(listed + start, mask=start + query < end, other=0)
         flat = pick // N
         column = flat.to(tl.int64) - row_start
-        q_tile = load_rows(q[:, None] + (column * stride_qt)[:, None] + d[None, :], row_mask, d < D, True, D != DP)
+        q_tile = load_columns(q_rows, (column * stride_qt)[:, None], row_mask, True, D, DP, DR)
         o_tile = load_rows(d_out[:, None] + (column * stride_ot)[:, None] + e[None, :], row_mask, e < E, True, E != EP)
         # The statistics are loaded an iteration ahead and their addresses two: no product waits for them.
         row_lse, row_delta = next_lse, next_delta
         in_next = (start + BLOCK_Q + query < end) & (head < G)
         next_lse, next_delta = _load_statistics(lse, delta, next_flat, in_next, num_heads)
         next_flat = tl.load(listed + start + 2 * BLOCK_Q, mask=start + 2 * BLOCK_Q + query < end, other=0) // N
-        scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)
+        scores = dot_columns(k, q_tile, DR, PRECISION)
         p = tl.exp2(scores * scale_log2 - log2_lse(row_lse)[None, :])
         if MASKED:
             p = tl.where(keys[:, None] <= (first_position + flat)[None, :], p, 0.0)
         dv = tl.dot(p.to(o_tile.dtype), o_tile, dv, input_precision=PRECISION)
         d_p = tl.dot(v, tl.trans(o_tile), input_precision=PRECISION)
         d_s = p * (d_p - row_delta[None, :])
-        d_s = d_s.to(q_tile.dtype)
-        dk = tl.dot(d_s, q_tile, dk, input_precision=PRECISION)
+        dk = add_product(dk, d_s, q_tile, DR, PRECISION)
         if PARTS:
-            part = tl.dot(tl.trans(d_s), k, input_precision=PRECISION) * scale
+            part = add_product(zero_columns(BLOCK_Q * GP, DP, DR), tl.trans(d_s), k, DR, PRECISION)
             at = flat.to(tl.int64) * part_query + pick % N * part_pick
-            tl.store(
-                parts[:, None] + (at * D)[:, None] + d[None, :],
-                part.to(parts.dtype.element_ty),
-                mask=row_mask[:, None] & (d < D)[None, :],
-            )
+            to = columns(parts[:, None] + (at * D)[:, None], DP, DR)
+            store_columns(to, part, scale, row_mask, D, DP, DR)
     return dk, dv
 
 
@@ -119,8 +127,9 @@ def selected_dkdv_kernel(
     first_query, end_query, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_ob, stride_ot, stride_oh,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    SELECT: tl.constexpr, LAYOUT: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, SELECT: tl.constexpr, LAYOUT: tl.constexpr,
+    N: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SPLIT: of the queries first_query .. end_query only, added to what the queries before them gave."""
@@ -146,11 +155,11 @@ def selected_dkdv_kernel(
     in_block = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     keys = block * SELECT + in_block
     key_mask = (keys < s) & (in_block < SELECT)
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
     k_base = (k_start + block * SELECT).to(tl.int64)
     k_rows = k + row.to(tl.int64) * stride_kb + k_base * stride_ks + group * stride_kg
     v_rows = v + row.to(tl.int64) * stride_vb + k_base * stride_vs + group * stride_vg
-    k_tile = load_rows(k_rows + in_block[:, None] * stride_ks + d[None, :], key_mask, d < D, True, D != DP)
+    k_tile = load_columns(columns(k_rows + in_block[:, None] * stride_ks, DP, DR), 0, key_mask, True, D, DP, DR)
     v_tile = load_rows(v_rows + in_block[:, None] * stride_vs + e[None, :], key_mask, e < E, True, E != EP)
     rows = tl.arange(0, BLOCK_Q * GP)
     head = rows % GP
@@ -170,27 +179,32 @@ def selected_dkdv_kernel(
     MASK_PAST: tl.constexpr = PARTS and SELECT % BLOCK_N != 0
     # Rows of q are counted over the batch in the index, in its own row here; they are one for packed sequences.
     row_start = row.to(tl.int64) * num_queries
-    dk_sum = tl.zeros([BLOCK_N, DP], tl.float32)
+    dk_sum = zero_columns(BLOCK_N, DP, DR)
     dv_sum = tl.zeros([BLOCK_N, EP], tl.float32)
     dk_sum, dv_sum = _dkdv_range(
         dk_sum, dv_sum, k_tile, v_tile, keys, q_heads, o_heads, lse + flat_heads, delta + flat_heads, picks, parts,
         begin, past, row_start, s - t - q_start, num_heads, part_pick, part_query, stride_qt, stride_ot, scale,
-        True, N, PARTS, G, GP, D, DP, E, EP, BLOCK_Q, PRECISION,
+        True, N, PARTS, G, GP, D, DP, DR, E, EP, BLOCK_Q, PRECISION,
     )  # fmt: skip
     dk_sum, dv_sum = _dkdv_range(
         dk_sum, dv_sum, k_tile, v_tile, keys, q_heads, o_heads, lse + flat_heads, delta + flat_heads, picks, parts,
         past, end, row_start, s - t - q_start, num_heads, part_pick, part_query, stride_qt, stride_ot, scale,
-        MASK_PAST, N, PARTS, G, GP, D, DP, E, EP, BLOCK_Q, PRECISION,
+        MASK_PAST, N, PARTS, G, GP, D, DP, DR, E, EP, BLOCK_Q, PRECISION,
     )  # fmt: skip
     out = (item.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_N
     out_rows = out + tl.arange(0, BLOCK_N)
-    dk_rows = dk + out_rows[:, None] * DP + d[None, :]
+    dk_rows = columns(dk + out_rows[:, None] * (DP + DR), DP, DR)
     dv_rows = dv + out_rows[:, None] * EP + e[None, :]
-    dk_sum *= scale
+    dk_main = dk_sum[0] * scale
     if SPLIT:
-        dk_sum += tl.load(dk_rows, mask=before > 0, other=0.0)
+        dk_main += tl.load(dk_rows[0], mask=before > 0, other=0.0)
         dv_sum += tl.load(dv_rows, mask=before > 0, other=0.0)
-    tl.store(dk_rows, dk_sum)
+    tl.store(dk_rows[0], dk_main)
+    if DR > 0:
+        dk_rest = dk_sum[1] * scale
+        if SPLIT:
+            dk_rest += tl.load(dk_rows[1], mask=before > 0, other=0.0)
+        tl.store(dk_rows[1], dk_rest)
     tl.store(dv_rows, dv_sum)
 
 
@@ -198,7 +212,7 @@ def selected_dkdv_kernel(
 def sum_items_kernel(
     dk_items, dv_items, dk, dv, segment_start, item_start, block_sequence, block_start, cu_q, cu_k, lengths,
     blocks, num_queries, num_keys, num_rows, num_groups, per_item,
-    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     SELECT: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
@@ -216,7 +230,7 @@ def sum_items_kernel(
     first_item = tl.load(item_start + segment)
     for item in tl.range(first_item, first_item + tl.cdiv(listed, per_item)):
         rows = (wide(item) * tl.num_programs(1) + tl.program_id(1)) * BLOCK_N + tl.arange(0, BLOCK_N)
-        dk_sum += tl.load(dk_items + rows[:, None] * DP + d[None, :])
+        dk_sum += load_rows(dk_items + rows[:, None] * DS + d[None, :], write, d < D, False, D != DP)
         dv_sum += tl.load(dv_items + rows[:, None] * EP + e[None, :])
     out = (row.to(tl.int64) * num_keys + k_start + keys) * num_groups + group
     tl.store(dk + out[:, None] * D + d[None, :], dk_sum.to(dk.dtype.element_ty), mask=write[:, None] & (d < D)[None, :])
@@ -258,7 +272,7 @@ def write_dkdv(
     steps = cdiv(config.select_block_size, tile.block_n)
     dk_items, dv_items = (
         torch.empty((index.items, steps * tile.block_n, width), dtype=torch.float32, device=q.device)
-        for width in (heads.padded_d, heads.padded_e)
+        for width in (sum(heads.split_d), heads.padded_e)
     )
     segments = heads.g * index.blocks
     where = (index.block_sequence, index.block_start, layout.cu_q, layout.cu_k, layout.lengths)
@@ -279,6 +293,6 @@ def write_dkdv(
         sum_items_kernel, (segments, steps),
         dk_items, dv_items, dk, dv, index.segment_start, index.item_start, *where,
         index.blocks, layout.t, layout.s, layout.b, of.g, index.per_item,
-        D=heads.d, DP=heads.padded_d, E=heads.e, EP=heads.padded_e,
+        D=heads.d, DP=heads.padded_d, DS=sum(heads.split_d), E=heads.e, EP=heads.padded_e,
         SELECT=config.select_block_size, LAYOUT=layout.kind, BLOCK_N=tile.block_n, num_warps=8,
     )  # fmt: skip

@@ -29,9 +29,9 @@ from nsa.kernels.launch import Heads, TileSize, tile_for
 from nsa.kernels.layout import PACKED, Layout
 from nsa.kernels.selected_backward import keys_of
 from nsa.kernels.start import start_kernel
-from nsa.kernels.tiles import LN2, load_rows, wide
+from nsa.kernels.tiles import LN2, columns, dot_columns, load_columns, load_rows, wide
 
-MAX_SELECT, MAX_WIDTH = 128, 128
+MAX_SELECT, MAX_D, MAX_E = 128, 192, 128
 # Rows of a work item: enough to load a block of keys once for many.
 ITEM_ROWS = 512
 PICKS = 512  # in a program of count and lists
@@ -45,7 +45,8 @@ def serves(q: Tensor, heads: Heads, config: NSAConfig) -> bool:
     return (
         q.element_size() == 2
         and heads.per_group <= SMALL_GROUP
-        and max(heads.d, heads.e) <= MAX_WIDTH
+        and heads.d <= MAX_D
+        and heads.e <= MAX_E
         and config.select_block_size <= MAX_SELECT
     )
 
@@ -141,9 +142,9 @@ def selected_parts_kernel(
     q, k, v, part_out, statistics, listed, starts, ends, item_starts, item_segments, totals, block_sequence,
     block_start, cu_q, cu_k, lengths, first, blocks, num_queries, num_keys, num_rows, scale_log2,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    GROUPS: tl.constexpr, N: tl.constexpr, SELECT: tl.constexpr, LAYOUT: tl.constexpr, PER_ITEM: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, SELECT: tl.constexpr,
+    LAYOUT: tl.constexpr, PER_ITEM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     if item >= tl.load(totals + 1):
@@ -159,28 +160,26 @@ def selected_parts_kernel(
     in_block = tl.arange(0, BLOCK_N)
     keys = block * SELECT + in_block
     key_mask = (keys < s) & (in_block < SELECT)
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
     k_base = (k_start + block * SELECT).to(tl.int64)
     k_rows = k + row.to(tl.int64) * stride_kb + k_base * stride_ks + group * stride_kg
     v_rows = v + row.to(tl.int64) * stride_vb + k_base * stride_vs + group * stride_vg
-    k_tile = load_rows(k_rows + in_block[:, None] * stride_ks + d[None, :], key_mask, d < D, True, D != DP)
+    k_tile = load_columns(columns(k_rows + in_block[:, None] * stride_ks, DP, DR), 0, key_mask, True, D, DP, DR)
     v_tile = load_rows(v_rows + in_block[:, None] * stride_vs + e[None, :], key_mask, e < E, True, E != EP)
-    k_tile = tl.trans(k_tile)
 
     rows = tl.arange(0, BLOCK_Q * GP)
     query, head = rows // GP, rows % GP
     # Queries are counted over the batch in the lists, in their own row here; they are one for packed sequences.
     row_start = wide(row) * num_queries
     q_heads = q + row.to(tl.int64) * stride_qb + group * G * stride_qh + wide(head) * stride_qh
+    q_heads = columns(q_heads[:, None], DP, DR)
     for start in tl.range(begin, end, BLOCK_Q):
         is_listed = start + query < end
         pick = tl.load(listed + start + query, mask=is_listed, other=0)
         flat = first + pick // (GROUPS * N)
         row_mask = is_listed & (head < G)
-        q_tile = load_rows(
-            q_heads[:, None] + ((flat - row_start) * stride_qt)[:, None] + d[None, :], row_mask, d < D, True, D != DP
-        )
-        scores = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+        q_tile = load_columns(q_heads, ((flat - row_start) * stride_qt)[:, None], row_mask, True, D, DP, DR)
+        scores = dot_columns(q_tile, k_tile, DR, PRECISION)
         if SELECT != BLOCK_N:
             scores = tl.where((in_block < SELECT)[None, :], scores, float("-inf"))
         if is_inside:

@@ -16,7 +16,21 @@ from nsa.kernels import selected_by_block as by_block
 from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
 from nsa.kernels.start import start_kernel
-from nsa.kernels.tiles import load_log2_lse, load_rows, locate, softmax_end, softmax_step, softmax_step_rows, wide
+from nsa.kernels.tiles import (
+    add_product,
+    columns,
+    dot_columns,
+    load_columns,
+    load_log2_lse,
+    load_rows,
+    locate,
+    softmax_end,
+    softmax_step,
+    softmax_step_rows,
+    store_columns,
+    wide,
+    zero_columns,
+)
 from nsa.kernels.unions import unions
 
 # A bit for each query of a tile, the sign left alone.
@@ -26,8 +40,8 @@ MAX_QUERIES = 16
 @triton.jit
 def _forward_range(
     acc, total, top, q, k_rows, v_rows, stride_ks, stride_vs, items, first, end, query, position, s,
-    k_columns, v_columns, scale_log2, MASKED: tl.constexpr, SELECT: tl.constexpr,
-    MASK_D: tl.constexpr, MASK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    v_columns, scale_log2, MASKED: tl.constexpr, SELECT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DR: tl.constexpr, MASK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The blocks items[first:end]; not masked, they lie before every query, so a row sees a whole block or nothing."""
     STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
@@ -39,8 +53,8 @@ def _forward_range(
         base = (item >> 32) * SELECT + in_block
         keys = base.to(tl.int32) + offsets
         key_mask = (keys < s) & (in_block + offsets < SELECT)
-        k = load_rows(k_rows + base * stride_ks, key_mask, k_columns, MASKED, MASK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = load_columns(k_rows, base * stride_ks, key_mask, MASKED, D, DP, DR)
+        scores = dot_columns(q, k, DR, PRECISION)
         v = load_rows(v_rows + base * stride_vs, key_mask, v_columns, MASKED, MASK_E)
         if MASKED:
             visible = (keys[None, :] <= position[:, None]) & attends[:, None]
@@ -56,8 +70,8 @@ def _forward_range(
 @triton.jit
 def _dq_range(
     acc, q, d_out, lse, delta, k_rows, v_rows, stride_ks, stride_vs, items, first, end, query, position, s,
-    k_columns, v_columns, scale_log2, MASKED: tl.constexpr, SELECT: tl.constexpr,
-    MASK_D: tl.constexpr, MASK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    v_columns, scale_log2, MASKED: tl.constexpr, SELECT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DR: tl.constexpr, MASK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
     offsets = tl.arange(0, BLOCK_N)
@@ -68,9 +82,9 @@ def _dq_range(
         base = (item >> 32) * SELECT + in_block
         keys = base.to(tl.int32) + offsets
         key_mask = (keys < s) & (in_block + offsets < SELECT)
-        k = load_rows(k_rows + base * stride_ks, key_mask, k_columns, MASKED, MASK_D)
+        k = load_columns(k_rows, base * stride_ks, key_mask, MASKED, D, DP, DR)
         v = load_rows(v_rows + base * stride_vs, key_mask, v_columns, MASKED, MASK_E)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = dot_columns(q, k, DR, PRECISION)
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - tl.where(attends, lse, float("inf"))[:, None])
         d_s = p * (d_p - delta[:, None])
@@ -79,7 +93,7 @@ def _dq_range(
             if SELECT % BLOCK_N != 0:
                 visible &= (in_block + offsets < SELECT)[None, :]
             d_s = tl.where(visible, d_s, 0.0)  # not only p: 0 times NaN
-        acc = tl.dot(d_s.to(k.dtype), k, acc, input_precision=PRECISION)
+        acc = add_product(acc, d_s, k, DR, PRECISION)
     return acc
 
 
@@ -87,8 +101,8 @@ def _dq_range(
 def selected_forward_kernel(
     q, k, v, items, counts, out, lse, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
     scale_log2, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    SELECT: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid, group, row = tl.program_id(0), wide(tl.program_id(1)), tl.program_id(2)
@@ -103,15 +117,15 @@ def selected_forward_kernel(
     column = first + query
     row_mask = (column < t) & (head < G)
     position = tl.where(column < t, s - t + column, -1)
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
     q_rows = row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
     q_in_tile = query * stride_qt + wide(head) * stride_qh
     is_token = row_mask & (position >= 0)  # what padding holds is not looked at
-    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], is_token, d < D, True, D != DP)
+    queries = load_columns(columns(q + q_rows + q_in_tile[:, None], DP, DR), 0, is_token, True, D, DP, DR)
     offsets = tl.arange(0, BLOCK_N)
     k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
     v_rows = v + row.to(tl.int64) * stride_vb + k_start.to(tl.int64) * stride_vs + group * stride_vg
-    k_rows = k_rows + offsets[:, None] * stride_ks + d[None, :]
+    k_rows = columns(k_rows + offsets[:, None] * stride_ks, DP, DR)
     v_rows = v_rows + offsets[:, None] * stride_vs + e[None, :]
     out_tile = (row.to(tl.int64) * tl.num_programs(0) + pid) * tl.num_programs(1) + group
     tile_items = items + out_tile * (BLOCK_Q * N)
@@ -123,11 +137,11 @@ def selected_forward_kernel(
     top = tl.full([BLOCK_Q * GP], float("-inf"), tl.float32)
     acc, total, top = _forward_range(
         acc, total, top, queries, k_rows, v_rows, stride_ks, stride_vs, tile_items, 0, num_past, query, position, s,
-        d < D, e < E, scale_log2, RAGGED_BLOCK, SELECT, D != DP, E != EP, BLOCK_N, PRECISION,
+        e < E, scale_log2, RAGGED_BLOCK, SELECT, D, DP, DR, E != EP, BLOCK_N, PRECISION,
     )  # fmt: skip
     acc, total, top = _forward_range(
         acc, total, top, queries, k_rows, v_rows, stride_ks, stride_vs, tile_items, num_past, num_items, query,
-        position, s, d < D, e < E, scale_log2, True, SELECT, D != DP, E != EP, BLOCK_N, PRECISION,
+        position, s, e < E, scale_log2, True, SELECT, D, DP, DR, E != EP, BLOCK_N, PRECISION,
     )  # fmt: skip
 
     result, row_lse = softmax_end(acc, total, top)
@@ -147,8 +161,8 @@ def selected_dq_kernel(
     q, k, v, d_out, lse, delta, dq, items, counts, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first,
     num_queries, num_keys, scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg, stride_ob, stride_ot, stride_oh,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    SELECT: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid, group, row = tl.program_id(0), wide(tl.program_id(1)), tl.program_id(2)
@@ -163,11 +177,11 @@ def selected_dq_kernel(
     column = first + query
     row_mask = (column < t) & (head < G)
     position = tl.where(column < t, s - t + column, -1)
-    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    e = tl.arange(0, EP)
     q_rows = row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
     q_in_tile = query * stride_qt + wide(head) * stride_qh
     is_token = row_mask & (position >= 0)  # what padding holds is not looked at
-    queries = load_rows(q + q_rows + q_in_tile[:, None] + d[None, :], is_token, d < D, True, D != DP)
+    queries = load_columns(columns(q + q_rows + q_in_tile[:, None], DP, DR), 0, is_token, True, D, DP, DR)
     o_rows = row.to(tl.int64) * stride_ob + (q_start + first).to(tl.int64) * stride_ot + group * G * stride_oh
     o_in_tile = query * stride_ot + wide(head) * stride_oh
     d_outs = load_rows(d_out + o_rows + o_in_tile[:, None] + e[None, :], is_token, e < E, True, E != EP)
@@ -179,7 +193,7 @@ def selected_dq_kernel(
     offsets = tl.arange(0, BLOCK_N)
     k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
     v_rows = v + row.to(tl.int64) * stride_vb + k_start.to(tl.int64) * stride_vs + group * stride_vg
-    k_rows = k_rows + offsets[:, None] * stride_ks + d[None, :]
+    k_rows = columns(k_rows + offsets[:, None] * stride_ks, DP, DR)
     v_rows = v_rows + offsets[:, None] * stride_vs + e[None, :]
     scale_log2 = scale * 1.4426950408889634
     out_tile = (row.to(tl.int64) * tl.num_programs(0) + pid) * tl.num_programs(1) + group
@@ -187,21 +201,17 @@ def selected_dq_kernel(
     num_past, num_items = tl.load(counts + 2 * out_tile), tl.load(counts + 2 * out_tile + 1)
     RAGGED_BLOCK: tl.constexpr = SELECT % BLOCK_N != 0
 
-    acc = tl.zeros([BLOCK_Q * GP, DP], tl.float32)
+    acc = zero_columns(BLOCK_Q * GP, DP, DR)
     acc = _dq_range(
         acc, queries, d_outs, row_lse, row_delta, k_rows, v_rows, stride_ks, stride_vs, tile_items, 0, num_past, query,
-        position, s, d < D, e < E, scale_log2, RAGGED_BLOCK, SELECT, D != DP, E != EP, BLOCK_N, PRECISION,
+        position, s, e < E, scale_log2, RAGGED_BLOCK, SELECT, D, DP, DR, E != EP, BLOCK_N, PRECISION,
     )  # fmt: skip
     acc = _dq_range(
         acc, queries, d_outs, row_lse, row_delta, k_rows, v_rows, stride_ks, stride_vs, tile_items, num_past, num_items,
-        query, position, s, d < D, e < E, scale_log2, True, SELECT, D != DP, E != EP, BLOCK_N, PRECISION,
+        query, position, s, e < E, scale_log2, True, SELECT, D, DP, DR, E != EP, BLOCK_N, PRECISION,
     )  # fmt: skip
-    acc *= scale
-    dq_tile = dq + flat_rows * D + (in_tile * D)[:, None] + d[None, :]
-    dq_mask = row_mask[:, None] & (d < D)[None, :]
-    if ADD:
-        acc += tl.load(dq_tile, mask=dq_mask, other=0.0).to(tl.float32)
-    tl.store(dq_tile, acc.to(dq.dtype.element_ty), mask=dq_mask)
+    dq_rows = columns(dq + flat_rows * D + (in_tile * D)[:, None], DP, DR)
+    store_columns(dq_rows, acc, scale, row_mask, D, DP, DR, ADD)
 
 
 def selected_forward(
@@ -219,7 +229,7 @@ def selected_forward(
         return out, lse
     on_hopper = hopper.serves_selected(q, k, v, heads, select)
     if on_hopper:
-        tile = hopper.tile_of(hopper.ATTENTION, heads.padded_group)
+        tile = hopper.tile_of(hopper.ATTENTION, heads, heads.padded_group)
     else:
         tile = selected_tile("selected_forward", heads, q, config)
     tiles = layout.query_tiles(tile.block_q)

@@ -21,7 +21,7 @@ from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import PACKED, UNIFORM, Layout
 from nsa.kernels.start import start_kernel
-from nsa.kernels.tiles import keys_seen, load_rows, locate, log2_lse, wide
+from nsa.kernels.tiles import columns, dot_columns, keys_seen, load_columns, locate, log2_lse, wide
 
 # Bytes of scores kept at a time, own and spilled parts together.
 SCRATCH_BYTES = 256 << 20
@@ -34,7 +34,7 @@ TOP_QUERIES, TOP_WARPS = 2, 1
 def scoring_kernel(
     q, k, lse, own, spill, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
     tile_offset, num_blocks, num_groups, scale_log2, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     PER_BLOCK: tl.constexpr, PER_BLOCK_PADDED: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -59,26 +59,24 @@ def scoring_kernel(
     rows = tl.arange(0, BLOCK_Q)
     column = first + rows
     row_mask = column < t
-    d = tl.arange(0, DP)
     key_mask = (keys < high_last) & (inside < PER_BLOCK)
     k_rows = k + row.to(tl.int64) * stride_kb + k_start.to(tl.int64) * stride_ks + group * stride_kg
     k_rows += (first_block * PER_BLOCK).to(tl.int64) * stride_ks
     from_first = (in_tile // PER_BLOCK_PADDED) * PER_BLOCK + inside
-    k_tile = load_rows(k_rows + from_first[:, None] * stride_ks + d[None, :], key_mask, d < D, True, D != DP)
-    k_tile = tl.trans(k_tile)
+    k_tile = load_columns(columns(k_rows + from_first[:, None] * stride_ks, DP, DR), 0, key_mask, True, D, DP, DR)
 
     heads = num_groups * G
     q_rows = q + row.to(tl.int64) * stride_qb + (q_start + first).to(tl.int64) * stride_qt + group * G * stride_qh
-    q_tile = q_rows + rows[:, None] * stride_qt + d[None, :]
+    q_tile = columns(q_rows + rows[:, None] * stride_qt, DP, DR)
     lse_rows = lse + (row.to(tl.int64) * num_queries + q_start + first) * heads + group * G + rows * heads
     p_sum = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     next_lse = tl.load(lse_rows, mask=row_mask, other=float("-inf"))
     for head in tl.range(0, G):
-        queries = load_rows(q_tile + wide(head) * stride_qh, row_mask, d < D, True, D != DP)
+        queries = load_columns(q_tile, wide(head) * stride_qh, row_mask, True, D, DP, DR)
         # Loaded an iteration ahead: no product waits for it.
         row_lse = next_lse
         next_lse = tl.load(lse_rows + head + 1, mask=row_mask & (head < G - 1), other=float("-inf"))
-        scores = tl.dot(queries, k_tile, input_precision=PRECISION)
+        scores = dot_columns(queries, k_tile, DR, PRECISION)
         p_sum += tl.exp2(scores * scale_log2 - log2_lse(row_lse)[:, None])
     high = keys_seen(s - t + column, BLOCK, STRIDE)
     visible = (keys[None, :] < high[:, None]) & (inside < PER_BLOCK)[None, :]
@@ -193,7 +191,7 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
     per_block = config.select_block_size // config.compress_stride
     per_block_padded = next_power_of_2(per_block)
     on_hopper = hopper.serves_scoring(q, k_cmp, heads, per_block)
-    tile = hopper.tile_of(hopper.SCORING, 1) if on_hopper else tile_for("scoring", heads, q)
+    tile = hopper.tile_of(hopper.SCORING, heads, 1) if on_hopper else tile_for("scoring", heads, q)
     block_n = max(tile.block_n, per_block_padded)
     tiles = layout.query_tiles(tile.block_q)
     num_blocks = max(1, config.num_selection_blocks(layout.longest))
@@ -232,8 +230,9 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
                 start_kernel(
                     scoring_kernel, (here, key_tiles, pairs),
                     q, k_cmp, lse, own, spill, *where, offset, num_blocks, heads.g, scale * 1.4426950408889634,
-                    *q.stride()[:3], *k_cmp.stride()[:3], G=heads.per_group, D=heads.d, DP=heads.padded_d,
-                    PER_BLOCK_PADDED=per_block_padded, **common, **{**tile.constants, "BLOCK_N": block_n},
+                    *q.stride()[:3], *k_cmp.stride()[:3], G=heads.per_group, D=heads.d,
+                    DP=heads.split_d[0], DR=heads.split_d[1], PER_BLOCK_PADDED=per_block_padded, **common,
+                    **{**tile.constants, "BLOCK_N": block_n},
                 )  # fmt: skip
         queries = min(TOP_QUERIES, tile.block_q)
         most = num_blocks if layout.kind != UNIFORM else cdiv(last, config.select_block_size)

@@ -59,6 +59,79 @@ def load_rows(pointers, row_mask, column_mask, MASK_ROWS: tl.constexpr, MASK_COL
     return x
 
 
+# A tile of queries or keys is a tuple, for a width may be the sum of two powers of two (192 = 128 + 64): its first DP
+# columns and, where DR > 0, the DR after them. Products are sums of two products, and nothing is padded to 256.
+
+
+@triton.jit
+def columns(rows, DP: tl.constexpr, DR: tl.constexpr):
+    """Pointers [rows, 1] to the beginnings of rows -> to their columns."""
+    main = rows + tl.arange(0, DP)[None, :]
+    return (main,) if DR == 0 else (main, rows + (DP + tl.arange(0, DR))[None, :])
+
+
+@triton.jit
+def load_columns(
+    pointers, offset, row_mask, MASK_ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr
+):  # fmt: skip
+    """`load_rows` of all columns, `offset` behind the pointers."""
+    main = load_rows(pointers[0] + offset, row_mask, tl.arange(0, DP) < D, MASK_ROWS, D < DP)
+    return (main,) if DR == 0 else (main, _load_rest(pointers[1] + offset, row_mask, MASK_ROWS, D - DP, DR))
+
+
+@triton.jit
+def _load_rest(pointers, row_mask, MASK_ROWS: tl.constexpr, REST: tl.constexpr, DR: tl.constexpr):
+    return load_rows(pointers, row_mask, tl.arange(0, DR) < REST, MASK_ROWS, REST < DR)
+
+
+@triton.jit
+def dot_columns(x, y, DR: tl.constexpr, PRECISION: tl.constexpr):
+    """x y^T, [rows of x, rows of y]."""
+    total = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    if DR > 0:
+        total = tl.dot(x[1], tl.trans(y[1]), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def zero_columns(ROWS: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr):
+    main = tl.zeros([ROWS, DP], tl.float32)
+    return (main,) if DR == 0 else (main, tl.zeros([ROWS, DR], tl.float32))
+
+
+@triton.jit
+def add_product(acc, p, x, DR: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + p x, p [rows of acc, rows of x] rounded to x's dtype."""
+    p = p.to(x[0].dtype)
+    main = tl.dot(p, x[0], acc[0], input_precision=PRECISION)
+    return (main,) if DR == 0 else (main, tl.dot(p, x[1], acc[1], input_precision=PRECISION))
+
+
+@triton.jit
+def keep_rows(acc, mask, DR: tl.constexpr):
+    """0 where masked."""
+    main = tl.where(mask[:, None], acc[0], 0.0)
+    return (main,) if DR == 0 else (main, tl.where(mask[:, None], acc[1], 0.0))
+
+
+@triton.jit
+def store_columns(
+    pointers, acc, factor, row_mask, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, ADD: tl.constexpr = False
+):  # fmt: skip
+    """Stores acc * factor, added to what is there if ADD."""
+    _store(pointers[0], acc[0] * factor, row_mask, D, DP, ADD)
+    if DR > 0:
+        _store(pointers[1], acc[1] * factor, row_mask, D - DP, DR, ADD)
+
+
+@triton.jit
+def _store(pointers, x, row_mask, WIDTH: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr):
+    mask = row_mask[:, None] & (tl.arange(0, PADDED) < WIDTH)[None, :]
+    if ADD:
+        x += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def softmax_step(acc, total, top, scores, scale_log2, v, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of keys into the running softmax; masked scores are -inf."""
