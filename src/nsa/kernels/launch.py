@@ -80,7 +80,6 @@ TABLE: dict[str, list[tuple[int, Candidate]]] = {
     # dk, dv and dq's parts of groups of few heads, whose widths are 128 at most
     "selected_gradients": [
         (64, (64, 64, 4, 2)),
-        (128, (64, 64, 8, 2)),
         (128, (32, 64, 4, 2)),
         (128, (16, 64, 4, 1)),
     ],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa.backend import why_not_triton
-from nsa.config import NSAConfig
+from nsa.config import SIZES, NSAConfig
 from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward, pairs
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
@@ -24,7 +24,7 @@ from nsa.kernels.selection import select_top_blocks
 
 
 def sizes_of(config: NSAConfig) -> list[int]:
-    return config.sizes
+    return [getattr(config, name) for name in SIZES]
 
 
 def _config(sizes: list[int]) -> NSAConfig:

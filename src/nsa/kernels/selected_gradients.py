@@ -28,6 +28,7 @@ from nsa.kernels.start import start_kernel
 from nsa.kernels.tiles import wide
 
 MERGE_ROWS = 16
+MAX_WIDTH = 128  # of heads; wider ones take dq and dk, dv apart
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "run_heads", "num_heads"])
@@ -99,7 +100,8 @@ def selected_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, added to `add_to` where given, dk and dv."""
     heads = Heads.of(q, k, v)
-    if q.numel() == 0 or k.shape[1] == 0 or not by_block.serves(q, heads, config):
+    wide = max(heads.d, heads.e) > MAX_WIDTH
+    if q.numel() == 0 or k.shape[1] == 0 or wide or not by_block.serves(q, heads, config):
         given = (q, k, v, block_indices, d_out, lse, delta, layout, config, scale)
         return selected_dq(*given, add_to=add_to), *selected_dkdv(*given)
     dq = empty(layout, q.shape, q.dtype, q.device) if add_to is None else add_to

@@ -44,9 +44,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def project(x: Float[Tensor, "b t hidden"], maps: Sequence[nn.Module]) -> list[Float[Tensor, "b t _"]]:
-    """[one(x) for one in maps]; where all are plain, one product of their weights side by side."""
+    """[one(x) for one in maps]; in training, where all are plain, one product of their weights side by side.
+
+    The parts are views of one product and live as long as any of them; without gradients each goes when it is used up.
+    """
     plain = [one for one in maps if isinstance(one, nn.Linear) and is_plain(one)]
-    if len(plain) < len(maps):
+    if len(plain) < len(maps) or not torch.is_grad_enabled():
         return [one(x) for one in maps]
     parts = F.linear(x, torch.cat([one.weight for one in plain])).split([one.out_features for one in plain], -1)
     return [y if one.bias is None else y + one.bias.to(y.dtype) for one, y in zip(plain, parts, strict=True)]
