@@ -27,8 +27,8 @@ class NSALlamaConfig(LlamaConfig):
 
     Raises:
         ValueError: an unknown attention or field of nsa; an option that the model would ignore: another family's way
-            to change attention (sliding_window, use_qk_norm), attention_dropout with "nsa", output_attentions where
-            attention has no weights to return ("nsa", "window").
+            to change attention (sliding_window, use_qk_norm); attention_dropout but for "dense"; output_attentions
+            but for "dense" with attn_implementation="eager", which alone has weights to return.
     """
 
     model_type = "nsa_llama"
@@ -60,17 +60,17 @@ class NSALlamaConfig(LlamaConfig):
         if foreign:
             options = ", ".join(f"{key}={getattr(self, key)!r}" for key in foreign)
             raise ValueError(f"NSALlamaConfig: this model would ignore {options}; expected no such option")
-        if self.attention == "nsa" and self.attention_dropout:
+        if self.attention != "dense" and self.attention_dropout:
             raise ValueError(
-                f"NSALlamaConfig: attention='nsa' has no dropout; expected attention_dropout=0, "
+                f"NSALlamaConfig: attention={self.attention!r} has no dropout; expected attention_dropout=0, "
                 f"got {self.attention_dropout}"
             )
         self.refuse_attentions(self.output_attentions)
 
     def refuse_attentions(self, asked: bool | None) -> None:
         """ValueError where attention weights are asked for that are never computed."""
-        if asked and self.attention != "dense":
+        if asked and (self.attention, self._attn_implementation) != ("dense", "eager"):
             raise ValueError(
-                f"output_attentions=True: attention={self.attention!r} has no attention weights to return; "
-                "expected False"
+                "output_attentions=True: expected attention='dense' with attn_implementation='eager', the only one "
+                f"that has weights to return; got {self.attention!r} with {self._attn_implementation!r}"
             )

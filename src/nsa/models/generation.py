@@ -50,7 +50,7 @@ class GenerationPolicy(GenerationMixin):
         * `prefill_chunk_size` bounds the memory of a long prompt, of embeddings and after a filled cache too.
         * Rows that end in padding get it in front first (in a later turn: in front of its new columns), so that each
           continues after its own last token. The sequences returned have it there, and so must the next turn's mask.
-        * Continuous batching is refused but for the dense twin: transformers' pages know nothing of NSA or a window.
+        * Continuous batching is refused: transformers' pages know nothing of NSA or a window, nor these twins of them.
         """
         self._cuda_graphs_asked, self._moved_mask = cuda_graphs, None
         if self.config.attention == "nsa" and not follow_each_other(
@@ -59,24 +59,16 @@ class GenerationPolicy(GenerationMixin):
             raise ValueError("generate(): attention='nsa' counts positions from 0 by itself; leave position_ids out")
         given = kwargs.get("generation_config", args[0] if args else None)
         if "paged" in (kwargs.get("cache_implementation"), getattr(given, "cache_implementation", None)):
-            self._refuse_continuous_batching("cache_implementation='paged'")
+            raise _no_continuous_batching("cache_implementation='paged'")
         return super().generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', for the dense twin."""
-        self._refuse_continuous_batching("init_continuous_batching()")
-        return super().init_continuous_batching(*args, **kwargs)
+        """Refused, and so is `transformers serve --continuous-batching`."""
+        raise _no_continuous_batching("init_continuous_batching()")
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching, for the dense twin."""
-        self._refuse_continuous_batching("generate_batch()")
-        return super().generate_batch(*args, **kwargs)
-
-    def _refuse_continuous_batching(self, name: str) -> None:
-        if self.config.attention != "dense":
-            raise ValueError(
-                f"{name}: continuous batching is not served with attention={self.config.attention!r}; use generate()"
-            )
+        """Refused: transformers' continuous batching."""
+        raise _no_continuous_batching("generate_batch()")
 
     # ---- prompts ------------------------------------------------------------------------------------------
 
@@ -277,6 +269,10 @@ class GenerationPolicy(GenerationMixin):
         if resolve(q, k) == "torch":
             return f"PyTorch operations decode: {why_not_triton(q, k) or 'the backend asked for'}"
         return None
+
+
+def _no_continuous_batching(name: str) -> ValueError:
+    return ValueError(f"{name}: continuous batching is not served by this model and its twins; expected generate()")
 
 
 def _check_moved(cache: Any, mask: Tensor) -> None:
