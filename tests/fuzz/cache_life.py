@@ -75,7 +75,8 @@ class Life:
         return [len(row.tokens) for row in self.rows]
 
     def live(self) -> None:
-        deeds = [self.feed] * 9 + [self.fail] * 2 + [self.crop] * 2 + [self.reorder, self.move, self.forget, self.undo]
+        deeds = [self.feed] * 9 + [self.fail] * 2 + [self.crop] * 2
+        deeds += [self.reorder, self.move, self.forget, self.undo, self.wait]
         for _ in range(self.random.randint(3, 14)):
             self.random.choice(deeds)()
             if self.random.random() < 0.3:  # a question makes the host's bounds exact, so it is not always asked
@@ -113,9 +114,14 @@ class Life:
         """x [b, t, WIDTH] and a mask of at least t columns."""
         most = 16 if isinstance(self.cache, NSACache) else self.max_new
         t = self.random.choice((0, 1, 1, 1, self.random.randint(1, most), self.random.randint(1, 45)))
-        b = len(self.rows) or self.random.randint(1, 4)
+        b, lengths = len(self.rows) or self.random.randint(1, 4), self.lengths or [0]
+        kind = self.random.choice(("none", "none", "ones", "ragged", "holes", "waiting", "level"))
+        if kind == "level":  # rows of one length, by different steps
+            t = max(lengths) - min(lengths) + self.random.randint(0, 3)
         x, mask = torch.randn(b, t, WIDTH, dtype=torch.float64), torch.ones(b, t, dtype=torch.bool)
-        kind = self.random.choice(("none", "none", "ones", "ragged", "holes", "waiting"))
+        if kind == "level":
+            mask = torch.arange(t) >= torch.tensor([length - min(lengths) for length in lengths])[:, None]
+            mask = mask.expand(b, t).clone()
         if kind == "ragged":
             for row in mask:
                 row[: self.random.randint(0, t)] = False
@@ -126,8 +132,17 @@ class Life:
         before = torch.rand(b, self.random.choice((0, 3))) > 0.5
         return x, None if kind == "none" else torch.cat([before, mask], dim=1).long()
 
-    def feed(self) -> None:
-        x, mask = self.tokens()
+    def wait(self) -> None:
+        """One row goes on, token by token; the others sit these steps out."""
+        going = self.random.randrange(max(1, len(self.rows)))
+        for _ in range(self.random.choice((3, 10, 40))):
+            b = len(self.rows) or 2
+            mask = (torch.arange(b) == going).long()[:, None]
+            self.feed(torch.randn(b, 1, WIDTH, dtype=torch.float64), mask)
+
+    def feed(self, x: Tensor | None = None, mask: Tensor | None = None) -> None:
+        if x is None:
+            x, mask = self.tokens()
         b, t, _ = x.shape
         own = torch.ones(b, t, dtype=torch.bool) if mask is None else mask[:, mask.shape[1] - t :].bool()
         counts = own.sum(1).tolist()
