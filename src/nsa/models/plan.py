@@ -91,7 +91,8 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
             keys_per_query=keys,
             prefill_bytes=_prefill_bytes(config, attention, columns, size)
             + (pair // layers * context * batch if attention == "nsa" else 0)  # a layer's keys, side by side
-            + batch * (config.vocab_size * size + context * PROMPT_BYTES),
+            + batch * (config.vocab_size * size + context * PROMPT_BYTES)
+            + (cache["window"] if attention == "nsa" else 0),  # what a chunk overwrites, kept until it is through
             packed_bytes=_packed_parameters(config) * size if attention == "nsa" else 0,
             step_bytes=streamed * size + pair * keys * batch,
         )
