@@ -90,6 +90,13 @@ def test_twins_start_from_the_same_weights_and_read_the_same_batches(config):
     assert all(torch.equal(models["dense"][name], models["window"][name]) for name in models["dense"])
 
 
+def test_compiling_where_no_compiler_is_found_is_one_clear_line(config, monkeypatch):
+    model = prepare.make_model(config, prepare.byte_tokenizer())
+    monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"^--compile: on a CPU it needs a C\+\+ compiler, found none of "):
+        prepare.compile_decoder(model, on_cpu=True)
+
+
 DRIVER = """
 import resource, sys
 import nsa.training.train as module

@@ -79,9 +79,7 @@ def compile_decoder(model: NSALlamaForCausalLM, *, on_cpu: bool) -> None:
     """
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if on_cpu and not any(map(shutil.which, compilers)):
-        raise ValueError(
-            f"--compile: torch.compile needs a C++ compiler on a CPU, found none of {', '.join(compilers)}"
-        )
+        raise ValueError(f"--compile: on a CPU it needs a C++ compiler, found none of {', '.join(compilers)}")
     if not on_cpu and importlib.util.find_spec("triton") is None:
         raise ValueError("--compile: torch.compile needs triton on a GPU, and it is not installed; or --no-compile")
     model.model.compile()
