@@ -12,8 +12,9 @@ from nsa.bench.result import Entry, Result
 from nsa.bench.show import markdown, tables, write
 from nsa.cli import main, parse
 from nsa.training.presets import preset
+from nsa.training.sizes import vocabulary
 
-TINY = replace(preset("demo"), hidden_size=32, num_layers=1, intermediate_size=48, vocab_size=64)
+TINY = replace(preset("demo"), hidden_size=32, num_layers=1, intermediate_size=48)
 ARGUMENTS = TrainArguments(
     models=("demo",), lengths=(64,), tokens=128, mean_document=16, workers=0, steps=1, repetitions=1, modes=("eager",)
 )
@@ -62,6 +63,8 @@ def test_documents_are_log_normal_and_the_same_for_the_same_seed():
     assert torch.equal(one["input_ids"], two["input_ids"])
     other = next(train.batches_of(replace(arguments, seed=1), TINY, "packed", 8192, pin=False))
     assert not torch.equal(one["position_ids"], other["position_ids"])
+    assert one["input_ids"].max() < vocabulary(TINY)
+    assert {"cu_seq_lens_q", "max_length_q"} <= set(one)  # no model has to ask the device
     ends = (one["position_ids"][0].diff() < 0).nonzero().flatten()
     lengths = ends.diff().double()
     assert lengths.mean().item() == pytest.approx(64, rel=0.4)

@@ -30,6 +30,7 @@ from nsa.training.config import TrainConfig
 from nsa.training.curriculum import Stage
 from nsa.training.data import Documents, TrainingBatches, unwrap
 from nsa.training.presets import preset
+from nsa.training.sizes import vocabulary
 
 LABELS = {"nsa": "NSA", "dense": "dense", "window": "window"}
 LAYOUTS: Any = {"rows": "rows", "packed": "flat"}  # as training calls them
@@ -156,7 +157,7 @@ def batches_of(
         lengths = rng.lognormal(mean, SPREAD, 4 * total // arguments.mean_document + 16).astype(int).clip(2)
         ends = lengths.cumsum()
         starts += ends[ends < total - 1].tolist()
-    documents = Documents(rng.integers(0, config.vocab_size, total, dtype=np.uint32), starts)
+    documents = Documents(rng.integers(0, vocabulary(config), total, dtype=np.uint32), starts)
     dataset = TrainingBatches(
         documents, [Stage(length=length, steps=10**6)], arguments.tokens,
         encode=no_examples, filler="", seed=arguments.seed, layout=LAYOUTS[layout],
