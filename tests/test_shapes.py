@@ -25,10 +25,16 @@ def test_a_mismatch_names_the_op_the_argument_the_sizes_so_far_and_what_came(sha
         bind("op", q=(q, "b t h d"), k=(k, "b s g d"))
 
 
-@pytest.mark.parametrize(("h", "g"), [(3, 2), (1, 2), (2, 0)])
+@pytest.mark.parametrize(("h", "g"), [(3, 2), (1, 2)])
 def test_query_heads_are_a_multiple_of_the_kv_heads(h, g):
     q, k = torch.zeros(2, 5, h, 3), torch.zeros(2, 9, g, 3)
     with pytest.raises(ValueError, match=rf"^op: .*multiple of the KV heads, got {h} and {g}$"):
+        bind("op", q=(q, "b t h d"), k=(k, "b s g d"))
+
+
+def test_no_kv_head_is_one_clear_line():
+    q, k = torch.zeros(2, 5, 2, 3), torch.zeros(2, 9, 0, 3)
+    with pytest.raises(ValueError, match=r"^op: there should be a query head and a KV head, got 2 and 0$"):
         bind("op", q=(q, "b t h d"), k=(k, "b s g d"))
 
 

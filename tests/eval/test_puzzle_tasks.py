@@ -199,7 +199,7 @@ def test_both_commands_make_every_task(text):
     from nsa.eval.runner import tasks_of
 
     names = tuple(PUZZLES)
-    candidate = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_hidden_layers=1)))
+    candidate = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=1))
     arguments = EvalArguments(models=(), tasks=names, lengths=(64, 256), samples=3, text=text)
     judged = tasks_of(arguments, [candidate])
     assert [(task.name, task.lengths, task.samples, task.text) for task in judged] == [
