@@ -70,7 +70,7 @@ def counted(launched: list[str], function: Callable[[], Any]) -> tuple[Any, int,
     [
         ("rows", 512, 1, 7, 11),
         ("rows", 8192, 1, 7, 12),  # the early keys' queries are split
-        ("rows", 512, 4, 10, 10),  # groups of four: by blocks
+        ("rows", 512, 4, 10, 10),  # groups of four: by blocks, dq of the selected ones too
         ("packed", 512, 1, 10, 16),  # maps from tiles to sequences, each once for forward and backward
     ],
 )

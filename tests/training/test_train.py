@@ -151,7 +151,9 @@ def test_ctrl_c_leaves_whole_checkpoints_and_one_line(config):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    match = re.fullmatch(r"\s*nsa train: interrupted; stopped at step (\d+); continue from \S+-(\d+) with --resume\n", said)
+    match = re.fullmatch(
+        r"\s*nsa train: interrupted; stopped at step (\d+); continue from \S+-(\d+) with --resume\n", said
+    )
     assert match
     assert match[1] == match[2]  # not a step is lost
     found = checkpoints(config.out)
