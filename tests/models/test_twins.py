@@ -132,6 +132,22 @@ def test_varlen_attn_is_asked_for_the_same_keys(monkeypatch, window):
     torch.testing.assert_close(found, attention_by_hand(q, k, v, cu_seqlens, window, 0.3))
 
 
+@pytest.mark.parametrize("attention", ["dense", "window"])
+def test_rows_compile_into_one_graph_for_all_lengths(attention):
+    built, graphs = model(attention, num_hidden_layers=1), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(built, fullgraph=True, dynamic=True, backend=backend)
+    for columns in (140, 161, 157):
+        ids = torch.randint(48, (2, columns))
+        torch.testing.assert_close(compiled(ids, labels=ids).loss, built(ids, labels=ids).loss, rtol=1e-12, atol=0)
+    assert len(graphs) == 1
+
+
 class Largest(TorchDispatchMode):
     """The most elements that any tensor has."""
 

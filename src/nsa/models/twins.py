@@ -56,7 +56,8 @@ def window_mask(
     *, config: NSALlamaConfig, mask_function: Any = causal_mask_function, **kwargs: Any
 ) -> Bool[Tensor, "b 1 t s"] | None:
     """The same, restricted to the last `window_size` tokens where it is not None; padding among them does not count."""
-    size = config.nsa_config.window_size
+    assert config.nsa is not None
+    size = config.nsa["window_size"]  # as a dictionary has it: torch.compile reads no fields of dataclasses
     padding = prepare_padding_mask(kwargs.get("attention_mask"), kwargs["kv_length"], kwargs.get("kv_offset", 0))
     window = sliding_window_overlay(size) if padding is None else _window_of_tokens(padding.cumsum(-1), size)
     kwargs["allow_is_causal_skip"] = False
@@ -158,7 +159,7 @@ def _has_varlen(query: Tensor) -> bool:
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
         and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_properties(query.device).major >= 8
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 
@@ -260,10 +261,11 @@ def _by_tiles(
     attend, t = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True), q.shape[2]
     if window is None or t <= window:
         return attend(q, k, v, is_causal=True)
-    outs, size = [], max(window, TILE)
-    for start in range(0, t, size):
+    outs, size, start = [], max(window, TILE), 0
+    while start < t:  # and not a range, of which torch.compile makes a graph for every t
         stop, first = min(start + size, t), max(0, start - window + 1)
         distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
         seen = (distance >= 0) & (distance < window)
         outs.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], attn_mask=seen))
+        start += size
     return torch.cat(outs, dim=2)
