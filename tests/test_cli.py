@@ -198,3 +198,10 @@ def running(monkeypatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr(TrainConfig, "run", run)
+
+
+def test_paths_with_a_tilde_are_expanded_and_unknown_users_are_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("train", ["--out=~/runs", "--cache-dir=~no-such-user/x"]).out == tmp_path / "runs"
+    assert parse("train", ["--cache-dir=~no-such-user/x"]).cache_dir == Path("~no-such-user/x")
+    assert parse("bench", ["train", "--output=~/stem"]).what.output == tmp_path / "stem"

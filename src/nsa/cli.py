@@ -1,6 +1,7 @@
 """The `nsa` command. Each subcommand is a frozen dataclass with a `run` method, loaded when it is asked for."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -12,6 +13,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 # name: (the module and class of its arguments, what it does)
@@ -111,7 +113,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            parsed = tyro.cli(
                 command,
                 prog=f"nsa {name}",
                 description=inspect.cleandoc(command.__doc__ or ""),
@@ -125,6 +127,15 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         # tyro draws a box with a title around what it says; in ASCII, rules under the title and inside.
         frame = re.compile(r"\u256d.*|[\u2500-\u257f]+|\A.*\n *-{3,}|-{3,} *$", re.MULTILINE)
         raise ValueError(frame.sub(" ", said.getvalue())) from None
+    return _at_home(parsed)
+
+
+def _at_home(command: Any) -> Any:
+    """Its paths with ~ and ~user expanded, which a shell leaves in --out=~/runs; unknown users stay as they are."""
+    given = {field.name: getattr(command, field.name) for field in dataclasses.fields(command)}
+    paths = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
+    inner = {name: _at_home(value) for name, value in given.items() if hasattr(value, "run")}
+    return dataclasses.replace(command, **paths, **inner) if paths or inner else command
 
 
 def explained(error: Exception) -> str | None:

@@ -23,8 +23,8 @@ NSA = {"compress_block_size": 8, "compress_stride": 4, "select_block_size": 8, "
 
 # Nothing large: what is asked for is done, and this is no test of patience.
 VALUES = ["", "-1", "0", "1", "2", "1.5", "nan", "inf", "-inf", "1e999", "x", "None", "true", "[]", "é", "\udcff", "-",
-          "--", "[/b]", "a b", "cuda", "cuda:9", "meta", "..", "/dev/null", "/proc/self/mem", "no/such", "~nobody/x",
-          "a\nb", "0" * 300]  # fmt: skip
+          "--", "[/b]", "a b", "cuda", "cuda:9", "meta", "..", "/dev/null", "/proc/self/mem", "no/such",
+          "~/x", "~no-such-user/x", "a\nb", "0" * 300]  # fmt: skip
 JSON_VALUES = [None, True, -1, 0, 1, 3, 1.5, float("nan"), float("inf"), "", "x", "\ud800", [], {}, [None], {"x": 1}]
 
 EVAL = split("--tasks needle --lengths 64 --depths 0.5 --samples 1")

@@ -35,6 +35,7 @@ def _nothing_is_trained_for_minutes_or_downloaded(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fetch, "download", refuse)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # nothing is written outside of the test's folder
 
 
 def call(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str | None:

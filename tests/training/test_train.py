@@ -217,3 +217,13 @@ def test_presets_are_valid_and_an_unknown_one_is_an_error():
         assert differences(json.loads(json.dumps(config.to_dict())), config) == []
     with pytest.raises(ValueError, match="unknown preset 'huge'; expected one of demo, small, 1b"):
         preset("huge")
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_for_all_that_a_run_writes(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(replace(config, out=Path("~/run of home"), curriculum=("32x2",), save_every=2))
+    folder = tmp_path / "run of home"
+    assert (folder / "model.safetensors").exists()
+    assert [one.name for one in checkpoints(folder)] == ["checkpoint-2"]
+    assert not (tmp_path / "~").exists()

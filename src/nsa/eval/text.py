@@ -8,10 +8,10 @@ A source is one word, which a result file can keep:
 """
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from nsa.training.corpus import read_corpus
+from nsa.training.folder import at_home
 from nsa.training.tokenizer import encoder
 
 HELD_OUT = "#held-out"
@@ -29,7 +29,7 @@ def held_out_texts(source: str) -> tuple[str, ...]:
         if not corpus.validation:
             raise ValueError(f"{corpus.source} holds tokens, not text; name a text with --text")
         return tuple(document.text for document in corpus.validation)
-    path = Path(source).expanduser()
+    path = at_home(source)
     if not path.exists():
         raise ValueError(f"no such text: {path} (expected a file or folder of held-out text)")
     paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from nsa.training.folder import at_home
+
 SEAL = "seal.json"
 STALE_SECONDS = 2 * 86400  # what a killed run has left unfinished for so long, nobody finishes
 T = TypeVar("T")
@@ -27,7 +29,7 @@ class Cache:
     """Entries in a folder; `say` is told, in one line, of a damaged one."""
 
     def __init__(self, folder: Path | None = None, say: Callable[[str], None] = lambda line: None) -> None:
-        self.folder, self.say = (folder or default_folder()).expanduser(), say
+        self.folder, self.say = at_home(folder or default_folder()), say
 
     def get(self, key: str, write: Callable[[Path], None], read: Callable[[Path], T]) -> T:
         """What `read` finds in the entry, which `write` makes, in an empty folder, where there is none.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from nsa.config import NSAConfig
 from nsa.training.curriculum import Stage, parse_curriculum
-from nsa.training.folder import CONFIG_FILE
+from nsa.training.folder import CONFIG_FILE, at_home
 from nsa.training.limits import ANY, Limits, check_numbers
 
 # What may differ between a run and its continuation: none of it changes what is computed.
@@ -178,7 +178,7 @@ class TrainConfig:
                 "the dimensions of a head in pairs), got "
                 f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, hidden_size={self.hidden_size}"
             )
-        if self.tokenizer != "bytes" and self.tokenizer != "bpe" and not Path(self.tokenizer).expanduser().is_dir():
+        if self.tokenizer != "bytes" and self.tokenizer != "bpe" and not at_home(self.tokenizer).is_dir():
             raise ValueError(f"tokenizer should be bytes, bpe or a folder, got {self.tokenizer!r}")
         for name in self.report_to:
             if name not in REPORTERS:
@@ -191,7 +191,7 @@ class TrainConfig:
         """What the other flags of a command line then change: the named preset, or the run that is to be continued."""
         from nsa.training.presets import preset
 
-        name, out = _value(arguments, "--preset"), Path(_value(arguments, "--out") or cls.out)
+        name, out = _value(arguments, "--preset"), at_home(_value(arguments, "--out") or cls.out)
         if "--resume" in arguments and name is None and (out / CONFIG_FILE).exists():
             return replace(cls.load(out), out=out)
         return preset(name or "demo")

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from nsa.training.folder import at_home
 from nsa.training.python_sources import python_packages, source_files
 from nsa.training.readers import (
     LINES,
@@ -90,7 +91,7 @@ def read_corpus(source: str, max_bytes: int, text_field: str = "text") -> Corpus
         raise ValueError(f"max_bytes should be positive, got {max_bytes}")
     if source == "python":
         return _python(max_bytes)
-    path = Path(source).expanduser()
+    path = at_home(source)
     if not path.exists():
         raise ValueError(f"data source {source!r}: no such file or folder, and not the word 'python'")
     units = list(units_in(path)) if path.is_dir() else [Unit(path, path.name)]

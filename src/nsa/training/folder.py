@@ -1,6 +1,7 @@
 """What lies in the folder of a training run; looking at it needs neither torch nor transformers."""
 
 import json
+import os
 from pathlib import Path
 
 CONFIG_FILE = "train_config.json"
@@ -9,6 +10,11 @@ MODEL_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 # Without one of them a continued run would silently be another one.
 CHECKPOINT_FILES = (MODEL_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
+
+
+def at_home(path: str | Path) -> Path:
+    """With ~ and ~user expanded; an unknown user's stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def is_trained(run: Path) -> bool:

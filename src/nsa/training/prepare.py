@@ -16,6 +16,7 @@ from nsa.training.config import TrainConfig
 from nsa.training.corpus import Corpus
 from nsa.training.data import FixedBatches, TrainingBatches, retrieval_batches, text_batches
 from nsa.training.documents import Documents, tokenized
+from nsa.training.folder import at_home
 from nsa.training.readers import Document
 from nsa.training.sizes import model_config
 from nsa.training.tokenizer import byte_tokenizer, cached_bpe, encoder, fingerprint, load_tokenizer
@@ -32,7 +33,7 @@ def make_tokenizer(config: TrainConfig, corpus: Corpus, cache: Cache) -> PreTrai
         if not corpus.train or corpus.train_tokens:
             raise ValueError("a bpe tokenizer is trained on text; for a token file name the folder of its tokenizer")
         return cached_bpe([document.text for document in corpus.train], config.vocab_size, corpus.fingerprint, cache)
-    return load_tokenizer(str(Path(config.tokenizer).expanduser()))
+    return load_tokenizer(str(at_home(config.tokenizer)))
 
 
 def make_data(

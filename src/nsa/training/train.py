@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from nsa.training.config import TrainConfig, differences
 from nsa.training.corpus import read_corpus
 from nsa.training.data import TrainingBatches
 from nsa.training.flops import flops_per_token, mean_keys, peak_of
-from nsa.training.folder import check_checkpoint, check_free, is_trained, last_checkpoint, step_of
+from nsa.training.folder import at_home, check_checkpoint, check_free, is_trained, last_checkpoint, step_of
 from nsa.training.lock import claimed
 from nsa.training.metrics import MetricsFiles, Progress
 from nsa.training.prepare import check_same_data, compile_decoder, make_data, make_model, make_tokenizer
@@ -42,6 +43,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> NSA
         OSError: a checkpoint, or tokenized data, that could not be written, in one line; the last checkpoint is whole.
         KeyboardInterrupt: stopped by the user; its text names the checkpoint to continue from.
     """
+    config = replace(config, out=at_home(config.out))  # as transformers does with what it writes there
     config.validate()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("nsa train runs in one process on one device; start it without torchrun or accelerate launch")

@@ -21,6 +21,7 @@ from nsa.training.building.licence import Licence
 from nsa.training.building.members import BROKEN, members
 from nsa.training.building.table import OWN_TABLE, Package, read_table
 from nsa.training.building.text import Notices, is_candidate, text_of
+from nsa.training.folder import at_home
 
 if TYPE_CHECKING:
     from nsa.training.building.command import CorpusArguments
@@ -37,7 +38,7 @@ def build(arguments: CorpusArguments) -> None:
         ValueError: a faulty table, packages that could not be had, a folder that holds something else; in one line.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    out, table = arguments.out.expanduser(), arguments.table or OWN_TABLE
+    out, table = at_home(arguments.out), arguments.table or OWN_TABLE
     if (out / CONTENTS).is_file() and not arguments.overwrite:
         console.print(f"{out} holds a corpus already; --overwrite builds it again")
         return
@@ -47,7 +48,7 @@ def build(arguments: CorpusArguments) -> None:
     packages = read_table(table)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True) as progress:
-        archives = _download_all(packages, downloads.expanduser(), arguments.skip_missing, progress)
+        archives = _download_all(packages, at_home(downloads), arguments.skip_missing, progress)
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         lines = _write_all(archives, partial, progress)
