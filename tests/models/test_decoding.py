@@ -5,44 +5,12 @@ from functools import cache, partial
 
 import pytest
 import torch
+from tiny_llama import SIZES, model, tokens
 
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM, generation
 from nsa.models.decoding import Decoder
 
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-NSA = {
-    "compress_block_size": 8,
-    "compress_stride": 4,
-    "select_block_size": 8,
-    "num_selected_blocks": 4,
-    "window_size": 10,
-}
 LAYOUTS = ("growing", "static", "paged")
-
-
-def model(**kwargs) -> NSALlamaForCausalLM:
-    torch.manual_seed(0)
-    built = NSALlamaForCausalLM(NSALlamaConfig(attention="nsa", nsa=NSA, **{**SIZES, **kwargs})).eval().double()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return built
-
-
-def tokens(rows, columns):
-    return torch.randint(2, SIZES["vocab_size"], (rows, columns), generator=torch.Generator().manual_seed(1))
 
 
 def new_cache(built, layout, **kwargs) -> NSALlamaCache:

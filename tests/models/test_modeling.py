@@ -5,46 +5,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_llama import NSA, SIZES, TWINS, model, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
-
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-NSA = {
-    "compress_block_size": 8,
-    "compress_stride": 4,
-    "select_block_size": 8,
-    "num_selected_blocks": 4,
-    "window_size": 10,
-}
-TWINS = ("nsa", "dense", "window")
-
-
-def model(attention="nsa", **kwargs) -> NSALlamaForCausalLM:
-    torch.manual_seed(0)
-    built = NSALlamaForCausalLM(NSALlamaConfig(attention=attention, nsa=NSA, **{**SIZES, **kwargs})).eval().double()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return built
-
-
-def tokens(rows, columns):
-    return torch.randint(2, SIZES["vocab_size"], (rows, columns), generator=torch.Generator().manual_seed(1))
 
 
 def logits_in_chunks(built, ids, chunks, mask=None):
