@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from test_decoding import graphs_without_capture  # noqa: F401
 from tiny_llama import model, tokens
 
 from nsa.models import NSALlamaCache, generation

@@ -1,13 +1,13 @@
 """Decoding by the model: every layout of its cache, the step that is captured, generate() over all of them."""
 
 import warnings
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
 from tiny_llama import SIZES, model, tokens
 
-from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM, generation
+from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
 from nsa.models.decoding import Decoder
 
 LAYOUTS = ("growing", "static", "paged")
@@ -16,13 +16,6 @@ LAYOUTS = ("growing", "static", "paged")
 def new_cache(built, layout, **kwargs) -> NSALlamaCache:
     sizes = {"static": {"max_length": 320}, "paged": {"num_pages": 80, "page_size": 16, "max_length": 320}}
     return NSALlamaCache(built.config, layout=layout, **{**sizes.get(layout, {}), **kwargs})
-
-
-@pytest.fixture
-def graphs_without_capture(monkeypatch):
-    """generate() as on a GPU, each step run where a replay would be."""
-    monkeypatch.setattr(generation, "Decoder", partial(Decoder, capture=False))
-    monkeypatch.setattr(NSALlamaForCausalLM, "_why_no_cuda_graph", lambda self, config: None)
 
 
 def in_chunks(built, ids, chunks, cache, mask=None):

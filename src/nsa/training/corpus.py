@@ -234,7 +234,7 @@ class _Gathered:
         for empty in (True, False):
             if self.texts[empty] or self.tokens[empty]:
                 continue
-            pool: dict[bool, list] = self.texts if self.texts[not empty] else self.tokens  # type: ignore[assignment]
+            pool: Any = self.texts if self.texts[not empty] else self.tokens
             last = pool[not empty].pop()
             if self.texts[not empty] or self.tokens[not empty]:
                 pool[empty].append(last)
@@ -248,7 +248,8 @@ class _Gathered:
 def _divided(part: Any) -> tuple[Any, Any]:
     """A document, or tokens: all but the last tenth, and the last tenth."""
     if isinstance(part, Document):
-        return tuple(Document(part.name, text) for text in _split(part.text))  # type: ignore[return-value]
+        front, back = (Document(part.name, text) for text in _split(part.text))
+        return front, back
     cut = len(part) - len(part) // VALIDATION_ONE_IN
     return part[:cut], part[cut:]
 

@@ -1,6 +1,7 @@
 """What the tasks made of puzzles (nsa.training.puzzles) have in common; each is a file of its own."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PuzzleTask:
+class PuzzleTask(ABC):
     """The share of answers that greedy decoding says in full, each given the ones before it; one row a cell.
 
     Args:
@@ -50,9 +51,9 @@ class PuzzleTask:
         if self.samples < 1:
             raise ValueError(f"{self.name}: samples must be positive, got {self.samples}")
 
+    @abstractmethod
     def kinds(self) -> list[tuple[dict[str, Any], Kind]]:
         """The kinds of puzzles that are asked, each with what tells it apart in a row's `where`."""
-        raise NotImplementedError
 
     def asked(self, tokenizer: Any, length: int, kind: Kind) -> list[Asked]:
         """The prompts of one cell."""

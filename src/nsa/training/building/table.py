@@ -4,7 +4,7 @@ import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 OWN_TABLE = Path(__file__).parent / "packages.csv"
 COLUMNS = ("registry", "split", "name", "version", "licence")
@@ -45,7 +45,7 @@ def read_table(path: Path) -> list[Package]:
             )
         if (registry == "pypi") != bool(version):
             raise ValueError(f"{path}, line {number}: {name} should have a version if, and only if, it is of pypi")
-        packages.append(Package(registry, split, name, version, licence))  # type: ignore[arg-type]
+        packages.append(Package(cast(Any, registry), cast(Any, split), name, version, licence))
     twice = [name for name, count in Counter(package.name.lower() for package in packages).items() if count > 1]
     if twice:
         raise ValueError(f"{path}: {', '.join(twice)} named more than once")

@@ -1,0 +1,15 @@
+"""What tests of generate() share."""
+
+from functools import partial
+
+import pytest
+
+from nsa.models import NSALlamaForCausalLM, generation
+from nsa.models.decoding import Decoder
+
+
+@pytest.fixture
+def graphs_without_capture(monkeypatch):
+    """generate() as on a GPU, each step run where a replay would be."""
+    monkeypatch.setattr(generation, "Decoder", partial(Decoder, capture=False))
+    monkeypatch.setattr(NSALlamaForCausalLM, "_why_no_cuda_graph", lambda self, config: None)
