@@ -28,11 +28,13 @@ def tiny(monkeypatch):
 
 def test_a_cell_has_times_and_counts_of_every_candidate(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    arguments = replace(ARGUMENTS, modes=("compiled", "eager"))
+    monkeypatch.setattr(torch, "compile", lambda layers, **options: compiled.append((layers, options)) or layers)
+    monkeypatch.setattr(train, "begin_step", lambda: None)
+    arguments = replace(ARGUMENTS, modes=("graphs", "compiled", "eager"))
     rows, packed = train.measure(arguments, "cpu")
-    labels = ["NSA", "NSA, eager", "dense", "dense, eager", "window", "window, eager"]
-    assert [model.config.attention for model in compiled] == ["nsa", "dense", "window"]
+    labels = [name + mode for name in ("NSA", "dense", "window") for mode in ("", ", no graphs", ", eager")]
+    assert [layers.config.attention for layers, _ in compiled] == ["nsa", "nsa", "dense", "dense", "window", "window"]
+    assert [options for _, options in compiled[:2]] == [{"mode": "reduce-overhead"}, {}]
     for entry, layout in ((rows, "rows"), (packed, "packed")):
         assert (entry.part, entry.inputs, entry.length) == ("demo", layout, 64)
         assert entry.facts["tokens"] == 128

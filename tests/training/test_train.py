@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nsa.training.train as module
-from nsa.training import prepare
+from nsa.training import compiling, prepare
 from nsa.training.config import differences
 from nsa.training.curriculum import parse_curriculum
 from nsa.training.folder import checkpoints
@@ -92,15 +92,15 @@ def test_twins_start_from_the_same_weights_and_read_the_same_batches(config):
 
 def test_compiling_where_no_compiler_is_found_is_one_clear_line(config, monkeypatch):
     model = prepare.make_model(config, prepare.byte_tokenizer())
-    monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"^--compile: on a CPU it needs a C\+\+ compiler, found none of "):
-        prepare.compile_decoder(model, on_cpu=True)
+        compiling.compile_decoder(model.model, on_cpu=True, cuda_graphs=True)
 
 
 DRIVER = """
 import resource, sys
 import nsa.training.train as module
-from nsa.training import prepare
+from nsa.training import compiling, prepare
 from transformers import TrainerCallback
 
 class Say(TrainerCallback):

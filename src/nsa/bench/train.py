@@ -26,6 +26,7 @@ from nsa.bench.result import Entry
 from nsa.bench.step import random_model
 from nsa.bench.timing import peak_gib
 from nsa.bench.train_command import TrainArguments
+from nsa.training.compiling import begin_step, compiled
 from nsa.training.config import TrainConfig
 from nsa.training.curriculum import Stage
 from nsa.training.data import Documents, TrainingBatches, unwrap
@@ -33,11 +34,12 @@ from nsa.training.presets import preset
 from nsa.training.sizes import vocabulary
 
 LABELS = {"nsa": "NSA", "dense": "dense", "window": "window"}
+MODES = {"graphs": "", "compiled": ", no graphs", "eager": ", eager"}
 LAYOUTS: Any = {"rows": "rows", "packed": "flat"}  # as training calls them
 SPREAD = 1.0  # standard deviation of the logarithm of a document's length
 CORPUS = 1 << 22  # tokens
 GRAPHS = 64  # that torch.compile may keep for one function: all models of a run share the code of theirs
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "hipLaunchKernel", "hipModuleLaunchKernel")
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "hipLaunchKernel", "hipModuleLaunchKernel", "cudaGraphLaunch")
 
 Batch = Mapping[str, Any]
 Step = Callable[[Batch], object]
@@ -92,7 +94,7 @@ def fits(
             if attention not in models:
                 models[attention] = Trained(config, attention, max(arguments.lengths), arguments.checkpointing, device)
         steps = {
-            LABELS[attention] + ("" if mode == "compiled" else ", eager"): models[attention].stepper(mode)
+            LABELS[attention] + MODES[mode]: models[attention].stepper(mode)
             for attention in attentions
             for mode in arguments.modes
         }
@@ -102,7 +104,7 @@ def fits(
         for label, step in steps.items():
             run = partial(step, next(batches))
             entry.facts.update({f"{label}: {what}": float(n) for what, n in calls(run, device).items()})
-            if device == "cuda":
+            if device == "cuda" and label not in LABELS.values():  # the graphs' memory is not counted as allocated
                 trained = models[next(name for name in attentions if label.startswith(LABELS[name]))]
                 entry.gib[label] = trained.resident() / 2**30 + peak_gib(run)
     except torch.OutOfMemoryError:
@@ -121,20 +123,23 @@ class Trained:
         if config.gradient_checkpointing if checkpointing is None else checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, fused=True)
-        self.compiled: Any = None
+        self.decoders: dict[str, Any] = {"eager": self.model.model}
 
     def stepper(self, mode: str) -> Step:
-        """A training step; "compiled" or "eager"."""
-        if mode == "compiled" and self.compiled is None:
-            self.compiled = torch.compile(self.model)
-        return partial(self.step, self.compiled if mode == "compiled" else self.model)
+        """A training step; a mode of `MODES`."""
+        if mode not in self.decoders:
+            self.decoders[mode] = compiled(self.decoders["eager"], cuda_graphs=mode == "graphs")
+        return partial(self.step, mode)
 
-    def step(self, model: Any, batch: Batch) -> None:
+    def step(self, mode: str, batch: Batch) -> None:
+        self.model.model = self.decoders[mode]
+        if mode == "graphs":
+            begin_step()
         batch = {
             name: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in batch.items()
         }
         with torch.autocast(self.device, torch.bfloat16):
-            loss = model(**batch).loss
+            loss = self.model(**batch).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -20,7 +20,8 @@ class TrainArguments:
 
     A step: a batch copied to the device, forward, backward, fused AdamW; bf16 autocast over fp32 weights. Rows hold one
     document each; packed ones hold documents whose lengths are log-normal (standard deviation of the logarithm: 1), cut
-    at the ends of rows and then side by side in one row. Compiled is torch.compile(model). Also launches of a step,
+    at the ends of rows and then side by side in one row. Compiled are the layers, as nsa train compiles them; graphs:
+    the same in CUDA graphs, whose memory is not counted. Also launches of a step,
     copies from the device (each waits for it), graphs that were compiled, the share of the step spent waiting for data,
     and peak memory, weights and optimizer included. All candidates are in memory and take turns, or one attention after
     the other where they do not fit.
@@ -28,7 +29,7 @@ class TrainArguments:
     Examples:
         nsa bench train --models small
         nsa bench train --models 300m --lengths 8192 --layouts rows --output train_300m_h200
-        nsa bench train --models 1b --lengths 8192 32768 --layouts rows --modes compiled --attentions nsa dense
+        nsa bench train --models 1b --lengths 8192 32768 --layouts rows --modes graphs --attentions nsa dense
     """
 
     models: tuple[Literal["demo", "small", "300m", "1b"], ...] = ("small", "300m", "1b")
@@ -39,8 +40,8 @@ class TrainArguments:
     """One document a row, or packed documents."""
     attentions: tuple[Literal["nsa", "dense", "window"], ...] = ("nsa", "dense", "window")
     """NSA and its twins."""
-    modes: tuple[Literal["compiled", "eager"], ...] = ("compiled", "eager")
-    """With torch.compile, and without."""
+    modes: tuple[Literal["graphs", "compiled", "eager"], ...] = ("graphs", "compiled", "eager")
+    """With torch.compile and CUDA graphs (nsa train's default), with torch.compile alone, with neither."""
     tokens: int = 32768
     """Tokens in a step, at least a row."""
     mean_document: int = 1024

@@ -15,7 +15,18 @@ from nsa.training.limits import ANY, Limits, check_numbers
 
 # What may differ between a run and its continuation: none of it changes what is computed.
 FREE_ON_RESUME = frozenset(
-    {"preset", "resume", "log_every", "save_every", "keep_checkpoints", "report_to", "quiet", "workers", "cache_dir"}
+    {
+        "preset",
+        "resume",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "report_to",
+        "quiet",
+        "workers",
+        "cache_dir",
+        "cuda_graphs",
+    }
 )
 REPORTERS = ("tensorboard", "wandb")
 AT_LEAST_ONE = (1, math.inf)
@@ -109,6 +120,8 @@ class TrainConfig:
     """bfloat16: fp32 weights, computation under autocast."""
     compile: bool = field(default_factory=lambda: Path("/dev/nvidiactl").exists())
     """torch.compile of all layers as one graph; by default where there is a CUDA GPU."""
+    cuda_graphs: bool = True
+    """Of what is compiled on a GPU: all launches of a pass at once. Their memory is held from step to step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""

@@ -1,9 +1,6 @@
 """What a run is made of: tokenizer, batches and model, all from its configuration."""
 
-import importlib.util
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -70,20 +67,6 @@ def _filler(texts: tuple[Document, ...], documents: Documents, tokenizer: PreTra
             parts.append(document.text[: FILLER_CHARACTERS - size])
             size += len(parts[-1])
     return "\n".join(parts) or tokenizer.decode(documents.tokens[:1_000_000])
-
-
-def compile_decoder(model: NSALlamaForCausalLM, *, on_cpu: bool) -> None:
-    """All layers as one graph; a second length of rows makes it serve any.
-
-    Raises:
-        ValueError: torch.compile lacks what it needs here.
-    """
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if on_cpu and not any(map(shutil.which, compilers)):
-        raise ValueError(f"--compile: on a CPU it needs a C++ compiler, found none of {', '.join(compilers)}")
-    if not on_cpu and importlib.util.find_spec("triton") is None:
-        raise ValueError("--compile: torch.compile needs triton on a GPU, and it is not installed; or --no-compile")
-    model.model.compile()
 
 
 def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALlamaForCausalLM:

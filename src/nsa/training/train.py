@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.cache import Cache
 from nsa.training.clock import Clock
+from nsa.training.compiling import compile_decoder
 from nsa.training.config import TrainConfig, differences
 from nsa.training.corpus import read_corpus
 from nsa.training.data import TrainingBatches
@@ -27,7 +28,7 @@ from nsa.training.flops import flops_per_token, mean_keys, peak_of
 from nsa.training.folder import at_home, check_checkpoint, check_free, is_trained, last_checkpoint, step_of
 from nsa.training.lock import claimed
 from nsa.training.metrics import MetricsFiles, Progress
-from nsa.training.prepare import check_same_data, compile_decoder, make_data, make_model, make_tokenizer
+from nsa.training.prepare import check_same_data, make_data, make_model, make_tokenizer
 from nsa.training.stopping import StopOnCtrlC
 from nsa.training.trainer import WholeCheckpointTrainer
 
@@ -67,7 +68,7 @@ def _train(config: TrainConfig, callbacks: Sequence[TrainerCallback]) -> NSALlam
     del corpus  # its texts, which may be gigabytes
     model = make_model(config, tokenizer)
     if config.compile:
-        compile_decoder(model, on_cpu=arguments.use_cpu)
+        compile_decoder(model.model, on_cpu=arguments.use_cpu, cuda_graphs=config.cuda_graphs)
     if checkpoint is None:
         config.save(config.out)
 
@@ -79,6 +80,7 @@ def _train(config: TrainConfig, callbacks: Sequence[TrainerCallback]) -> NSALlam
         clock=clock,
         flops_of_token=_flops_of_token(model.config, train_set, config.accumulation) if peak else None,
         workers=config.workers if on_gpu else 0,
+        in_cuda_graphs=config.compile and config.cuda_graphs and on_gpu,
         model=model,
         args=arguments,
         train_dataset=train_set,

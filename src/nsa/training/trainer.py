@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
 from nsa.training.clock import Clock
+from nsa.training.compiling import begin_step, own_gradients
 from nsa.training.data import unwrap
 from nsa.training.folder import MODEL_FILE, checkpoints, last_checkpoint
 from nsa.training.stopping import all_finite, non_finite
@@ -36,6 +37,7 @@ class WholeCheckpointTrainer(Trainer):
         clock: Clock | None = None,
         flops_of_token: Callable[[int], float] | None = None,
         workers: int = 0,
+        in_cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -43,11 +45,12 @@ class WholeCheckpointTrainer(Trainer):
             clock: is told of every step.
             flops_of_token: number of the optimizer's step, from 0 -> floating-point operations for a token of it.
             workers: processes that make training batches ahead.
+            in_cuda_graphs: whether the model's passes are recorded in CUDA graphs.
             kwargs: Trainer's.
         """
         super().__init__(data_collator=unwrap, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.clock, self.workers = clock or Clock(), workers
+        self.clock, self.workers, self.in_cuda_graphs = clock or Clock(), workers, in_cuda_graphs
         self._flops_of_token = flops_of_token or (lambda step: 0.0)
         self._parent: Path | None = None
 
@@ -71,6 +74,18 @@ class WholeCheckpointTrainer(Trainer):
         tokens = sum(item["input_ids"].numel() for item in samples)
         self.clock.count(tokens, tokens * self._flops_of_token(self.state.global_step))
         return samples, count
+
+    # Passes
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.in_cuda_graphs:
+            return super().training_step(model, *args, **kwargs)
+        is_first = all(parameter.grad is None for parameter in model.parameters())
+        begin_step()
+        loss = super().training_step(model, *args, **kwargs)
+        if is_first and not self.accelerator.sync_gradients:  # another pass adds to them
+            own_gradients(model)
+        return loss
 
     # Losses
 

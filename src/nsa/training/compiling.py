@@ -1,0 +1,49 @@
+"""torch.compile of the layers for training, and CUDA graphs of what it makes.
+
+A training step of a small model is more than a thousand launches, which the host starts more slowly than the device
+finishes them. A CUDA graph starts them all at once: one graph a shape, recorded when the shape is met the second time.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compiled(decoder: nn.Module, *, cuda_graphs: bool) -> Callable[..., Any]:
+    """The decoder's layers as one graph; a second length of rows makes it serve any."""
+    return torch.compile(decoder, **_options(cuda_graphs))
+
+
+def compile_decoder(decoder: nn.Module, *, on_cpu: bool, cuda_graphs: bool) -> None:
+    """`compiled` in place: whoever calls the module calls what was compiled.
+
+    Raises:
+        ValueError: torch.compile lacks what it needs here.
+    """
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if on_cpu and not any(map(shutil.which, compilers)):
+        raise ValueError(f"--compile: on a CPU it needs a C++ compiler, found none of {', '.join(compilers)}")
+    if not on_cpu and importlib.util.find_spec("triton") is None:
+        raise ValueError("--compile: torch.compile needs triton on a GPU, and it is not installed; or --no-compile")
+    decoder.compile(**_options(cuda_graphs and not on_cpu))
+
+
+def begin_step() -> None:
+    """What the graphs of the pass before have put out may be overwritten from now on."""
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+def own_gradients(model: nn.Module) -> None:
+    """Move gradients out of the graphs' memory, which the next pass takes again."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
+
+
+def _options(cuda_graphs: bool) -> dict[str, Any]:
+    return {"mode": "reduce-overhead"} if cuda_graphs else {}
