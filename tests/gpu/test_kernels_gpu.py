@@ -28,6 +28,8 @@ WIDTHS = ((8, 8), (80, 96), (96, 80), (192, 128), (256, 256))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # With one key the gradient of q is exactly 0: only rounding would be compared.
 LENGTHS = (2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 507, 511, 512, 513, 1000, 4097)
+PACKED = Layout(t=1200, s=1200, cu_seqlens_q=(0, 300, 303, 303, 340, 1200))
+RAGGED = Layout(b=4, t=200, s=700, seqlens_k=(700, 0, 150, 333))
 
 CASES = [
     *(Case(layout=whole(1000), config=SPARSE, h=64, g=4, d=128, e=128, family=family) for family in INPUT_FAMILIES),
@@ -38,13 +40,14 @@ CASES = [
     *(Case(layout=whole(300), config=SMALL, h=8, g=2, d=d, e=e) for d, e in WIDTHS),
     *(Case(layout=whole(300), config=SMALL, h=8, g=2, dtype=dtype) for dtype in DTYPES),
     *(Case(layout=whole(700), config=config, h=8, g=2) for config in (DEFAULT, SPARSE, ODD, FLAT)),
+    *(Case(layout=layout, config=SPARSE, h=64, g=4, d=192, e=128) for layout in (whole(1000), PACKED, RAGGED)),
     Case(layout=Layout(b=2, t=100, s=1000), config=SPARSE, h=8, g=2),
-    Case(layout=Layout(t=1200, s=1200, cu_seqlens_q=(0, 300, 303, 303, 340, 1200)), config=SPARSE, h=8, g=2),
+    Case(layout=PACKED, config=SPARSE, h=8, g=2),
     Case(
         layout=Layout(t=217, s=1300, cu_seqlens_q=(0, 64, 64, 100, 217), cu_seqlens_k=(0, 500, 520, 900, 1300)),
         config=SMALL, h=8, g=2,
     ),
-    Case(layout=Layout(b=4, t=200, s=700, seqlens_k=(700, 0, 150, 333)), config=SPARSE, h=8, g=2),
+    Case(layout=RAGGED, config=SPARSE, h=8, g=2),
     *(Case(layout=layout, config=SMALL, h=4, g=2) for name, layout in LAYOUTS.items() if name != "one token"),
 ]  # fmt: skip
 
