@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nsa.cache import FixedNSACache, LayerCache, NSACache, PagedNSACache, StaticNSACache, convert
 from nsa.models.configuration import NSALlamaConfig
@@ -16,10 +16,10 @@ Layout = Literal["growing", "static", "paged"]
 
 
 class NSALlamaCache(Cache):
-    """The cache of an NSALlama model; `generate()` makes one by itself.
+    """The cache of a model with NSA; `generate()` makes one by itself. Dense layers of it have transformers' own.
 
     Args:
-        config: the model's configuration.
+        config: the model's configuration; with `dense_layers` only "growing" serves.
         layout: "growing"; "static", with room for `max_length` tokens a row; or "paged", whose rows take pages of a
             pool and share them (`nsa.cache` says how).
         max_length: tokens that a row may hold; needed for "static", by default the whole pool for "paged".
@@ -58,7 +58,15 @@ class NSALlamaCache(Cache):
                 f"{layout!r} with max_length={max_length} and num_pages={num_pages}"
             )
 
-        super().__init__(layers=[NSALlamaCacheLayer(new()) for _ in range(config.num_hidden_layers)])
+        if config.dense_layers and layout != "growing":
+            raise ValueError(f"NSALlamaCache: layers that stay dense need layout 'growing', got {layout!r}")
+        sparse = config.sparse_layers if config.dense_layers else range(config.num_hidden_layers)
+        super().__init__(
+            layers=[
+                NSALlamaCacheLayer(new()) if number in sparse else dense_layer(config, number)
+                for number in range(config.num_hidden_layers)
+            ]
+        )
         self.layout = layout
         # Whether decoding steps over this cache are CUDA graphs, which `generate()` decides, and the captured one
         # (`nsa.models.decoding.Decoder`), which belongs to the addresses of this cache.
@@ -67,8 +75,8 @@ class NSALlamaCache(Cache):
 
     @property
     def caches(self) -> list[LayerCache]:
-        """Of every layer."""
-        return [layer.nsa for layer in self.layers]
+        """Of every layer with NSA."""
+        return [layer.nsa for layer in self.layers if isinstance(layer, NSALlamaCacheLayer)]
 
     @property
     def fixed(self) -> list[FixedNSACache]:
@@ -109,12 +117,16 @@ class NSALlamaCache(Cache):
 
     @contextmanager
     def _columns_if_it_raises(self) -> Iterator[None]:
-        columns = [layer.num_columns for layer in self.layers]
+        # Of a dense layer all that it holds: an update makes new tensors.
+        before = [
+            {"num_columns": layer.num_columns} if isinstance(layer, NSALlamaCacheLayer) else dict(vars(layer))
+            for layer in self.layers
+        ]
         try:
             yield
         except BaseException:
-            for layer, number in zip(self.layers, columns, strict=True):
-                layer.num_columns = number
+            for layer, values in zip(self.layers, before, strict=True):
+                vars(layer).update(values)
             raise
 
     def check_mask(self, attention_mask: Tensor, t: int) -> None:
@@ -153,8 +165,11 @@ class NSALlamaCache(Cache):
     def convert(self, target: "NSALlamaCache") -> "NSALlamaCache":
         """Put what this cache remembers into `target`, of any layout, and return it; see `nsa.cache.convert`."""
         for source, other in zip(self.layers, target.layers, strict=True):
-            convert(source.nsa, other.nsa)
-            other.num_columns = source.num_columns
+            if isinstance(source, NSALlamaCacheLayer):
+                convert(source.nsa, other.nsa)
+                other.num_columns = source.num_columns
+            else:
+                vars(other).update(vars(source))
         return target
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -172,7 +187,17 @@ class NSALlamaCache(Cache):
 
     def num_bytes(self) -> int:
         """Bytes of all keys and values; see `nsa.cache.LayerCache.num_bytes`."""
-        return sum(cache.num_bytes() for cache in self.caches)
+        dense = (layer for layer in self.layers if not isinstance(layer, NSALlamaCacheLayer) and layer.is_initialized)
+        return sum(cache.num_bytes() for cache in self.caches) + sum(x.keys.nbytes + x.values.nbytes for x in dense)
+
+
+def dense_layer(config: Any, number: int) -> DynamicLayer:
+    """The cache of a layer that keeps the attention of its family, over all keys or a sliding window of them."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (kinds is None or kinds[number] == "sliding_attention"):
+        return DynamicSlidingWindowLayer(window)
+    return DynamicLayer()
 
 
 def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:

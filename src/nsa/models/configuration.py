@@ -23,6 +23,7 @@ class NSALlamaConfig(LlamaConfig):
         attention: "nsa"; "dense", Llama's own attention; or "window", Llama's own attention over the last
             `nsa["window_size"]` keys only.
         nsa: fields of `nsa.NSAConfig`; those left out have its defaults, unknown ones are an error.
+        dense_layers: numbers of the layers that keep Llama's own attention beside those with NSA; by default none.
         Everything else is LlamaConfig's.
 
     Raises:
@@ -35,12 +36,14 @@ class NSALlamaConfig(LlamaConfig):
 
     attention: str = "nsa"
     nsa: dict[str, Any] | None = None
+    dense_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention not in ATTENTIONS:
             raise ValueError(f"NSALlamaConfig: attention should be one of {ATTENTIONS}, got {self.attention!r}")
         self.nsa = NSAConfig.from_dict(self.nsa or {}).to_dict()
         super().__post_init__(**kwargs)
+        check_dense_layers(self)
         if self.attention == "nsa":
             self.base_model_tp_plan = None  # Llama's does not know of NSA's projections
         self.refuse_ignored()
@@ -48,6 +51,11 @@ class NSALlamaConfig(LlamaConfig):
     @property
     def nsa_config(self) -> NSAConfig:
         return NSAConfig.from_dict(self.nsa or {})
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Numbers of the layers with NSA."""
+        return sparse_layers(self)
 
     def refuse_ignored(self) -> None:
         """ValueError where an option is set that the model would ignore; its constructor asks again."""
@@ -74,3 +82,20 @@ class NSALlamaConfig(LlamaConfig):
                 "output_attentions=True: expected attention='dense' with attn_implementation='eager', the only one "
                 f"that has weights to return; got {self.attention!r} with {self._attn_implementation!r}"
             )
+
+
+def sparse_layers(config: Any) -> list[int]:
+    """Numbers of the layers whose attention is not transformers' own."""
+    dense = set(
+        range(config.num_hidden_layers) if config.attention in ("dense", "window") else config.dense_layers or ()
+    )
+    return [number for number in range(config.num_hidden_layers) if number not in dense]
+
+
+def check_dense_layers(config: Any) -> None:
+    """ValueError where `dense_layers` are not layers of the model, or all of them, or not beside NSA."""
+    given, layers = config.dense_layers or [], config.num_hidden_layers
+    if given and config.attention in ("dense", "window"):
+        raise ValueError(f"dense_layers: expected none with attention={config.attention!r}, got {given}")
+    if given and (len(set(given)) < len(given) or not set(given) < set(range(layers))):
+        raise ValueError(f"dense_layers: expected some of the layers 0 to {layers - 1}, each once, got {given}")

@@ -131,7 +131,7 @@ class GenerationPolicy(GenerationMixin):
             input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration,
             **kwargs,
         )  # fmt: skip
-        if isinstance(past_key_values, NSALlamaCache):
+        if isinstance(past_key_values, NSALlamaCache) and not self.config.dense_layers:
             inputs.pop("position_ids", None)  # the cache counts them itself; comparing would wait for the device
         return inputs
 
@@ -220,6 +220,8 @@ class GenerationPolicy(GenerationMixin):
                 f"attention='nsa' has its own caches; expected cache_implementation 'static' or 'dynamic', got {kind!r}"
             )
         layout: Layout = "growing"
+        if kind == "static" and self.config.dense_layers:
+            raise ValueError("cache_implementation='static': layers that stay dense need the growing cache, 'dynamic'")
         if kind == "static" or (kind is None and graphs):
             layout = "paged" if (generation_config.num_beams or 1) > 1 and kind is None else "static"
         max_new, page_size, max_crop = 16, 256, max(64, self._candidates)
@@ -243,7 +245,8 @@ class GenerationPolicy(GenerationMixin):
 
     def cache_bytes_per_token(self) -> float:
         """Bytes that a long sequence adds to the cache with each token, all layers together."""
-        return sum(layer.self_attn.cache_bytes_per_token() for layer in self.model.layers)
+        layers = self.model.layers
+        return sum(layers[number].self_attn.cache_bytes_per_token() for number in self.config.sparse_layers)
 
     def _why_no_cuda_graph(self, generation_config: Any) -> str | None:
         if self._cuda_graphs_asked is False:
@@ -256,9 +259,12 @@ class GenerationPolicy(GenerationMixin):
             return "hidden states are to be returned"
         if generation_config.is_assistant:
             return "an assistant's cache is used again, for longer texts"
+        if self.config.dense_layers:
+            return "some layers stay dense"
         if not self.model.can_step():
             return "phi is more than its weights (adapters, hooks, quantized)"
-        rope = self.model.rotary_emb.rope_type
+        rope = self.model.rotary_emb.rope_type  # of each kind of layer, where these differ
+        rope = rope["full_attention"] if isinstance(rope, dict) else rope
         if rope in ("dynamic", "longrope"):
             return f"rotary embeddings of type {rope!r} change with the length"
         config = self.config

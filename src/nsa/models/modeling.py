@@ -30,7 +30,7 @@ from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
 from nsa.modules.decode_step import DecodeStep, step_padding
 from nsa.modules.projections import StartingLinear
-from nsa.modules.rotary import RotaryFactors
+from nsa.modules.rotary import Rotary, RotaryFactors
 from nsa.modules.token_layout import TokenLayout
 
 # NSA's module never calls the attention function registered beside it; no mask is made for it.
@@ -93,34 +93,31 @@ OLD_NAMES = {
 }
 
 
-class DenseTwinOnly:
-    """A flag of a model class: true of the dense twin, whose attention transformers may replace, and of no other."""
+# What a mixin stands before: any class of transformers.
+Transformers: Any = object
+
+
+class SomeLayersDense:
+    """A flag of a model class: true where transformers may replace the attention of all layers (dense) or some."""
 
     def __get__(self, model: Any, owner: type) -> bool:
-        return model is not None and model.config.attention == "dense"
+        return model is not None and (model.config.attention == "dense" or bool(model.config.dense_layers))
 
 
-class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
-    config: NSALlamaConfig
-    config_class = NSALlamaConfig
+class SparsePreTrained(Transformers):
+    """What a model class of transformers needs to hold NSA's layers; a mixin that stands before that class."""
+
     _can_compile_fullgraph = False
-    _supports_attention_backend = DenseTwinOnly()
-    _supports_flash_attn = DenseTwinOnly()
-    _supports_flex_attn = DenseTwinOnly()
-    _supports_sdpa = DenseTwinOnly()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own; folders that an earlier version wrote load too, and are saved under the new names."""
-        loaded = super().from_pretrained(*args, **{"key_mapping": OLD_NAMES, **kwargs})
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        kept = [one for one in getattr(model, "_weight_conversions", None) or () if not isinstance(one, WeightRenaming)]
-        model._weight_conversions = kept or None
-        return loaded
+    _supports_attention_backend = SomeLayersDense()
+    _supports_flash_attn = SomeLayersDense()
+    _supports_flex_attn = SomeLayersDense()
+    _supports_sdpa = SomeLayersDense()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The configuration's `attention` decides; the dense twin takes any of transformers' that is asked for."""
         attention, own = self.config.attention, {"nsa": "nsa", "window": "nsa_window"}
+        if self.config.dense_layers and attn_implementation not in own.values():
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         if attention == "dense" and attn_implementation not in own.values():
             return super()._check_and_adjust_attn_implementation(attn_implementation or "nsa_dense", *args, **kwargs)
         if attn_implementation not in (None, own.get(attention)):
@@ -147,20 +144,16 @@ class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
             init.copy_(module.weight, module.start(module.weight))
 
 
-class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
-    """The decoder without a head."""
+class SparseDecoder(Transformers):
+    """The forward of a decoder whose layers are NSA's, all or some; a mixin that stands before transformers' class.
 
-    def __init__(self, config: NSALlamaConfig) -> None:
-        config.refuse_ignored()
-        super().__init__(config)
-        self.nsa_config = config.nsa_config
-        for layer_idx, layer in enumerate(self.layers):
-            if config.attention == "nsa":
-                layer.self_attn = NSALlamaAttention(config, layer_idx)
-            layer.input_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            layer.post_attention_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_init()
+    `nsa_config` is the configuration's, made once.
+    """
+
+    @property
+    def rotary(self) -> Rotary:
+        """cos and sin as NSA's layers take them."""
+        return self.rotary_emb
 
     @all_or_nothing
     def forward(
@@ -202,14 +195,18 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
             )  # fmt: skip
         if past_key_values is None:
             kwargs["layout"] = TokenLayout.of(
-                embeds, self.rotary_emb, self.nsa_config,
+                embeds, self.rotary, self.nsa_config,
                 attention_mask=attention_mask, position_ids=position_ids, **packed,
             )  # fmt: skip
         else:
             fixed = past_key_values.fixed
             if fixed and fixed[0].can_step(embeds.shape[1]) and not torch.is_grad_enabled() and self.can_step():
                 return self._forward_step(embeds, attention_mask, past_key_values, use_cache=use_cache, **kwargs)
-            kwargs.update(factors=RotaryFactors(self.rotary_emb), token_mask=attention_mask)
+            kwargs.update(factors=RotaryFactors(self.rotary), token_mask=attention_mask)
+        if self.config.dense_layers:  # which take the mask, or the positions of packed sequences, as transformers does
+            kwargs["attention_mask"] = attention_mask
+            if packed and position_ids is None:
+                position_ids = packing(embeds, None, None, **packed)["position_ids"]
         return super().forward(
             inputs_embeds=embeds, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
             **kwargs,
@@ -217,7 +214,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
 
     def can_step(self) -> bool:
         """Whether every layer can take the decoding step made for static and paged caches."""
-        return all(layer.self_attn.can_step() for layer in self.layers)
+        return not self.config.dense_layers and all(layer.self_attn.can_step() for layer in self.layers)
 
     def _packing(
         self, embeds: Tensor, mask: Tensor | None, position_ids: Tensor | None, use_cache: bool | None,
@@ -270,7 +267,7 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
     def _step(self, embeds: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> DecodeStep:
         """What the layers share, made once for all of them."""
         lengths, config = cache.fixed[0].tensors.lengths, self.nsa_config
-        return DecodeStep.after(lengths, embeds.shape[1], counts, config, self.rotary_emb, embeds)
+        return DecodeStep.after(lengths, embeds.shape[1], counts, config, self.rotary, embeds)
 
     def _forward_step(
         self, embeds: Tensor, attention_mask: Tensor | None, cache: NSALlamaCache, **kwargs: Any
@@ -299,17 +296,39 @@ def _unsorted(hidden: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(hidden).scatter(1, order.unsqueeze(-1).expand_as(hidden), hidden)
 
 
-class NSALlamaForCausalLM(GenerationPolicy, NSALlamaPreTrainedModel, LlamaForCausalLM):
-    """The language model: save_pretrained, from_pretrained, generate and Trainer as with any Llama."""
+class NSALlamaPreTrainedModel(SparsePreTrained, LlamaPreTrainedModel):
+    config: NSALlamaConfig
+    config_class = NSALlamaConfig
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; folders that an earlier version wrote load too, and are saved under the new names."""
+        loaded = super().from_pretrained(*args, **{"key_mapping": OLD_NAMES, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        kept = [one for one in getattr(model, "_weight_conversions", None) or () if not isinstance(one, WeightRenaming)]
+        model._weight_conversions = kept or None
+        return loaded
+
+
+class NSALlamaModel(SparseDecoder, NSALlamaPreTrainedModel, LlamaModel):
+    """The decoder without a head."""
 
     def __init__(self, config: NSALlamaConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)  # what Llama's own does, around another decoder
-        self.model = NSALlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        config.refuse_ignored()
+        super().__init__(config)
+        self.nsa_config = config.nsa_config
+        sparse = config.sparse_layers
+        for layer_idx, layer in enumerate(self.layers):
+            if layer_idx in sparse:
+                layer.self_attn = NSALlamaAttention(config, layer_idx)
+            layer.input_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            layer.post_attention_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
-        if config.attention == "nsa":
-            self._tp_plan: dict[str, str] = {}  # Llama's class has one of the head
+
+
+class SparseCausalLM(GenerationPolicy):
+    """generate() and the loss of a language model whose decoder is a `SparseDecoder`; a mixin like it."""
 
     def forward(
         self,
@@ -368,3 +387,16 @@ class NSALlamaForCausalLM(GenerationPolicy, NSALlamaPreTrainedModel, LlamaForCau
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
             attentions=out.attentions,
         )  # fmt: skip
+
+
+class NSALlamaForCausalLM(SparseCausalLM, NSALlamaPreTrainedModel, LlamaForCausalLM):
+    """The language model: save_pretrained, from_pretrained, generate and Trainer as with any Llama."""
+
+    def __init__(self, config: NSALlamaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # what Llama's own does, around another decoder
+        self.model = NSALlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        if config.attention == "nsa":
+            self._tp_plan: dict[str, str] = {}  # Llama's class has one of the head
