@@ -25,6 +25,7 @@ LAYERS = [
     {"modules"},
     {"models"},
     {"training", "eval", "serving", "bench"},
+    {"commands"},
     {"cli", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -40,6 +41,7 @@ THIRD_PARTY = {
     "eval": CORE | HUGGING_FACE | COMMAND_LINE,
     "serving": CORE | HUGGING_FACE,
     "bench": CORE | HUGGING_FACE | COMMAND_LINE,
+    "commands": COMMAND_LINE,
     "cli": COMMAND_LINE,
 }
 
@@ -99,6 +101,28 @@ def test_imports_go_downwards(path):
                 assert names[1] != "kernels" or measures or not at_top, f"{where} outside a function"
         elif names[0] not in sys.stdlib_module_names and at_top:
             assert names[0] in THIRD_PARTY.get(part, CORE), f"{where} at the top of a file of {part}"
+
+
+def modules_of(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it, type checkers' imports included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+@pytest.mark.parametrize("part", ["training", "eval", "bench", "commands"])
+def test_no_import_goes_in_a_circle(part):
+    """Not inside functions either: a file can be read once all that it imports has been."""
+    files = {".".join(("nsa", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in FILES}
+    unread = {name: modules_of(path) & files.keys() - {name} for name, path in files.items() if part in path.parts}
+    while readable := [name for name, needs in unread.items() if not needs & unread.keys()]:
+        for name in readable:
+            del unread[name]
+    assert not unread
 
 
 def run(code: str) -> str:

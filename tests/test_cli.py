@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import SafetensorError
 
-import nsa
+import nsa.commands.train
 from nsa.bench.result import Result
 from nsa.cli import COMMANDS, main, parse
 from nsa.training.config import TrainConfig
@@ -82,8 +82,7 @@ def test_the_help_of_an_option_is_its_own_and_no_heading_of_a_section(command, c
 
 
 def type_of(command: str) -> type:
-    module, _, name = COMMANDS[command][0].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return importlib.import_module(f"nsa.commands.{command}").Arguments
 
 
 def test_flags_change_single_values_of_the_preset():
@@ -194,10 +193,10 @@ def test_the_version_has_one_place(capsys):
 def running(monkeypatch, error: BaseException) -> None:
     """`nsa train` meets this error."""
 
-    def run(self):
+    def run(arguments):
         raise error
 
-    monkeypatch.setattr(TrainConfig, "run", run)
+    monkeypatch.setattr(nsa.commands.train, "run", run)
 
 
 def test_paths_with_a_tilde_are_expanded_and_unknown_users_are_names(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The `nsa` command. Each subcommand is a frozen dataclass with a `run` method, loaded when it is asked for."""
+"""The `nsa` command. Each subcommand is a file of `nsa.commands`, loaded when it is asked for."""
 
 import contextlib
 import dataclasses
@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# name: (the module and class of its arguments, what it does)
+# The file in nsa.commands, and what it does.
 COMMANDS = {
-    "train": ("nsa.training.config:TrainConfig", "train a language model from scratch, NSA or one of its twins"),
-    "generate": ("nsa.training.generation:GenerateConfig", "continue a prompt with a trained model"),
-    "info": ("nsa.training.info:InfoConfig", "memory, keys read and decoding time of a model, planned"),
-    "eval": ("nsa.eval.command:EvalArguments", "judge models at long context: needle, recall, perplexity"),
-    "compare": ("nsa.eval.compare_command:CompareArguments", "attention methods side by side, at one budget"),
-    "corpus": ("nsa.training.building.command:CorpusArguments", "build a training corpus from packages, by name"),
-    "fetch": ("nsa.eval.compare_command:FetchArguments", "fetch a real model to try things on"),
-    "bench": ("nsa.bench.command:BenchArguments", "time kernels, a layer, a training step or decoding on a GPU"),
-    "demo": ("nsa.eval.command:DemoArguments", "train three twins on this machine, judge them, write a report"),
+    "train": "train a language model from scratch, NSA or one of its twins",
+    "generate": "continue a prompt with a trained model",
+    "info": "memory, keys read and decoding time of a model, planned",
+    "eval": "judge models at long context: needle, recall, perplexity",
+    "compare": "attention methods side by side, at one budget",
+    "corpus": "build a training corpus from packages, by name",
+    "fetch": "fetch a real model to try things on",
+    "bench": "time kernels, a layer, a training step or decoding on a GPU",
+    "demo": "train three twins on this machine, judge them, write a report",
 }
 
 # What the parsers of files raise besides ValueError, by name, for their modules need not be loaded: safetensors, zip
@@ -91,25 +91,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = (f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
+        lines = (f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
         print(HELP.format(commands="\n".join(lines)))
     elif arguments[0] == "--version":
         import nsa
 
         print(f"nsa {nsa.__version__}")
     elif arguments[0] in COMMANDS:
-        parse(arguments[0], arguments[1:]).run()
+        _module(arguments[0]).run(parse(arguments[0], arguments[1:]))
     else:
         raise ValueError(f"unknown command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}")
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"nsa.commands.{name}")
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:
     """The arguments of a subcommand as its dataclass; ValueError in one line if they do not fit it."""
     import tyro
 
-    module, _, class_name = COMMANDS[name][0].partition(":")
-    command = getattr(importlib.import_module(module), class_name)
-    default = command.default_for(list(arguments)) if hasattr(command, "default_for") else tyro.MISSING_NONPROP
+    module = _module(name)
+    command = module.Arguments
+    default = module.default_for(list(arguments)) if hasattr(module, "default_for") else tyro.MISSING_NONPROP
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -134,7 +138,7 @@ def _at_home(command: Any) -> Any:
     """Its paths with ~ and ~user expanded, which a shell leaves in --out=~/runs; unknown users stay as they are."""
     given = {field.name: getattr(command, field.name) for field in dataclasses.fields(command)}
     paths = {name: Path(os.path.expanduser(value)) for name, value in given.items() if isinstance(value, Path)}
-    inner = {name: _at_home(value) for name, value in given.items() if hasattr(value, "run")}
+    inner = {name: _at_home(value) for name, value in given.items() if dataclasses.is_dataclass(value)}
     return dataclasses.replace(command, **paths, **inner) if paths or inner else command
 
 

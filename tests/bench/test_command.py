@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa.bench.command import DecodeArguments, KernelArguments, ModuleArguments, StepArguments
+from nsa.bench.arguments import DecodeArguments, KernelArguments, ModuleArguments, StepArguments
 from nsa.cli import main, parse
 
 

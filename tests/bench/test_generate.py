@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicCache
 
 from nsa.bench import dense_decoding, generate
-from nsa.bench.command import GenerateArguments
+from nsa.bench.arguments import GenerateArguments
 from nsa.bench.dense_decoding import DenseDecoder
 from nsa.bench.generate import Clock, filled_cache, filled_dense_cache, random_model, whole_generation
 from nsa.bench.result import Entry, Result

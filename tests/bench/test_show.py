@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from nsa.bench.command import ShowArguments
+from nsa.bench.arguments import ShowArguments
 from nsa.bench.result import Entry, Result
-from nsa.bench.show import crossover, markdown, tables, write
+from nsa.bench.show import crossover, markdown, show, tables, write
 from nsa.config import NSAConfig
 
 
@@ -85,12 +85,12 @@ def test_markdown_and_plot_are_written(tmp_path) -> None:
 
 def test_show_reads_a_result_again(tmp_path, capsys) -> None:
     (tmp_path / "a.json").write_text(canned().to_json())
-    ShowArguments(result=tmp_path / "a.json", output=tmp_path / "b").run()
+    show(ShowArguments(result=tmp_path / "a.json", output=tmp_path / "b"))
     assert "FlashAttention-2" in capsys.readouterr().out
     assert (tmp_path / "b.md").exists()
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is no result of nsa bench"):
-        ShowArguments(result=tmp_path / "a.json").run()
+        show(ShowArguments(result=tmp_path / "a.json"))
 
 
 def test_decoding_is_shown_in_microseconds_with_its_floor_and_cells_without_room(tmp_path) -> None:

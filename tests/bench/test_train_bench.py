@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nsa.bench import train
-from nsa.bench.command import TrainArguments
+from nsa.bench.arguments import TrainArguments
 from nsa.bench.result import Entry, Result
 from nsa.bench.show import markdown, tables, write
 from nsa.cli import main, parse

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nsa.cli import main
 from nsa.eval import compare_run
-from nsa.eval.compare_command import CompareArguments
+from nsa.eval.arguments import CompareArguments
+from nsa.eval.compare import compare
 from nsa.eval.methods import METHODS
 from nsa.eval.methods.h2o import H2O
 from nsa.eval.methods.minference import MInference
@@ -50,7 +51,7 @@ def records(output):
 
 
 def test_every_method_is_a_line_of_every_task(folder, tmp_path, capsys):
-    arguments(folder, tmp_path).run()
+    compare(arguments(folder, tmp_path))
     said = capsys.readouterr().out
     assert all(word in said for word in (*LAID_OVER, *TASKS, "128 tokens", "decode"))
     assert {(r["method"], r["task"]) for r in records(tmp_path)} == {(m, t) for m in LAID_OVER for t in TASKS}
@@ -75,7 +76,7 @@ def test_every_method_is_a_line_of_every_task(folder, tmp_path, capsys):
 
 def test_finished_cells_are_not_run_again(folder, tmp_path, monkeypatch, capsys):
     few = {"methods": ("full", "quest"), "tasks": ("needle", "continuation")}
-    arguments(folder, tmp_path, **few).run()
+    compare(arguments(folder, tmp_path, **few))
     before, ran, run_cell = records(tmp_path), [], compare_run.run_cell
 
     def noted(cell, *rest):
@@ -83,32 +84,32 @@ def test_finished_cells_are_not_run_again(folder, tmp_path, monkeypatch, capsys)
         return run_cell(cell, *rest)
 
     monkeypatch.setattr(compare_run, "run_cell", noted)
-    arguments(folder, tmp_path, **few).run()
+    compare(arguments(folder, tmp_path, **few))
     assert not ran
     assert "4 of 4 cells are finished" in " ".join(capsys.readouterr().err.split())
     lines = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(lines[:-50])  # as when the last line was being written
-    arguments(folder, tmp_path, **few).run()
+    compare(arguments(folder, tmp_path, **few))
     assert ran == [("quest", "continuation", 128)]
     after = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines() if line.endswith("}")]
     assert [r["rows"] for r in after] == [r["rows"] for r in before]
     ran.clear()
-    arguments(folder, tmp_path, **{**few, "lengths": (96, 128), "tasks": ("needle",)}).run()
+    compare(arguments(folder, tmp_path, **{**few, "lengths": (96, 128), "tasks": ("needle",)}))
     assert ran == [("full", "needle", 96), ("quest", "needle", 96)]
     ran.clear()
-    arguments(folder, tmp_path, **{**few, "budget": 60, "tasks": ("needle",)}).run()
+    compare(arguments(folder, tmp_path, **{**few, "budget": 60, "tasks": ("needle",)}))
     assert ran == [("quest", "needle", 128)]  # full has no budget
     ran.clear()
     (tmp_path / "text").write_text("another line of text\n" * 400)
     again = {**few, "tasks": ("needle",)}
-    replace(arguments(folder, tmp_path, **again), text=tmp_path / "text").run()
+    compare(replace(arguments(folder, tmp_path, **again), text=tmp_path / "text"))
     assert ran == [("full", "needle", 128), ("quest", "needle", 128)]
 
 
 def test_processes_give_the_rows_of_one_and_prepare_a_method_once(folder, tmp_path, monkeypatch):
     asked = {"methods": ("quest", "minference"), "tasks": ("needle", "continuation")}
-    arguments(folder, tmp_path / "one", **asked).run()
-    arguments(folder, tmp_path / "two", **asked, processes=2).run()
+    compare(arguments(folder, tmp_path / "one", **asked))
+    compare(arguments(folder, tmp_path / "two", **asked, processes=2))
     one, two = ({r["key"]: r for r in records(tmp_path / name)} for name in ("one", "two"))
     assert one.keys() == two.keys()
     for key, record in one.items():
@@ -125,7 +126,7 @@ def test_processes_give_the_rows_of_one_and_prepare_a_method_once(folder, tmp_pa
         raise AssertionError("the rows that are finished say which patterns were found")
 
     monkeypatch.setattr(MInference, "prepare", search)
-    arguments(folder, tmp_path / "one", **{**asked, "tasks": ("needle", "continuation", "perplexity")}).run()
+    compare(arguments(folder, tmp_path / "one", **{**asked, "tasks": ("needle", "continuation", "perplexity")}))
 
 
 def test_memory_that_does_not_suffice_is_a_row_not_the_end(folder, tmp_path, monkeypatch, capsys):
@@ -134,7 +135,7 @@ def test_memory_that_does_not_suffice_is_a_row_not_the_end(folder, tmp_path, mon
 
     monkeypatch.setattr(H2O, "decode", decode)
     few = {"methods": ("full", "h2o", "quest"), "tasks": ("needle", "perplexity")}
-    arguments(folder, tmp_path, **few).run()
+    compare(arguments(folder, tmp_path, **few))
     said = capsys.readouterr().out
     assert "h2o: needle at 128 tokens: out of memory" in said
     assert "no result" in said
@@ -148,11 +149,11 @@ def test_memory_that_does_not_suffice_is_a_row_not_the_end(folder, tmp_path, mon
 
     monkeypatch.setattr(H2O, "decode", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        arguments(folder, tmp_path / "other", **few).run()
+        compare(arguments(folder, tmp_path / "other", **few))
 
 
 def test_an_nsa_model_is_compared_by_its_own_attention(folder, tmp_path, capsys):
-    arguments(folder, tmp_path, model="nsa", tasks=("needle", "continuation"), json=True).run()
+    compare(arguments(folder, tmp_path, model="nsa", tasks=("needle", "continuation"), json=True))
     data = json.loads(capsys.readouterr().out)
     assert list(data["rows"]) == ["nsa"]
     (cost,) = data["costs"]
@@ -194,12 +195,12 @@ def test_a_task_of_lm_eval_without_the_package_says_how_to_get_it(folder, tmp_pa
 
 def test_damaged_and_foreign_rows_are_run_again_not_believed(folder, tmp_path):
     few = {"methods": ("full",), "tasks": ("needle", "continuation")}
-    arguments(folder, tmp_path, **few).run()
+    compare(arguments(folder, tmp_path, **few))
     before = records(tmp_path)
     lines = [{**before[0], "rows": [{**before[0]["rows"][0], "value": "high"}]}, {**before[1], "reads": None}]
     foreign = ["[1, 2]", "7", '{"key": [1]}', "[" * 100_000, "\udcff", *map(json.dumps, lines)]
     (tmp_path / "rows.jsonl").write_bytes("\n".join(foreign).encode(errors="surrogateescape") + b"\n")
-    arguments(folder, tmp_path, **few).run()
+    compare(arguments(folder, tmp_path, **few))
     again = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_bytes().splitlines()[-2:]]
     assert [r["rows"] for r in again] == [r["rows"] for r in before]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from nsa.config import NSAConfig
 from nsa.eval import demo, demo_work, pictures, twins
-from nsa.eval.command import DemoArguments
+from nsa.eval.arguments import DemoArguments
 from nsa.eval.tasks import Needle, Perplexity, Recall
 from nsa.training.config import TrainConfig
 from nsa.training.folder import is_trained
@@ -36,7 +36,7 @@ def finished(text, tmp_path_factory) -> tuple[Path, str]:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         shrink(patch, text)
-        DemoArguments(output=out, processes=1).run()
+        demo.demo(DemoArguments(output=out, processes=1))
     return out, printed.getvalue()
 
 
@@ -106,7 +106,7 @@ def test_a_second_demo_shows_the_results_and_changes_nothing(finished, text, mon
     out, _ = finished
     shrink(monkeypatch, text)
     before = contents(out)
-    DemoArguments(output=out).run()
+    demo.demo(DemoArguments(output=out))
     printed = capsys.readouterr().out
     assert "there already; --overwrite" in printed
     assert "held-out" in printed
@@ -118,7 +118,7 @@ def test_other_settings_are_refused_in_one_line(finished, text, monkeypatch):
     shrink(monkeypatch, text)
     before = contents(out)
     with pytest.raises(ValueError, match=r"trained with other settings \(seed: 0, now 1\); give another") as error:
-        DemoArguments(output=out, seed=1).run()
+        demo.demo(DemoArguments(output=out, seed=1))
     assert "\n" not in str(error.value)
     assert contents(out) == before
 
@@ -136,7 +136,7 @@ def test_finished_twins_are_kept_when_the_demo_was_stopped(tiny, monkeypatch):
     monkeypatch.setattr(demo_work, "train", train)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt, match="the same command goes on where it was"):
-            DemoArguments(output=tiny, processes=1).run()
+            demo.demo(DemoArguments(output=tiny, processes=1))
     assert trained == ["nsa", "dense", "stopped", "window"]
 
 
@@ -153,7 +153,7 @@ def test_a_twin_that_was_stopped_goes_on_from_its_checkpoint(tiny, monkeypatch, 
     monkeypatch.setattr(demo_work, "train", train)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            DemoArguments(output=tiny, processes=1).run()
+            demo.demo(DemoArguments(output=tiny, processes=1))
     assert calls == [("nsa", False), ("nsa", True), ("dense", False), ("window", False)]
     assert "training 4 steps, going on from checkpoint-2" in capsys.readouterr().out
 
@@ -192,7 +192,7 @@ def test_the_command_itself_waits_for_neither_torch_nor_transformers():
 def test_overwrite_starts_again_and_leaves_other_files(tiny):
     for seed in (0, 1):
         with pytest.raises(KeyboardInterrupt):
-            DemoArguments(output=tiny, processes=1, seed=seed, overwrite=seed == 1).run()
+            demo.demo(DemoArguments(output=tiny, processes=1, seed=seed, overwrite=seed == 1))
         (tiny / "mine.txt").write_text("kept", encoding="utf-8")
     assert (tiny / "nsa" / "model.safetensors").read_text() == "weights of nsa from seed 1"
     assert (tiny / "mine.txt").read_text(encoding="utf-8") == "kept"
@@ -200,7 +200,7 @@ def test_overwrite_starts_again_and_leaves_other_files(tiny):
 
 def test_a_negative_number_of_processes_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match=r"--processes should be 0 .* or more, got -1"):
-        DemoArguments(output=tmp_path / "out", processes=-1).run()
+        demo.demo(DemoArguments(output=tmp_path / "out", processes=-1))
     assert not (tmp_path / "out").exists()
 
 

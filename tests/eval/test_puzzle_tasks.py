@@ -193,9 +193,8 @@ def test_every_puzzle_is_a_task():
 def test_both_commands_make_every_task(text):
     from types import SimpleNamespace
 
-    from nsa.eval.command import EvalArguments
+    from nsa.eval.arguments import CompareArguments, EvalArguments
     from nsa.eval.compare_cells import task_of as compared
-    from nsa.eval.compare_command import CompareArguments
     from nsa.eval.runner import tasks_of
 
     names = tuple(PUZZLES)

@@ -13,9 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from nsa.cli import main, parse
 from nsa.eval import pictures
-from nsa.eval.command import EvalArguments
+from nsa.eval.arguments import EvalArguments
 from nsa.eval.models import device_of, names_of
 from nsa.eval.result import Result
+from nsa.eval.runner import judge
 from nsa.eval.tasks import TASKS
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.tokenizer import byte_tokenizer
@@ -49,7 +50,7 @@ def arguments(folder: Path, *names: str, **more) -> EvalArguments:
 
 def test_twins_are_judged_into_a_table_json_and_a_report(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pictures, "SAMPLE_TOKENS", 8)
-    arguments(folder, "nsa", "dense", "window", output=tmp_path / "out").run()
+    judge(arguments(folder, "nsa", "dense", "window", output=tmp_path / "out"))
     printed = capsys.readouterr()
     for words in (
         "nsa",
@@ -74,7 +75,7 @@ def test_twins_are_judged_into_a_table_json_and_a_report(folder, tmp_path, capsy
 
 
 def test_json_goes_to_stdout_alone(folder, capsys):
-    arguments(folder, "llama", tasks=("needle",), lengths=(64,), json=True).run()
+    judge(arguments(folder, "llama", tasks=("needle",), lengths=(64,), json=True))
     data = json.loads(capsys.readouterr().out)
     assert [row["where"] for row in data["rows"]["llama"]] == [
         {"length": 64, "depth": 0.0},
@@ -85,14 +86,14 @@ def test_json_goes_to_stdout_alone(folder, capsys):
 def test_the_same_command_gives_the_same_numbers(folder, capsys):
     runs = []
     for _ in range(2):
-        arguments(folder, "nsa", "window", lengths=(128,), json=True).run()
+        judge(arguments(folder, "nsa", "window", lengths=(128,), json=True))
         data = json.loads(capsys.readouterr().out)
         runs.append((data["rows"], data["tasks"], data["notes"]))
     assert runs[0] == runs[1]
 
 
 def test_lengths_beyond_the_models_positions_are_noted(folder, capsys):
-    arguments(folder, "llama", tasks=("perplexity",), lengths=(300,), json=True).run()
+    judge(arguments(folder, "llama", tasks=("perplexity",), lengths=(300,), json=True))
     notes = json.loads(capsys.readouterr().out)["notes"]
     assert notes == ["llama: 300 tokens are more than the 256 positions it was made for"]
 
@@ -104,26 +105,26 @@ def one_line(error) -> str:
 
 def test_a_missing_folder_is_one_clear_line(folder):
     with pytest.raises(ValueError, match=r"no such folder: .*nowhere \(expected a model saved by") as error:
-        arguments(folder, "nsa", "nowhere").run()
+        judge(arguments(folder, "nsa", "nowhere"))
     one_line(error)
 
 
 def test_a_folder_without_a_model_is_one_clear_line(folder):
     with pytest.raises(ValueError, match=r"text holds no model: it has no config.json") as error:
-        arguments(folder, "text").run()
+        judge(arguments(folder, "text"))
     one_line(error)
 
 
 def test_a_file_is_not_a_folder(folder):
     with pytest.raises(ValueError, match=r"config.json is a file; expected the folder of a model"):
-        arguments(folder, "nsa/config.json").run()
+        judge(arguments(folder, "nsa/config.json"))
 
 
 @pytest.mark.parametrize("config", ["not json", '{"model_type": "nothing_known"}', "{}"])
 def test_a_folder_with_a_broken_model_is_one_clear_line(folder, tmp_path, config):
     (tmp_path / "config.json").write_text(config, encoding="utf-8")
     with pytest.raises(ValueError, match="could not be loaded as a causal language model") as error:
-        EvalArguments(models=(tmp_path,)).run()
+        judge(EvalArguments(models=(tmp_path,)))
     one_line(error)
 
 
@@ -133,7 +134,7 @@ def test_a_checkpoint_of_another_configuration_is_one_clear_line(folder, tmp_pat
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 64, "head_dim": 32}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"the weights do not fit config.json: \d+ missing, \d+ of another") as error:
-        EvalArguments(models=(tmp_path,)).run()
+        judge(EvalArguments(models=(tmp_path,)))
     one_line(error)
 
 
@@ -142,7 +143,7 @@ def test_weights_of_another_attention_are_refused_not_drawn_at_random(folder, tm
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_bytes((folder / "nsa" / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"the weights do not fit config.json: \d+ missing, 0 of another"):
-        EvalArguments(models=(tmp_path,)).run()
+        judge(EvalArguments(models=(tmp_path,)))
 
 
 @pytest.mark.parametrize(("weights", "changed"), [("nsa", {"attention": "dense"}), ("dense", {"num_hidden_layers": 1})])
@@ -151,12 +152,12 @@ def test_weights_that_have_no_place_are_refused_not_left_out(folder, tmp_path, w
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **changed}))
     with pytest.raises(ValueError, match=r"0 missing, 0 of another shape, \d+ without a place"):
-        EvalArguments(models=(model,)).run()
+        judge(EvalArguments(models=(model,)))
 
 
 def test_an_unknown_task_is_one_clear_line(folder):
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        arguments(folder, "nsa", tasks=("needle", "needel")).run()
+        judge(arguments(folder, "nsa", tasks=("needle", "needel")))
     assert one_line(error) == f"unknown task needel; expected some of {', '.join(TASKS)}"
 
 
@@ -166,26 +167,26 @@ def test_an_unknown_task_is_one_clear_line(folder):
 )
 def test_a_device_that_is_not_there_is_one_clear_line(folder, device, message):
     with pytest.raises(ValueError, match=message) as error:
-        arguments(folder, "llama", device=device).run()
+        judge(arguments(folder, "llama", device=device))
     one_line(error)
 
 
 def test_no_model_is_one_clear_line():
     with pytest.raises(ValueError, match="name at least one model's folder"):
-        EvalArguments(models=()).run()
+        judge(EvalArguments(models=()))
 
 
 def test_results_are_not_overwritten_unasked(folder, tmp_path):
     (tmp_path / "eval.json").write_text("kept", encoding="utf-8")
     with pytest.raises(ValueError, match=r"already holds eval\.json, .*; give another --output, or --overwrite"):
-        arguments(folder, "llama", output=tmp_path).run()
+        judge(arguments(folder, "llama", output=tmp_path))
     assert (tmp_path / "eval.json").read_text(encoding="utf-8") == "kept"
     (tmp_path / "eval.json").rename(tmp_path / "report.html")
     with pytest.raises(ValueError, match=r"already holds report\.html"):
-        arguments(folder, "llama", output=tmp_path).run()
+        judge(arguments(folder, "llama", output=tmp_path))
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == "kept"
     with pytest.raises(ValueError, match=r"report\.html is a file; expected a folder"):
-        arguments(folder, "llama", output=tmp_path / "report.html").run()
+        judge(arguments(folder, "llama", output=tmp_path / "report.html"))
 
 
 def copy_of(model: Path, folder: Path) -> Path:
@@ -287,7 +288,7 @@ def test_a_tokenizer_of_another_model_is_one_line(folder, tmp_path):
     LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 90})).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     with pytest.raises(ValueError, match=r"the tokenizer gave token \d+, but the model's vocabulary has 90"):
-        EvalArguments(models=(model,), lengths=(64,), samples=1, text=folder / "text").run()
+        judge(EvalArguments(models=(model,), lengths=(64,), samples=1, text=folder / "text"))
 
 
 def test_texts_longer_than_a_table_of_positions_are_one_line(folder, tmp_path):
@@ -295,12 +296,12 @@ def test_texts_longer_than_a_table_of_positions_are_one_line(folder, tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=64, n_embd=16, n_layer=1, n_head=1)).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     with pytest.raises(ValueError, match=r"model: 128 tokens are more than the 64 positions it was made for: index"):
-        EvalArguments(models=(model,), lengths=(128,), samples=1, text=folder / "text").run()
+        judge(EvalArguments(models=(model,), lengths=(128,), samples=1, text=folder / "text"))
 
 
 def test_zero_is_no_window(folder):
     with pytest.raises(ValueError, match="recall: window_size must be positive, got 0"):
-        arguments(folder, "nsa", tasks=("recall",), window_size=0).run()
+        judge(arguments(folder, "nsa", tasks=("recall",), window_size=0))
 
 
 def test_a_gpu_is_used_where_there_is_one(monkeypatch):

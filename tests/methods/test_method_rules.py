@@ -13,9 +13,10 @@ from nsa.eval.methods.full import Full
 from nsa.eval.methods.h2o import H2O
 from nsa.eval.methods.infllm import InfLLM
 from nsa.eval.methods.magicpig import MagicPIG
-from nsa.eval.methods.method import PHASES, Reads, Sequence
+from nsa.eval.methods.method import PHASES
 from nsa.eval.methods.minference import MInference
 from nsa.eval.methods.quest import Quest
+from nsa.eval.methods.sequence import Reads, Sequence
 from nsa.eval.methods.streaming_llm import StreamingLLM
 
 PROMPT, LENGTH = 36, 45

@@ -12,8 +12,8 @@ import pytest
 from nsa.cli import main
 from nsa.eval.text import held_out_texts
 from nsa.training.building import build as building
+from nsa.training.building.arguments import CorpusArguments
 from nsa.training.building.build import CONTENTS
-from nsa.training.building.command import CorpusArguments
 from nsa.training.building.download import download, downloaded
 from nsa.training.building.table import OWN_TABLE, Package, read_table
 from nsa.training.corpus import read_corpus
@@ -57,7 +57,7 @@ def table(tmp_path):
 def run(table, **options):
     folder = table.parent
     arguments = {"out": folder / "corpus", "downloads": folder / "have", "table": table, **options}
-    CorpusArguments(**arguments).run()
+    building.build(CorpusArguments(**arguments))
     return arguments["out"]
 
 

@@ -12,6 +12,7 @@ from runs import At, tiny
 from safetensors.torch import load_file
 
 from nsa.cli import parse
+from nsa.commands.train import run
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.clock import Clock
 from nsa.training.config import TrainConfig
@@ -49,7 +50,7 @@ def test_ctrl_c_saves_the_step_at_hand_and_the_name_of_the_run_alone_continues_i
     assert [path.name for path in checkpoints(config.out)] == ["checkpoint-4", "checkpoint-7"]
     again = parse("train", ["--out", str(config.out), "--resume"])
     assert again == replace(config, resume=True)
-    again.run()
+    run(again)
     assert capsys.readouterr().out.endswith(f"nsa generate {config.out} --prompt 'def '\n")
     expected, found = (load_file(run.out / "model.safetensors") for run in (whole, config))
     assert all(torch.equal(expected[name], found[name]) for name in expected)

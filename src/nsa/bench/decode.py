@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nsa.bench.command import DecodeArguments
+from nsa.bench.arguments import DecodeArguments
 from nsa.bench.result import Entry
 from nsa.bench.timing import interleaved
 from nsa.cache_tensors import CacheTensors, empty_cache_tensors

@@ -14,7 +14,7 @@ from torch.nn.attention import sdpa_kernel
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from nsa.bench.command import GenerateArguments
+from nsa.bench.arguments import GenerateArguments
 from nsa.bench.dense_decoding import BACKENDS, DenseDecoder
 from nsa.bench.layer import DENSE_BACKENDS
 from nsa.bench.result import Entry

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+from nsa.bench.arguments import KernelArguments
 from nsa.bench.candidates import Problem
-from nsa.bench.command import KernelArguments
 from nsa.bench.counts import Shape, kernel_flops, limit_flops
 from nsa.bench.result import Entry
 from nsa.bench.timing import Candidates, interleaved, peak_gib

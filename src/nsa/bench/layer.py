@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nsa.bench.command import ModuleArguments
+from nsa.bench.arguments import ModuleArguments
 from nsa.bench.result import Entry
 from nsa.bench.timing import interleaved, peak_gib
 from nsa.modules.attention import NativeSparseAttention

@@ -1,34 +1,33 @@
 """What every bench does: see that its sizes can be, measure, write down after every measurement, show."""
 
-from __future__ import annotations
-
+import importlib
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TypeAlias
 
-if TYPE_CHECKING:
-    from nsa.bench.command import DecodeArguments, GenerateArguments, KernelArguments, ModuleArguments, StepArguments
-    from nsa.bench.train_command import TrainArguments
+from nsa.bench.arguments import (
+    DecodeArguments,
+    GenerateArguments,
+    KernelArguments,
+    Measured,
+    ModuleArguments,
+    StepArguments,
+    TrainArguments,
+)  # fmt: skip
+from nsa.bench.checks import check
 
-    Measured: TypeAlias = (
-        KernelArguments | ModuleArguments | StepArguments | TrainArguments | DecodeArguments | GenerateArguments
-    )
+# What a bench is called in its result, and the file that has its `measure`, loaded once a GPU is known to be there.
+BENCHES: dict[type, tuple[str, str]] = {
+    KernelArguments: ("kernels", "nsa.bench.kernels"),
+    ModuleArguments: ("module", "nsa.bench.layer"),
+    StepArguments: ("step", "nsa.bench.step"),
+    TrainArguments: ("train", "nsa.bench.train"),
+    DecodeArguments: ("decode", "nsa.bench.decode"),
+    GenerateArguments: ("generate", "nsa.bench.generate"),
+}
 
 
-def check(arguments: Measured, lengths: tuple[int, ...]) -> None:
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"--lengths: expected positive numbers of tokens, got {list(lengths)}")
-    numbers = {name: value for name, value in asdict(arguments).items() if type(value) is int}
-    for name, value in numbers.items():
-        least = 0 if name in ("dense_prompt", "workers", "seed") else 1
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
-    heads, kv_heads = numbers.get("heads", 1), numbers.get("kv_heads", 1)
-    if heads % kv_heads:
-        raise ValueError(f"--heads: expected a multiple of --kv-heads, got {heads} and {kv_heads}")
-
-
-def run(bench: str, arguments: Measured) -> None:
+def run(arguments: Measured) -> None:
     """Measure, write down after every entry, show."""
+    check(arguments)
     from nsa.bench.timing import require_cuda
 
     require_cuda()
@@ -42,9 +41,10 @@ def run(bench: str, arguments: Measured) -> None:
             raise ValueError(f"{there} is there already and would be lost; give another --output")
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         there.touch()  # not after the first measurement: a folder that cannot be written
+    name, module = BENCHES[type(arguments)]
     shape = {name: value for name, value in asdict(arguments).items() if name not in ("output", "json")}
-    result = Result(bench=bench, facts=device_facts() | when_and_where(), shape=shape, matrix_rate=matrix_rate())
-    for entry in arguments.measure():
+    result = Result(bench=name, facts=device_facts() | when_and_where(), shape=shape, matrix_rate=matrix_rate())
+    for entry in importlib.import_module(module).measure(arguments):
         result.entries.append(entry)
         if arguments.output:
             there.write_text(result.to_json(), encoding="utf-8")

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from nsa.bench.arguments import ShowArguments
 from nsa.bench.result import Entry, Result
 
 DENSE = ("cuDNN", "FlashAttention-2", "FlexAttention", "dense")
@@ -283,3 +284,19 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def show(arguments: ShowArguments) -> None:
+    """`nsa bench show`; ValueError in one line for a file that no bench wrote."""
+    path = arguments.result
+    if not path.is_file():
+        raise ValueError(f"no such file: {path} (expected what `nsa bench ... --output` wrote)")
+    try:
+        result = Result.from_json(path.read_text(encoding="utf-8"))
+        if arguments.output:
+            write(result, arguments.output)
+        print_tables(result)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of a file by another program anything may be missing, or of another type
+        raise ValueError(f"{path} is no result of nsa bench: {type(error).__name__}: {error}") from error

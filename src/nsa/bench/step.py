@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from nsa.bench.command import StepArguments
+from nsa.bench.arguments import StepArguments
 from nsa.bench.layer import DENSE_BACKENDS
 from nsa.bench.result import Entry
 from nsa.bench.timing import interleaved, peak_gib

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from nsa.bench.result import Entry
 from nsa.bench.step import random_model
 from nsa.bench.timing import peak_gib
-from nsa.bench.train_command import TrainArguments
+from nsa.bench.train_arguments import TrainArguments
 from nsa.training.compiling import begin_step, compiled
 from nsa.training.config import TrainConfig
 from nsa.training.curriculum import Stage

@@ -29,7 +29,7 @@ from nsa.eval.tasks import TASKS, Row
 from nsa.eval.tasks.lm_eval import PREFIX
 
 if TYPE_CHECKING:
-    from nsa.eval.compare_command import CompareArguments
+    from nsa.eval.arguments import CompareArguments
 
 
 WRITTEN = ("compare.json", "report.html", "tables.md", "quality.svg")  # after the rows

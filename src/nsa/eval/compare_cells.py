@@ -17,7 +17,7 @@ from nsa.eval.tasks.lm_eval import PREFIX, LMEval
 from nsa.eval.text import held_out_text
 
 if TYPE_CHECKING:
-    from nsa.eval.compare_command import CompareArguments
+    from nsa.eval.arguments import CompareArguments
 
 
 @dataclass(frozen=True)

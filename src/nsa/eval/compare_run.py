@@ -26,7 +26,7 @@ from nsa.eval.text import held_out_text
 from nsa.training.tokenizer import encoder
 
 if TYPE_CHECKING:
-    from nsa.eval.compare_command import CompareArguments
+    from nsa.eval.arguments import CompareArguments
 
 OUT_OF_MEMORY = "out of memory"
 COLUMNS = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -25,7 +25,7 @@ from nsa.training.config import CONFIG_FILE, TrainConfig, differences
 from nsa.training.presets import preset
 
 if TYPE_CHECKING:
-    from nsa.eval.command import DemoArguments
+    from nsa.eval.arguments import DemoArguments
 
 Attention = Literal["nsa", "dense", "window"]
 TWINS: tuple[Attention, ...] = ("nsa", "dense", "window")

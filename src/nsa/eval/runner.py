@@ -28,7 +28,7 @@ from nsa.eval.text import HELD_OUT
 from nsa.training.config import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from nsa.eval.command import EvalArguments
+    from nsa.eval.arguments import EvalArguments
 
 
 def judge(arguments: EvalArguments) -> Result:

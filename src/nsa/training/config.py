@@ -3,8 +3,7 @@
 import importlib.util
 import json
 import math
-import shlex
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,34 +197,6 @@ class TrainConfig:
                 raise ValueError(f"report_to should be of {', '.join(REPORTERS)}, got {name!r}")
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"report_to {name}: not installed here; pip install {name}")
-
-    @classmethod
-    def default_for(cls, arguments: list[str]) -> "TrainConfig":
-        """What the other flags of a command line then change: the named preset, or the run that is to be continued."""
-        from nsa.training.presets import preset
-
-        name, out = _value(arguments, "--preset"), at_home(_value(arguments, "--out") or cls.out)
-        if "--resume" in arguments and name is None and (out / CONFIG_FILE).exists():
-            return replace(cls.load(out), out=out)
-        return preset(name or "demo")
-
-    def run(self) -> None:
-        from nsa.training.train import train
-
-        train(self)
-        command = f"nsa generate {shlex.quote(str(self.out))} --prompt 'def '"
-        print(f"The model lies in {self.out}. It continues a text:\n  {command}")
-
-
-def _value(arguments: list[str], flag: str) -> str | None:
-    """What a command line says after a flag, the last time."""
-    found = None
-    for place, argument in enumerate(arguments):
-        if argument == flag:
-            found = next(iter(arguments[place + 1 :]), None)
-        elif argument.startswith(f"{flag}="):
-            found = argument.removeprefix(f"{flag}=")
-    return found
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:

@@ -52,9 +52,6 @@ class GenerateConfig:
     """Run the Python files that a folder brings for its own kind of model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    def run(self) -> None:
-        generate(self)
-
 
 def generate(config: GenerateConfig) -> str:
     """The continuation, which has been written to standard output as it came.

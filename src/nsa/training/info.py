@@ -1,4 +1,4 @@
-"""`nsa info`: what a model takes and reads at a context and a batch, beside its dense twin, planned, not run."""
+"""What a model takes and reads at a context and a batch, beside its dense twin, planned, not run."""
 
 import json
 import math
@@ -52,13 +52,6 @@ class InfoConfig:
     """Memory bandwidth instead, in 1e9 bytes a second."""
     json: bool = False
     """Print JSON instead of a table."""
-
-    def run(self) -> None:
-        found = info(self)
-        if self.json:
-            print(json.dumps(found, indent=1))
-        else:
-            _show(self, found)
 
 
 def info(config: InfoConfig) -> dict[str, Any]:
@@ -137,7 +130,16 @@ def _configuration(name: str) -> tuple["NSALlamaConfig", str]:
     return config, stored
 
 
-def _show(config: InfoConfig, found: dict[str, Any]) -> None:
+def show(config: InfoConfig) -> None:
+    """`nsa info`: a table, or JSON."""
+    found = info(config)
+    if config.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print_table(found)
+
+
+def _print_table(found: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nsa.eval.methods.method import Sequence
+from nsa.eval.methods.sequence import Sequence
 
 # Of one score matrix: 4 MiB in float32, which a CPU's caches nearly hold (a third of the time of 16 MiB); 256 MiB on
 # a GPU.

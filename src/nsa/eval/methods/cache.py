@@ -18,7 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import flash_attention_mask
 
-from nsa.eval.methods.method import PHASES, Counts, Method, Reads, Sequence
+from nsa.eval.methods.method import PHASES, Method
+from nsa.eval.methods.sequence import Counts, Reads, Sequence
 
 KEY = "nsa_method"
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from nsa.eval.methods.attention import attend, dense, wide
 from nsa.eval.methods.budget import Split
-from nsa.eval.methods.method import Method, Sequence, State
+from nsa.eval.methods.method import Method
+from nsa.eval.methods.sequence import Sequence, State
 
 
 @dataclass

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from nsa.eval.methods.attention import attend, causal, chunks, dense, scores, softmax, top, wide
 from nsa.eval.methods.budget import Split
-from nsa.eval.methods.method import Method, Sequence
+from nsa.eval.methods.method import Method
+from nsa.eval.methods.sequence import Sequence
 
 PATTERNS = ("a_shape", "vertical_slash", "block_sparse")
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nsa.eval.methods.attention import attend, dense, top, wide
 from nsa.eval.methods.budget import Split
-from nsa.eval.methods.method import Method, Sequence, State
+from nsa.eval.methods.method import Method
+from nsa.eval.methods.sequence import Sequence, State
 
 
 @dataclass

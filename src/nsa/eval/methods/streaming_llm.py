@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nsa.eval.methods.attention import chunk_size, moved, scores, softmax, weigh
 from nsa.eval.methods.budget import Split
-from nsa.eval.methods.method import Method, Sequence
+from nsa.eval.methods.method import Method
+from nsa.eval.methods.sequence import Sequence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from nsa.training.building.text import Notices, is_candidate, text_of
 from nsa.training.folder import at_home
 
 if TYPE_CHECKING:
-    from nsa.training.building.command import CorpusArguments
+    from nsa.training.building.arguments import CorpusArguments
 
 CONTENTS = "CONTENTS.csv"
 DOCUMENT_BYTES = 8_000_000  # a larger package is several documents, cut between files

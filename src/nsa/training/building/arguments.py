@@ -1,4 +1,4 @@
-"""The arguments of `nsa corpus`; the work is imported when it is run, so that `--help` is fast."""
+"""The arguments of `nsa corpus`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,3 @@ class CorpusArguments:
     """Go on without packages of PyPI that cannot be downloaded. (Debian's are left out, with a line.)"""
     overwrite: bool = False
     """Build again although there is a corpus in --out."""
-
-    def run(self) -> None:
-        from nsa.training.building.build import build
-
-        build(self)

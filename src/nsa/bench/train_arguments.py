@@ -2,16 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
-
-from nsa.bench.run import check, run
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from nsa.bench.result import Entry
 
 
 @dataclass(frozen=True)
@@ -60,15 +53,3 @@ class TrainArguments:
     """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
     json: bool = False
     """Print the result as JSON instead of tables."""
-
-    def run(self) -> None:
-        check(self, self.lengths)
-        for name in ("models", "layouts", "attentions", "modes"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name}: expected one or more, got none")
-        run("train", self)
-
-    def measure(self) -> "Iterator[Entry]":
-        from nsa.bench.train import measure
-
-        return measure(self)

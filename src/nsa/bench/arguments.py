@@ -1,18 +1,12 @@
-"""The arguments of `nsa bench`; the work is imported when it is run, so that `--help` is fast."""
+"""The arguments of `nsa bench`; without torch, so that `--help` is fast."""
 
-import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
-from nsa.bench.run import check, run
-from nsa.bench.train_command import TrainArguments
-
-if TYPE_CHECKING:
-    from nsa.bench.result import Entry
+from nsa.bench.train_arguments import TrainArguments
 
 Output = Annotated[Path | None, tyro.conf.arg(metavar="STEM")]
 RIVALS = ("cuDNN", "FlashAttention-2", "FlexAttention", "FlexAttention, selected branch")
@@ -56,18 +50,6 @@ class KernelArguments:
     def wants(self, rival: str) -> bool:
         return rival in self.rivals
 
-    def run(self) -> None:
-        unknown = sorted(set(self.rivals) - set(RIVALS))
-        if unknown:
-            raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS))}, got {unknown[0]!r}")
-        check(self, self.lengths)
-        run("kernels", self)
-
-    def measure(self) -> "Iterator[Entry]":
-        from nsa.bench.kernels import measure
-
-        return measure(self)
-
 
 @dataclass(frozen=True)
 class ModuleArguments:
@@ -97,15 +79,6 @@ class ModuleArguments:
     json: bool = False
     """Print the result as JSON instead of tables."""
 
-    def run(self) -> None:
-        check(self, self.lengths)
-        run("module", self)
-
-    def measure(self) -> "Iterator[Entry]":
-        from nsa.bench.layer import measure
-
-        return measure(self)
-
 
 @dataclass(frozen=True)
 class StepArguments:
@@ -131,15 +104,6 @@ class StepArguments:
     """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
     json: bool = False
     """Print the result as JSON instead of tables."""
-
-    def run(self) -> None:
-        check(self, self.lengths)
-        run("step", self)
-
-    def measure(self) -> "Iterator[Entry]":
-        from nsa.bench.step import measure
-
-        return measure(self)
 
 
 @dataclass(frozen=True)
@@ -194,25 +158,6 @@ class GenerateArguments:
     json: bool = False
     """Print the result as JSON instead of tables."""
 
-    def run(self) -> None:
-        lengths = (*self.lengths, *self.generate_at, *self.prompts)
-        if not lengths or min(lengths) < 1:
-            raise ValueError(
-                "--lengths, --generate-at and --prompts: expected positive numbers of tokens, or none to leave a part "
-                f"out; got {list(self.lengths)}, {list(self.generate_at)} and {list(self.prompts)}"
-            )
-        check(self, lengths)
-        if not self.batches or min(self.batches) < 1 or self.new_tokens < 4:
-            raise ValueError(
-                f"--batches and --new-tokens: expected at least 1 and 4, got {list(self.batches)} and {self.new_tokens}"
-            )
-        run("generate", self)
-
-    def measure(self) -> "Iterator[Entry]":
-        from nsa.bench.generate import measure
-
-        return measure(self)
-
 
 @dataclass(frozen=True)
 class DecodeArguments:
@@ -251,20 +196,6 @@ class DecodeArguments:
     json: bool = False
     """Print the result as JSON instead of tables."""
 
-    def run(self) -> None:
-        unknown = sorted(set(self.rivals) - set(RIVALS[:2]))
-        if unknown:
-            raise ValueError(f"--rivals: expected some of {', '.join(map(repr, RIVALS[:2]))}, got {unknown[0]!r}")
-        check(self, self.lengths)
-        if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"--batches: expected positive numbers of rows, got {list(self.batches)}")
-        run("decode", self)
-
-    def measure(self) -> "Iterator[Entry]":
-        from nsa.bench.decode import measure
-
-        return measure(self)
-
 
 @dataclass(frozen=True)
 class ShowArguments:
@@ -280,52 +211,7 @@ class ShowArguments:
     output: Output = None
     """Write STEM.md and STEM.svg."""
 
-    def run(self) -> None:
-        from nsa.bench.result import Result
-        from nsa.bench.show import print_tables, write
 
-        if not self.result.is_file():
-            raise ValueError(f"no such file: {self.result} (expected what `nsa bench ... --output` wrote)")
-        try:
-            result = Result.from_json(self.result.read_text(encoding="utf-8"))
-            if self.output:
-                write(result, self.output)
-            print_tables(result)
-        except (OSError, ImportError):
-            raise
-        except Exception as error:  # of a file by another program anything may be missing, or of another type
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.result} is no result of nsa bench: {reason}") from error
-
-
-def _subcommand(name: str, arguments: type) -> Any:
-    return tyro.conf.subcommand(name, prefix_name=False, description=inspect.cleandoc(arguments.__doc__ or ""))
-
-
-@dataclass(frozen=True)
-class BenchArguments:
-    """What the kernels, a layer, training and decoding cost on this machine's GPU, beside dense attention.
-
-    Examples:
-        nsa bench kernels --lengths 8192 65536
-        nsa bench module
-        nsa bench step --lengths 32768
-        nsa bench train --models small --lengths 4096
-        nsa bench decode --lengths 65536 --batches 1 32
-        nsa bench generate --lengths 65536 --batches 8
-        nsa bench kernels --help
-    """
-
-    what: Annotated[
-        Annotated[KernelArguments, _subcommand("kernels", KernelArguments)]
-        | Annotated[ModuleArguments, _subcommand("module", ModuleArguments)]
-        | Annotated[StepArguments, _subcommand("step", StepArguments)]
-        | Annotated[TrainArguments, _subcommand("train", TrainArguments)]
-        | Annotated[DecodeArguments, _subcommand("decode", DecodeArguments)]
-        | Annotated[GenerateArguments, _subcommand("generate", GenerateArguments)]
-        | Annotated[ShowArguments, _subcommand("show", ShowArguments)],
-        tyro.conf.arg(name=""),
-    ]
-
-    def run(self) -> None:
-        self.what.run()
+Measured: TypeAlias = (
+    KernelArguments | ModuleArguments | StepArguments | TrainArguments | DecodeArguments | GenerateArguments
+)
