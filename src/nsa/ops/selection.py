@@ -112,7 +112,7 @@ def block_scores(
     scores = q.new_zeros((b, k_cmp.shape[2], t, blocks), dtype=wide)
 
     def observe(tile: Tile, p: Tensor, of: Tensor | None) -> None:
-        tile_scores = _sum_into_blocks(p, config)[..., :blocks]
+        tile_scores = sum_into_blocks(p, config)[..., :blocks]
         known = scores[tile.rows, :, tile.queries, : tile_scores.shape[-1]]
         known.copy_(tile_scores if of is None else tile_scores.where(of.unsqueeze(-1), known))
 
@@ -141,7 +141,7 @@ class _Chooser:
         first = self.queries.start if self.tiles else tile.queries.start
         self.queries = slice(first, tile.queries.stop)
         self.tiles.append(tile)
-        self.scores.append(_sum_into_blocks(p, self.config))
+        self.scores.append(sum_into_blocks(p, self.config))
         self.of.append(of)
         if self.queries.stop - first >= QUERIES_TO_CHOOSE_FOR:
             self.choose()
@@ -161,7 +161,7 @@ class _Chooser:
         rows, groups = self.tiles[0].rows, self.tiles[0].groups
         known = self.block_indices[rows, groups, self.queries]
         # Only queries that are looked at again have scores that are NaN, which topk would prefer to forced blocks.
-        found = _top_blocks(scores if self.of[0] is None else scores.nan_to_num(0.0), positions, self.config)
+        found = top_blocks(scores if self.of[0] is None else scores.nan_to_num(0.0), positions, self.config)
         of = [x for x in self.of if x is not None]  # all tiles of a pass alike
         if of:
             found = found.where(torch.cat(of, dim=2).unsqueeze(-1), known)
@@ -173,7 +173,7 @@ def _start(run: slice | Tensor) -> int | None:
     return run.start if isinstance(run, slice) else None
 
 
-def _sum_into_blocks(p: Tensor, config: NSAConfig) -> Tensor:
+def sum_into_blocks(p: Tensor, config: NSAConfig) -> Tensor:
     """Probabilities [..., c] of compressed blocks to scores [..., blocks] of the selection blocks they touch."""
     per_compressed = config.compress_block_size // config.compress_stride  # strides in a compressed block, l/d
     per_selected = config.select_block_size // config.compress_stride  # strides in a selection block, l'/d
@@ -189,7 +189,7 @@ def _sum_into_blocks(p: Tensor, config: NSAConfig) -> Tensor:
     return scores
 
 
-def _top_blocks(scores: Tensor, positions: Tensor, config: NSAConfig) -> Tensor:
+def top_blocks(scores: Tensor, positions: Tensor, config: NSAConfig) -> Tensor:
     """The n best blocks [..., queries, n] of scores [..., queries, blocks], forced ones first, ascending, -1 last."""
     own = (positions // config.select_block_size)[:, None]
     num_blocks = int(own[-1]) + 1
