@@ -11,6 +11,7 @@ from nsa.bench.arguments import TrainArguments
 from nsa.bench.result import Entry, Result
 from nsa.bench.show import markdown, tables, write
 from nsa.cli import main, parse
+from nsa.models.loss import ChunkedLoss
 from nsa.training.presets import preset
 from nsa.training.sizes import vocabulary
 
@@ -33,8 +34,10 @@ def test_a_cell_has_times_and_counts_of_every_candidate(monkeypatch):
     arguments = replace(ARGUMENTS, modes=("graphs", "compiled", "eager"))
     rows, packed = train.measure(arguments, "cpu")
     labels = [name + mode for name in ("NSA", "dense", "window") for mode in ("", ", no graphs", ", eager")]
-    assert [layers.config.attention for layers, _ in compiled] == ["nsa", "nsa", "dense", "dense", "window", "window"]
-    assert [options for _, options in compiled[:2]] == [{"mode": "reduce-overhead"}, {}]
+    layers = [(part.config.attention, options) for part, options in compiled[::2]]
+    graphs = {"mode": "reduce-overhead"}
+    assert layers == [(name, options) for name in ("nsa", "dense", "window") for options in (graphs, {})]
+    assert all(isinstance(loss, ChunkedLoss) for loss, _ in compiled[1::2])
     for entry, layout in ((rows, "rows"), (packed, "packed")):
         assert (entry.part, entry.inputs, entry.length) == ("demo", layout, 64)
         assert entry.facts["tokens"] == 128

@@ -1,6 +1,7 @@
 """Twins on a GPU: packed rows by varlen_attn and FlexAttention, compiled in one graph, without reading a length."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def gradients(built: NSALlamaForCausalLM, loss: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(built.parameters()))]
 
 
-def packed(built: NSALlamaForCausalLM, run: object = None) -> list[Tensor]:
-    return gradients(built, (run or built)(**batch(), num_items_in_batch=1000).loss)
+def packed(built: NSALlamaForCausalLM, run: Any = None) -> list[Tensor]:
+    return gradients(built, (built if run is None else run)(**batch(), num_items_in_batch=1000).loss)
 
 
 def alone(built: NSALlamaForCausalLM) -> list[Tensor]:

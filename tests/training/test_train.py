@@ -94,7 +94,7 @@ def test_compiling_where_no_compiler_is_found_is_one_clear_line(config, monkeypa
     model = prepare.make_model(config, prepare.byte_tokenizer())
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"^--compile: on a CPU it needs a C\+\+ compiler, found none of "):
-        compiling.compile_decoder(model.model, on_cpu=True, cuda_graphs=True)
+        compiling.compile_parts(model, on_cpu=True, cuda_graphs=True)
 
 
 DRIVER = """

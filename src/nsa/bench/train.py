@@ -26,7 +26,7 @@ from nsa.bench.result import Entry
 from nsa.bench.step import random_model
 from nsa.bench.timing import peak_gib
 from nsa.bench.train_arguments import TrainArguments
-from nsa.training.compiling import begin_step, compiled
+from nsa.training.compiling import PARTS, begin_step, compiled_parts
 from nsa.training.config import TrainConfig
 from nsa.training.curriculum import Stage
 from nsa.training.data import Documents, TrainingBatches, unwrap
@@ -123,16 +123,17 @@ class Trained:
         if config.gradient_checkpointing if checkpointing is None else checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, fused=True)
-        self.decoders: dict[str, Any] = {"eager": self.model.model}
+        self.parts = {"eager": {name: getattr(self.model, name) for name in PARTS}}
 
     def stepper(self, mode: str) -> Step:
         """A training step; a mode of `MODES`."""
-        if mode not in self.decoders:
-            self.decoders[mode] = compiled(self.decoders["eager"], cuda_graphs=mode == "graphs")
+        if mode not in self.parts:
+            self._put("eager")
+            self.parts[mode] = compiled_parts(self.model, cuda_graphs=mode == "graphs")
         return partial(self.step, mode)
 
     def step(self, mode: str, batch: Batch) -> None:
-        self.model.model = self.decoders[mode]
+        self._put(mode)
         if mode == "graphs":
             begin_step()
         batch = {
@@ -143,6 +144,10 @@ class Trained:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _put(self, mode: str) -> None:
+        for name, part in self.parts[mode].items():
+            setattr(self.model, name, part)
 
     def resident(self) -> int:
         """Bytes of weights and of the optimizer's state."""

@@ -71,6 +71,13 @@ def lm_loss(
     return total / (count if num_items_in_batch is None else _on(num_items_in_batch, total))
 
 
+class ChunkedLoss(nn.Module):
+    """`lm_loss` as a part of a model that can be compiled by itself."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
+        return lm_loss(*args, **kwargs)
+
+
 def lm_loss_of_logits(
     logits: Float[Tensor, "b t v"],
     labels: Int[Tensor, "b t"] | None,

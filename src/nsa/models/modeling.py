@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.generation import GenerationPolicy
-from nsa.models.loss import lm_loss, lm_loss_of_logits, takes_hidden_states
+from nsa.models.loss import ChunkedLoss, lm_loss_of_logits, takes_hidden_states
 from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
 from nsa.models.step import StepDecoder
 from nsa.models.twins import dense_attention, dense_mask, packing, window_attention, window_mask
@@ -376,7 +376,7 @@ class SparseCausalLM(GenerationPolicy):
         wants_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if self.training and wants_all and takes_hidden_states(self, kwargs):
             out, logits = self.model(**kwargs), None
-            loss = lm_loss(out.last_hidden_state, self.lm_head.weight, labels, weights=weights, **of_loss)
+            loss = self.chunked_loss(out.last_hidden_state, self.lm_head.weight, labels, weights=weights, **of_loss)
         elif weights is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         else:
@@ -397,6 +397,7 @@ class NSALlamaForCausalLM(SparseCausalLM, NSALlamaPreTrainedModel, LlamaForCausa
         self.model = NSALlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.chunked_loss = ChunkedLoss()
         self.post_init()
         if config.attention == "nsa":
             self._tp_plan: dict[str, str] = {}  # Llama's class has one of the head

@@ -10,7 +10,7 @@ it is packed: then documents follow one another through all rows as `cu_seq_lens
 | rows | scaled_dot_product_attention | as packed |
 | packed, or rows with a window, in 16 bit on CUDA | varlen_attn | varlen_attn |
 | the same in fp32 | FlexAttention | FlexAttention |
-| on other devices | a document at a time | and 128 or `window` queries at a time |
+| in fp64, and on other devices | a document at a time | and 128 or `window` queries at a time |
 | padding, or keys of a cache | scaled_dot_product_attention with transformers' mask | |
 """
 
@@ -142,11 +142,12 @@ def _attend(
     if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(low) for x in (query, key, value))
-    if cu_seq_lens_q is None and query.device.type != "cuda":
+    in_tiles = query.device.type != "cuda" or query.dtype == torch.float64  # which no kernel takes
+    if cu_seq_lens_q is None and in_tiles:
         return _by_tiles(query, key, value, window, scaling).transpose(1, 2), None
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = torch.arange(b + 1, device=query.device, dtype=torch.int32) * t, t
-    run = _by_document if query.device.type != "cuda" else _varlen if _has_varlen(query) else _flex
+    run = _by_document if in_tiles else _varlen if _has_varlen(query) else _flex
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = run(q, k, v, cu_seq_lens_q, b * t if max_length_q is None else max_length_q, window, scaling)
     return out.unflatten(0, (b, t)), None

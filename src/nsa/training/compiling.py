@@ -1,4 +1,4 @@
-"""torch.compile of the layers for training, and CUDA graphs of what it makes.
+"""torch.compile of a model for training, and CUDA graphs of what it makes.
 
 A training step of a small model is more than a thousand launches, which the host starts more slowly than the device
 finishes them. A CUDA graph starts them all at once: one graph a shape, recorded when the shape is met the second time.
@@ -7,20 +7,21 @@ finishes them. A CUDA graph starts them all at once: one graph a shape, recorded
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-
-def compiled(decoder: nn.Module, *, cuda_graphs: bool) -> Callable[..., Any]:
-    """The decoder's layers as one graph; a second length of rows makes it serve any."""
-    return torch.compile(decoder, **_options(cuda_graphs))
+PARTS = ("model", "chunked_loss")  # of a language model
 
 
-def compile_decoder(decoder: nn.Module, *, on_cpu: bool, cuda_graphs: bool) -> None:
-    """`compiled` in place: whoever calls the module calls what was compiled.
+def compiled_parts(model: nn.Module, *, cuda_graphs: bool) -> dict[str, Any]:
+    """All layers as one graph, and the loss as another; a second length of rows makes them serve any."""
+    return {name: torch.compile(getattr(model, name), **_options(cuda_graphs)) for name in PARTS}
+
+
+def compile_parts(model: nn.Module, *, on_cpu: bool, cuda_graphs: bool) -> None:
+    """The same in place: whoever calls a part calls what was compiled.
 
     Raises:
         ValueError: torch.compile lacks what it needs here.
@@ -30,7 +31,8 @@ def compile_decoder(decoder: nn.Module, *, on_cpu: bool, cuda_graphs: bool) -> N
         raise ValueError(f"--compile: on a CPU it needs a C++ compiler, found none of {', '.join(compilers)}")
     if not on_cpu and importlib.util.find_spec("triton") is None:
         raise ValueError("--compile: torch.compile needs triton on a GPU, and it is not installed; or --no-compile")
-    decoder.compile(**_options(cuda_graphs and not on_cpu))
+    for name in PARTS:
+        getattr(model, name).compile(**_options(cuda_graphs and not on_cpu))
 
 
 def begin_step() -> None:

@@ -34,7 +34,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"), AT_LEAST_ONE),
     "vocab_size": AT_LEAST_ONE,
     "rope_theta": AT_LEAST_ONE,
-    "compressed_gate_bias": ANY,
+    **dict.fromkeys(("compressed_gate_bias", "selected_gate_bias", "window_gate_bias"), ANY),
     "decay_share": (0, 1),
     "beta2": (0, 0.999999),
     "threads": (0, 4096),
@@ -103,6 +103,10 @@ class TrainConfig:
     tie_embeddings: bool = True
     compressed_gate_bias: float = 0.0
     """Where the gates of the compressed branch start: 0 at one half, -2 at an eighth."""
+    selected_gate_bias: float = 0.0
+    """The same of the selected branch."""
+    window_gate_bias: float = 0.0
+    """The same of the window branch."""
     nsa: NSAConfig = field(default_factory=NSAConfig)
     """NSA's block sizes and counts; the window twin uses the same window."""
 

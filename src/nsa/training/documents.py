@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ from nsa.training.readers import Document
 from nsa.training.tokenizer import encoder, fingerprint, is_byte_tokenizer
 
 Encode = Callable[[str], Sequence[int]]
-BATCH_CHARACTERS = 4_000_000  # given to the tokenizer at once, which spreads them over the cores
+BATCH_CHARACTERS = 2_000_000 * (os.cpu_count() or 1)  # for the tokenizer at once, which gives a core a document
 FORMAT = 1  # of the cached files
 
 

@@ -74,10 +74,11 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALl
     torch.manual_seed(config.seed)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = NSALlamaForCausalLM(model_config(config, len(tokenizer), **special))
+    starts = torch.tensor([config.compressed_gate_bias, config.selected_gate_bias, config.window_gate_bias])
     for module in model.modules():
         if isinstance(module, NativeSparseAttention):
             with torch.no_grad():
-                module.g_proj.bias[0::3] = config.compressed_gate_bias  # per head: compressed, selected, window
+                module.g_proj.bias.copy_(starts.repeat(module.num_heads))
     return model
 
 

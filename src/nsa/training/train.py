@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.cache import Cache
 from nsa.training.clock import Clock
-from nsa.training.compiling import compile_decoder
+from nsa.training.compiling import compile_parts
 from nsa.training.config import TrainConfig, differences
 from nsa.training.corpus import read_corpus
 from nsa.training.data import TrainingBatches
@@ -68,7 +68,7 @@ def _train(config: TrainConfig, callbacks: Sequence[TrainerCallback]) -> NSALlam
     del corpus  # its texts, which may be gigabytes
     model = make_model(config, tokenizer)
     if config.compile:
-        compile_decoder(model.model, on_cpu=arguments.use_cpu, cuda_graphs=config.cuda_graphs)
+        compile_parts(model, on_cpu=arguments.use_cpu, cuda_graphs=config.cuda_graphs)
     if checkpoint is None:
         config.save(config.out)
 

@@ -105,7 +105,7 @@ class WholeCheckpointTrainer(Trainer):
         return f"{what} at step {self.state.global_step}: training has diverged and was stopped; {kept}"
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.clock.paused():
+        with self.clock.paused(), torch.compiler.set_stance("force_eager"):  # few passes, not worth graphs of their own
             return super()._evaluate(*args, **kwargs)
 
     # Checkpoints

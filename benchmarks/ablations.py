@@ -1,0 +1,66 @@
+"""Twins and ablations at the small size, each a run of `nsa train` on the same tokens: what docs/results.md tells of.
+
+    nsa corpus --output corpus
+    python benchmarks/ablations.py --data corpus --out runs                    # all of them, one after the other
+    python benchmarks/ablations.py --data corpus --out runs --rows nsa dense   # two of them
+    python benchmarks/ablations.py --out runs --table                          # what is finished
+
+A run that is there already is left alone, one that was stopped goes on.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CURRICULUM = ("512x600:repeated=0.1:retrieval=0.1:puzzles=0.2", "4096x2600:retrieval=0.05:puzzles=0.1")
+COMMON = (
+    *("--preset", "small", "--curriculum", *CURRICULUM, "--accumulation", "1", "--answer-weight", "3"),
+    *("--eval-every", "800", "--save-every", "0", "--log-every", "20"),
+)
+ROWS: dict[str, tuple[str, ...]] = {
+    "dense": ("--attention", "dense"),
+    "window": ("--attention", "window"),
+    "nsa": (),
+    "nsa-shared": ("--nsa.shared-kv",),
+    "nsa-gates": ("--compressed-gate-bias", "-4", "--selected-gate-bias", "4", "--window-gate-bias", "-4"),
+    "nsa-all-blocks": ("--nsa.num-selected-blocks", "128"),
+    "nsa-phi-mean": ("--nsa.compression", "mean"),
+    "nsa-phi-linear": ("--nsa.compression", "linear"),
+    "nsa-halves": ("--nsa.select-block-size", "16", "--nsa.num-selected-blocks", "32"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="python")
+    parser.add_argument("--out", type=Path, required=True, help="a folder; every run has one in it, NAME-seedSEED")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--table", action="store_true", help="train nothing; print the last evaluation of every run")
+    arguments, others = parser.parse_known_args()
+    for seed in arguments.seeds:
+        for row in arguments.rows:
+            out = arguments.out / f"{row}-seed{seed}"
+            if not arguments.table and not (out / "model.safetensors").exists():
+                flags = ("--data", arguments.data, "--seed", str(seed), *COMMON, *ROWS[row], *others)
+                subprocess.run([sys.executable, "-m", "nsa", "train", "--out", str(out), *flags], check=True)
+    print(table(arguments.out))
+
+
+def table(folder: Path) -> str:
+    """Of every run the last losses that were evaluated, and its speed."""
+    lines = ["| run | tokens | held-out loss | answers' loss | tokens/s |", "|---|---|---|---|---|"]
+    for file in sorted(folder.glob("*/metrics.jsonl")):
+        known: dict[str, float] = {}
+        for line in file.read_text(encoding="utf-8").splitlines():
+            known |= json.loads(line)
+        found = [known.get(name, float("nan")) for name in ("eval_text_loss", "eval_retrieval_loss")]
+        losses = " | ".join(f"{value:.4f}" for value in found)
+        lines.append(f"| {file.parent.name} | {known['tokens']:,.0f} | {losses} | {known['tokens_per_second']:,.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
