@@ -21,7 +21,7 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"composed"},
-    {"functional", "decoding", "cache", "distributed"},
+    {"functional", "decoding", "cache", "distributed", "methods"},
     {"modules"},
     {"models"},
     {"training", "eval", "serving", "bench"},

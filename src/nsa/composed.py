@@ -81,7 +81,7 @@ def composed_attention_backward(
     cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
     sizes: list[int], scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    with _autograd_inside(), torch.enable_grad():
+    with autograd_inside(), torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = composed(*_eight(leaves), cu_q, cu_k, lengths, lengths_win, NSAConfig.from_sizes(sizes), scale)
         grads = torch.autograd.grad(out, leaves, d_out, allow_unused=True, materialize_grads=True)
@@ -94,7 +94,7 @@ def _eight(x: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 
 @contextmanager
-def _autograd_inside() -> Iterator[None]:
+def autograd_inside() -> Iterator[None]:
     """Inside an operator the dispatcher leaves autograd out; here it is wanted."""
     keys = torch._C.DispatchKey
     with ExitStack() as stack:

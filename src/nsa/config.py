@@ -1,10 +1,12 @@
-"""The sizes of Native Sparse Attention, each with the paper's symbol, and what follows from them."""
+"""The sizes of Native Sparse Attention and of InfLLM-V2, each with the paper's symbol, and what follows from them."""
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 Compression = Literal["mlp", "linear", "mean"]
+SomeSizes = TypeVar("SomeSizes", bound="_Sizes")
 
 
 SIZES = (
@@ -19,7 +21,47 @@ SIZES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class NSAConfig:
+class _Sizes:
+    """What the configurations share: checks of their fields, and files."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{type(self).__name__}: {field.name} should be an int, got {value!r}")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{type(self).__name__}: {field.name} should be a bool, got {value!r}")
+
+    def _require(self, holds: bool, rule: str, *names: str) -> None:
+        if not holds:
+            got = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+            raise ValueError(f"{type(self).__name__}: expected {rule}, got {got}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[SomeSizes], values: dict[str, Any]) -> SomeSizes:
+        """The configuration with these fields; an unknown key is an error, a missing one takes its default."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown keys {unknown}; known keys are {known}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls: type[SomeSizes], text: str) -> SomeSizes:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__}: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NSAConfig(_Sizes):
     """Block sizes, strides and counts of NSA; the defaults are the paper's (arXiv:2502.11089, section 4.1).
 
     Constraints, each a ValueError: every size positive, d divides l, d divides l', l <= l',
@@ -46,10 +88,7 @@ class NSAConfig:
     """One k, v for the three branches instead of one pair each."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"NSAConfig: {field.name} should be an int, got {value!r}")
+        super().__post_init__()
         for name in ("compress_block_size", "compress_stride", "select_block_size"):
             self._require(getattr(self, name) >= 1, f"{name} >= 1", name)
         for name in ("num_selected_blocks", "num_initial_blocks", "num_local_blocks", "window_size"):
@@ -81,13 +120,6 @@ class NSAConfig:
         )
         if self.compression not in ("mlp", "linear", "mean"):
             raise ValueError(f"NSAConfig: compression should be 'mlp', 'linear' or 'mean', got {self.compression!r}")
-        if not isinstance(self.shared_kv, bool):
-            raise ValueError(f"NSAConfig: shared_kv should be a bool, got {self.shared_kv!r}")
-
-    def _require(self, holds: bool, rule: str, *names: str) -> None:
-        if not holds:
-            got = ", ".join(f"{name}={getattr(self, name)}" for name in names)
-            raise ValueError(f"NSAConfig: expected {rule}, got {got}")
 
     # Counts
 
@@ -122,26 +154,89 @@ class NSAConfig:
         selected = min(length, self.num_selected_blocks * self.select_block_size)
         return self.num_compressed_blocks(length) + selected + min(length, self.window_size)
 
-    # Files
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+@dataclass(frozen=True, kw_only=True)
+class InfLLMv2Config(_Sizes):
+    """Sizes of InfLLM-V2 (arXiv:2509.24663); names and defaults are those of MiniCPM4's `sparse_config`.
+
+    A query selects `topk + ceil(window_size / block_size)` blocks: the first `init_blocks`, the
+    `ceil(window_size / block_size) + 1` that end with its own and so cover its window, and the best others. With the
+    defaults that is 96 = 1 + 33 + 62 blocks, 6144 keys.
+
+    Constraints, each a ValueError: kernel_stride divides kernel_size and block_size, kernel_size <= block_size,
+    topk >= init_blocks + 1; sizes and counts at least 1, dense_len at least 0.
+    """
+
+    kernel_size: int = 32
+    """Tokens whose keys' mean is one pooled key."""
+    kernel_stride: int = 16
+    """Tokens between the starts of two pooled keys."""
+    init_blocks: int = 1
+    """Forced: the first blocks of the sequence."""
+    block_size: int = 64
+    """Tokens of a block, which is selected or not as a whole."""
+    window_size: int = 2048
+    """Keys that every query reads up to its own, in whole blocks."""
+    topk: int = 64
+    """Blocks besides those that the window fills; the first ones and the window's one block of overhang count."""
+    dense_len: int = 8192
+    """A query among the first `dense_len` tokens reads all keys up to its own; 0: none does for that reason."""
+    coarse_lse: bool = False
+    """Whether a pooled key's weight is relative to keys pooled four times as coarsely (the paper's approximation)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("kernel_size", "kernel_stride", "init_blocks", "block_size", "window_size", "topk"):
+            self._require(getattr(self, name) >= 1, f"{name} >= 1", name)
+        self._require(self.dense_len >= 0, "dense_len >= 0", "dense_len")
+        for name in ("kernel_size", "block_size"):
+            divides = getattr(self, name) % self.kernel_stride == 0
+            self._require(divides, f"kernel_stride divides {name}", "kernel_stride", name)
+        fits = self.kernel_size <= self.block_size
+        self._require(fits, "kernel_size <= block_size", "kernel_size", "block_size")
+        self._require(self.topk > self.init_blocks, "topk >= init_blocks + 1", "topk", "init_blocks")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "NSAConfig":
-        """The configuration with these fields; an unknown key is an error, a missing one takes its default."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"NSAConfig: unknown keys {unknown}; known keys are {known}")
-        return cls(**values)
+    def from_sparse_config(cls, values: dict[str, Any]) -> "InfLLMv2Config":
+        """Of MiniCPM4's `sparse_config`; use_nope=True (choosing by keys without positions) is refused."""
+        if values.get("use_nope"):
+            raise ValueError("InfLLMv2Config: expected use_nope=False: pooled keys carry their positions; got True")
+        return cls.from_dict({name: value for name, value in values.items() if name != "use_nope"})
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+    @cached_property
+    def blocks(self) -> NSAConfig:
+        """The same blocks in NSA's names: pooled keys are its compressed keys, selected blocks its selected blocks."""
+        window = -(-self.window_size // self.block_size)
+        return NSAConfig(
+            compress_block_size=self.kernel_size,
+            compress_stride=self.kernel_stride,
+            select_block_size=self.block_size,
+            num_selected_blocks=self.topk + window,
+            num_initial_blocks=self.init_blocks,
+            num_local_blocks=window + 1,
+            window_size=1,  # there is no branch of its own for it
+            compression="mean",
+            shared_kv=True,
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        """The fields as integers, as operators take them."""
+        return [int(value) for value in self.to_dict().values()]
 
     @classmethod
-    def from_json(cls, text: str) -> "NSAConfig":
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"NSAConfig: expected a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+    def from_sizes(cls, sizes: list[int]) -> "InfLLMv2Config":
+        *numbers, coarse_lse = sizes
+        named: dict[str, Any] = dict(zip((field.name for field in fields(cls)), numbers, strict=False))
+        return cls(**named, coarse_lse=bool(coarse_lse))
+
+    @property
+    def sees_all(self) -> int:
+        """The largest length at which the last query still reads every key."""
+        return max(self.dense_len, self.blocks.num_selected_blocks * self.block_size)
+
+    def keys_per_query(self, length: int) -> int:
+        """Keys that the last of `length` positions reads, pooled ones counted as one; `length` where it reads all."""
+        if length <= self.sees_all:
+            return length
+        return self.blocks.num_compressed_blocks(length) + self.blocks.num_selected_blocks * self.block_size

@@ -1,0 +1,1 @@
+"""Trained attention methods beside NSA, one a file."""

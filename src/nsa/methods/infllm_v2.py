@@ -1,0 +1,201 @@
+"""InfLLM-V2 as a function: a dense layer's q, k and v, of whose keys each query reads some blocks and no more."""
+
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa.backend import Backend, resolve
+from nsa.composed import autograd_inside, is_traced
+from nsa.config import InfLLMv2Config
+from nsa.ops.causal_attention import causal_attention
+from nsa.ops.compress import compress, phi_mean
+from nsa.ops.pooled_selection import select_by_pooled_keys
+from nsa.ops.selected_attention import selected_attention
+from nsa.ops.tiled_attention import factor
+from nsa.ops.window_attention import window_attention
+from nsa.shapes import Sequences, bind
+
+OP = "infllm_v2_attention"
+DEFAULT = InfLLMv2Config()
+
+
+def infllm_v2_attention(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b s g d"],
+    v: Float[Tensor, "b s g e"],
+    config: InfLLMv2Config = DEFAULT,
+    *,
+    k_pool: Float[Tensor, "b c g d"] | None = None,
+    cu_seqlens_q: Int[Tensor, " sequences_plus_1"] | None = None,
+    cu_seqlens_k: Int[Tensor, " sequences_plus_1"] | None = None,
+    seqlens_k: Int[Tensor, " b"] | None = None,
+    scale: float | None = None,
+    backend: Backend | None = None,
+) -> Float[Tensor, "b t h e"]:
+    """Attention of every query to the blocks on its list, in one softmax.
+
+        o_t = sum over p of softmax_p(scale q_t . k_p) v_p,      p <= t, p in a block that t lists
+        lists: `nsa.ops.pooled_selection.select_by_pooled_keys`
+
+    A query at position t < max(dense_len, n block_size) lists every block up to its own: this is dense attention, so
+    that a dense checkpoint is unchanged up to there. That depends on t alone, not on how long its sequence becomes,
+    so that prefill in any chunks and decoding give the same numbers as one forward pass. The choice has no gradient.
+
+    Args:
+        q: queries, rotated, the last t of s positions; h is a multiple of g.
+        k, v: keys, rotated, and values; of q's dtype and device.
+        config: block sizes and counts.
+        k_pool: pooled keys of a cache; by default they are made of k: the mean of each kernel_size keys.
+        cu_seqlens_q, cu_seqlens_k: packed sequences (b == 1) as in FlashAttention's varlen API; the second only
+            where a sequence has more keys than queries.
+        seqlens_k: keys of each row, left-aligned, where rows differ; queries are right-aligned, and those at a
+            negative position are padding.
+        scale: factor of the scores, > 0, d ** -0.5 by default.
+        backend: as for `nsa.native_sparse_attention`. The kernels attend, forward and backward, dense and selected;
+            the choice is PyTorch's operations on every device, and reads lengths on the host.
+
+    Returns:
+        [b, t, h, e] in q's dtype; 0 for padding. Every other query sees at least itself.
+
+    Under `torch.autocast` q, k and v are cast to its dtype first, as for PyTorch's own attention.
+
+    Raises:
+        ValueError: shapes or lengths that do not fit, in one line; a backend that cannot serve.
+
+    Source: arXiv:2509.24663 section 3, arXiv:2506.07900 section 2 (`docs/methods.md` says where this differs). Tested
+    against the fp64 brute force of nsa.testing, and against itself under every split into chunks and steps.
+    """
+    _check(q, k, v, k_pool, config)
+    scale = factor(q, scale)
+    device = q.device.type
+    is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if is_autocast:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        k_pool = k_pool if k_pool is None or k_pool.dtype == torch.float64 else k_pool.to(dtype)
+    _check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
+    # The sums inside are fp32; autocast would round their terms.
+    with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
+        on = resolve(q, k, v, scale=scale, backend=backend)
+        lengths = (cu_seqlens_q, cu_seqlens_k, seqlens_k)
+        if is_traced(q):
+            return _as_operator(q, k, v, k_pool, *lengths, config.sizes, scale, on)
+        return _attend(q, k, v, k_pool, *lengths, config, scale, on)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    lengths: Tensor | None, config: InfLLMv2Config, scale: float, on: Literal["torch", "triton"],
+) -> Tensor:  # fmt: skip
+    sequences, s = Sequences(cu_q, cu_k, lengths), k.shape[1]
+    on_device = [None if x is None else x.to(q.device, torch.int32) for x in (cu_q, cu_k, lengths)]
+    if s <= config.sees_all:
+        if on == "triton":
+            from nsa.kernels.library import contiguous_attention  # only where triton is installed
+
+            return contiguous_attention(q, k, v, *on_device, s, 1, 1, 0, scale)[0]
+        if sequences.is_uniform and 0 < s == q.shape[1] and q.shape[-1] == v.shape[-1] and q.device.type == "cpu":
+            return causal_attention(q, k, v, scale=scale)
+        return window_attention(q, k, v, max(1, s), sequences=sequences, scale=scale)[0]
+
+    if k_pool is None:
+        with torch.no_grad():
+            k_pool = compress(k, phi_mean, config.blocks, sequences=sequences)
+    block_indices = select_by_pooled_keys(q, k_pool, config, num_keys=s, sequences=sequences, scale=scale)
+    if on == "triton":
+        from nsa.kernels.library import selected_attention as on_kernels
+
+        return on_kernels(q, k, v, block_indices, *on_device, config.blocks.sizes, scale)[0]
+    return selected_attention(q, k, v, block_indices, config.blocks, sequences=sequences, scale=scale)[0]
+
+
+# ---- what the function takes ----
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor | None, config: InfLLMv2Config) -> None:
+    if not isinstance(config, InfLLMv2Config):
+        got = type(config).__name__
+        raise ValueError(f"{OP}: config should be an InfLLMv2Config (InfLLMv2Config.from_dict), got {got}")
+    tensors = {"q": (q, "b t h d"), "k": (k, "b s g d"), "v": (v, "b s g e")}
+    if k_pool is not None:
+        tensors["k_pool"] = (k_pool, "b c g d")
+    bind(OP, **tensors)
+    for name, (x, _) in tensors.items():
+        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{OP}: {name} should be of float64, float32, bfloat16 or float16, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{OP}: {name} should be on q's device {q.device}, got {x.device}")
+
+
+def _check_lengths(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None) -> None:
+    """What shapes and dtypes tell: nothing that would have to ask the device."""
+    if k.dtype != q.dtype:
+        raise ValueError(f"{OP}: k should have q's dtype {q.dtype}, got {k.dtype}")
+    Sequences(cu_q, cu_k, lengths)
+    (b, t), s = q.shape[:2], k.shape[1]
+    if cu_q is not None:
+        if b != 1:
+            raise ValueError(f"{OP}: packed sequences should come with b = 1, got b = {b}")
+        if cu_k is not None and len(cu_q) != len(cu_k):
+            got = f"{len(cu_q) - 1} and {len(cu_k) - 1}"
+            raise ValueError(f"{OP}: cu_seqlens_q and cu_seqlens_k should name as many sequences, got {got}")
+        if cu_k is None and t != s:
+            raise ValueError(f"{OP}: cu_seqlens_k should be given where t and s differ, got t = {t}, s = {s}")
+    elif lengths is not None and lengths.shape[0] != b:
+        raise ValueError(f"{OP}: seqlens_k should have shape [b={b}], got {list(lengths.shape)}")
+    elif lengths is None and t > s:
+        raise ValueError(f"{OP}: q holds the last t of the s positions of k: expected t <= s, got t = {t}, s = {s}")
+
+
+# ---- one operator, for torch.compile, torch.export and fake tensors: the work depends on lengths ----
+
+
+@torch.library.custom_op("nsa::infllm_v2_attention", mutates_args=())
+def _as_operator(
+    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    lengths: Tensor | None, sizes: list[int], scale: float, on: str,
+) -> Tensor:  # fmt: skip
+    config = InfLLMv2Config.from_sizes(sizes)
+    return _attend(q, k, v, k_pool, cu_q, cu_k, lengths, config, scale, _known(on)).contiguous()
+
+
+@_as_operator.register_fake
+def _(q, k, v, *_):
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.custom_op("nsa::infllm_v2_attention_backward", mutates_args=())
+def _operator_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    lengths: Tensor | None, sizes: list[int], scale: float, on: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    config = InfLLMv2Config.from_sizes(sizes)
+    with autograd_inside(), torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = _attend(leaves[0], leaves[1], leaves[2], k_pool, cu_q, cu_k, lengths, config, scale, _known(on))
+        dq, dk, dv = torch.autograd.grad(out, leaves, d_out, allow_unused=True, materialize_grads=True)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_operator_backward.register_fake
+def _(d_out, q, k, v, *_):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _known(on: str) -> Literal["torch", "triton"]:
+    return "triton" if on == "triton" else "torch"
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7])
+    ctx.rest = inputs[7:]
+
+
+def _gradients(ctx, d_out):
+    return *_operator_backward(d_out, *ctx.saved_tensors, *ctx.rest), *[None] * 7
+
+
+_as_operator.register_autograd(_gradients, setup_context=_save)
