@@ -19,8 +19,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
+from nsa.distributed import ContextLayout, ContextParallel
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import NSALlamaConfig
+from nsa.models.context import forward_arguments, whole_count
 from nsa.models.generation import GenerationPolicy
 from nsa.models.loss import ChunkedLoss, lm_loss_of_logits, takes_hidden_states
 from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
@@ -61,7 +63,7 @@ class NSALlamaAttention(NativeSparseAttention):
         hidden_states: Tensor,
         past_key_values: Cache | None = None,
         token_mask: Tensor | None = None,
-        layout: TokenLayout | None = None,
+        layout: TokenLayout | ContextLayout | None = None,
         factors: RotaryFactors | None = None,
         decode_step: DecodeStep | None = None,
         **kwargs: Any,
@@ -147,8 +149,11 @@ class SparsePreTrained(Transformers):
 class SparseDecoder(Transformers):
     """The forward of a decoder whose layers are NSA's, all or some; a mixin that stands before transformers' class.
 
-    `nsa_config` is the configuration's, made once.
+    `nsa_config` is the configuration's, made once. Where `context` is set, inputs are one rank's part of sequences that
+    several ranks hold (`nsa.distributed`).
     """
+
+    context: ContextParallel | None = None
 
     @property
     def rotary(self) -> Rotary:
@@ -171,6 +176,10 @@ class SparseDecoder(Transformers):
             raise ValueError("NSALlamaModel: give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         is_nsa = self.config.attention == "nsa"
+        if self.context is not None:
+            refused = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+            kwargs |= forward_arguments(self, self.context, embeds, position_ids, kwargs, refused)
+            return super().forward(inputs_embeds=embeds, use_cache=False, **kwargs)
         packed: dict[str, Any] = {}
         if past_key_values is None:
             packed, attention_mask, use_cache = self._packing(embeds, attention_mask, position_ids, use_cache, kwargs)
@@ -372,6 +381,8 @@ class SparseCausalLM(GenerationPolicy):
     def _forward_with_loss(
         self, labels: Tensor, weights: Tensor | None, logits_to_keep: int | Tensor, **kwargs: Any
     ) -> CausalLMOutputWithPast:
+        if self.model.context is not None:
+            kwargs["num_items_in_batch"] = whole_count(self.model.context, kwargs)
         of_loss = {name: kwargs[name] for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         wants_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if self.training and wants_all and takes_hidden_states(self, kwargs):

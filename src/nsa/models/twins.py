@@ -35,6 +35,7 @@ from transformers.masking_utils import (
 )
 
 from nsa.models.configuration import NSALlamaConfig
+from nsa.models.context import TwinContext, attend_in_context
 
 TILE = 128  # queries and keys of a block of FlexAttention's mask
 # Where the operation wants to be told so; before, it looks at the shapes.
@@ -132,16 +133,17 @@ def _attend(
     dropout: float = 0.0,
     cu_seq_lens_q: Int[Tensor, " documents_plus_1"] | None = None,
     max_length_q: int | None = None,
+    context: TwinContext | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "b t h d"], None]:
     b, _, t, _ = query.shape
+    if context is not None:
+        return _in_context(query, key, value, context, window, scaling, dropout), None
     if cu_seq_lens_q is None and (window is None or attention_mask is not None or t <= window):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise ValueError(f"attention_dropout: expected 0 for packed rows and for windows, got {dropout}")
-    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
-        low = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (x.to(low) for x in (query, key, value))
+    query, key, value = (_in_dtype_of_autocast(x) for x in (query, key, value))
     in_tiles = query.device.type != "cuda" or query.dtype == torch.float64  # which no kernel takes
     if cu_seq_lens_q is None and in_tiles:
         return _by_tiles(query, key, value, window, scaling).transpose(1, 2), None
@@ -151,6 +153,28 @@ def _attend(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = run(q, k, v, cu_seq_lens_q, b * t if max_length_q is None else max_length_q, window, scaling)
     return out.unflatten(0, (b, t)), None
+
+
+def _in_context(
+    query: Float[Tensor, "b h t d"],
+    key: Float[Tensor, "b g t d"],
+    value: Float[Tensor, "b g t d"],
+    context: TwinContext,
+    window: int | None,
+    scale: float,
+    dropout: float,
+) -> Float[Tensor, "b t h d"]:
+    if dropout:
+        raise ValueError(f"attention_dropout: expected 0 under context parallelism, got {dropout}")
+    query, key, value = (_in_dtype_of_autocast(x) for x in (query, key, value))
+    varlen = _varlen_of if query.device.type == "cuda" and _has_varlen(query) else None
+    return attend_in_context(query, key, value, context, window, scale, varlen)
+
+
+def _in_dtype_of_autocast(x: Tensor) -> Tensor:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def _has_varlen(query: Tensor) -> bool:
@@ -173,9 +197,23 @@ def _varlen(
     window: int | None,
     scale: float,
 ) -> Float[Tensor, "t h d"]:
+    return _varlen_of(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window, scale)
+
+
+def _varlen_of(
+    q: Float[Tensor, "t h d"],
+    k: Float[Tensor, "s g d"],
+    v: Float[Tensor, "s g d"],
+    cu_q: Int[Tensor, " documents_plus_1"],
+    cu_k: Int[Tensor, " documents_plus_1"],
+    longest_q: int,
+    longest_k: int,
+    window: int | None,
+    scale: float,
+) -> Float[Tensor, "t h d"]:
     seen = (-1 if window is None else window - 1, 0)  # keys to the left and to the right of the query's own
     run: Any = varlen_attn  # which returns more if asked to
-    return run(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=seen, **GROUPED)
+    return run(q, k, v, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=seen, **GROUPED)
 
 
 def _flex(

@@ -12,6 +12,7 @@ from nsa.cache import FixedNSACache, LayerCache
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.decoding import append_tokens, decode_attention
+from nsa.distributed import ContextLayout, ContextParallel, context_parallel_attention
 from nsa.functional import native_sparse_attention
 from nsa.modules.compression import Compression
 from nsa.modules.decode_step import DecodeStep, step_padding
@@ -40,9 +41,15 @@ class NativeSparseAttention(nn.Module):
         rotary: replaces the rotary embedding; called with (x, positions), returns cos and sin [b, t, head_dim].
         bias: whether the projections of q, k, v and the output have one.
 
+    Attributes:
+        context: where it is set, x and the other arguments are one rank's part of sequences that several ranks hold
+            (`nsa.distributed`).
+
     Raises:
         ValueError: head counts or dims that do not fit.
     """
+
+    context: ContextParallel | None = None
 
     def __init__(
         self,
@@ -102,7 +109,7 @@ class NativeSparseAttention(nn.Module):
         cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
         max_seqlen: int | None = None,
         position_ids: Int[Tensor, "_ t"] | None = None,
-        layout: TokenLayout | None = None,
+        layout: TokenLayout | ContextLayout | None = None,
         factors: RotaryFactors | None = None,
     ) -> Float[Tensor, "b t hidden"]:
         """Attention output of new tokens, after those that the cache remembers.
@@ -135,6 +142,11 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"NativeSparseAttention: x should be a tensor {expected} of floating point, got {got}")
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
             raise ValueError(f"NativeSparseAttention: x should have shape {expected}, got {list(x.shape)}")
+        if self.context is not None:
+            return self._forward_in_context(x, self.context, cache, attention_mask, layout, {
+                "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "position_ids": position_ids,
+            })  # fmt: skip
+        assert not isinstance(layout, ContextLayout)
         if cache is not None:
             if cu_seqlens is not None or position_ids is not None:
                 given = "cu_seqlens" if cu_seqlens is not None else "position_ids"
@@ -160,6 +172,21 @@ class NativeSparseAttention(nn.Module):
             max_seqlen_k=layout.max_seqlen, nonnegative_gates=True,
         )  # fmt: skip
         return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
+
+    def _forward_in_context(
+        self, x: Tensor, context: ContextParallel, cache: LayerCache | None, mask: Tensor | None,
+        layout: TokenLayout | ContextLayout | None, sequences: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        if cache is not None or mask is not None:
+            given = "cache" if cache is not None else "attention_mask"
+            raise ValueError(f"NativeSparseAttention: {given} does not go with context parallelism; expected None")
+        if layout is None:
+            layout = ContextLayout.of(x, self.rotary, self.config, context, **sequences)
+        assert isinstance(layout, ContextLayout)
+        q, k, v, k_win, v_win, k_raw, v_raw, gates = self._inputs(x, layout.cos, layout.sin)
+        streams = (k, v, k_win, v_win, k_raw, v_raw)
+        out = context_parallel_attention(q, *streams, gates, layout, self._compress_blocks)
+        return self.o_proj(out.flatten(2))
 
     def _forward_over_cache(
         self, x: Tensor, cache: LayerCache, attention_mask: Tensor | None, factors: RotaryFactors | None
@@ -273,7 +300,10 @@ class NativeSparseAttention(nn.Module):
         k_blocks, v_blocks = (
             blocks_of(x, self.config) if layout.blocks is None else layout.blocks.gather(x) for x in (k_raw, v_raw)
         )
-        return rotate(self.compress_k(k_blocks), layout.cos_cmp, layout.sin_cmp), self.compress_v(v_blocks)
+        return self._compress_blocks(k_blocks, v_blocks, layout.cos_cmp, layout.sin_cmp)
+
+    def _compress_blocks(self, k_blocks: Tensor, v_blocks: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(self.compress_k(k_blocks), cos, sin), self.compress_v(v_blocks)
 
     def _compress_run(self, k_raw: Tensor, v_raw: Tensor, first: int, factors: RotaryFactors) -> tuple[Tensor, Tensor]:
         """Compress raw tokens that begin at block `first`."""

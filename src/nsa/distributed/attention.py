@@ -1,0 +1,88 @@
+"""Native Sparse Attention of this rank's queries over sequences that several ranks hold.
+
+Each of a rank's two chunks is one call of `nsa.functional`: its queries are the last n of the tokens up to its end.
+Compressed keys and values are made by the rank that holds a block's last token.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nsa.distributed.layout import ContextLayout
+from nsa.functional import native_sparse_attention
+
+# Blocks of keys and of values, [b, c, g, l, d], and rotary factors -> compressed keys, rotated, and values.
+Compress = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def context_parallel_attention(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b t g d"],
+    v: Float[Tensor, "b t g e"],
+    k_win: Float[Tensor, "b t g d"],
+    v_win: Float[Tensor, "b t g e"],
+    k_raw: Float[Tensor, "b t g d"],
+    v_raw: Float[Tensor, "b t g e"],
+    gates: Float[Tensor, "b t h 3"],
+    layout: ContextLayout,
+    compress: Compress,
+) -> Float[Tensor, "b t h e"]:
+    """What `native_sparse_attention` of all tokens gives for this rank's.
+
+    Args:
+        q, k, v, k_win, v_win: of this rank's tokens, rotated.
+        k_raw, v_raw: what is compressed, keys before rotation.
+        gates: in (0, 1), one per query, head and branch.
+        layout: where the tokens lie.
+        compress: phi of keys and of values.
+    """
+    windows, config = layout.context.windows, layout.config
+    k_cmp, v_cmp = _compressed(k_raw, v_raw, layout, compress)
+    keys = tuple(chunk.keys for chunk in layout.chunks)
+    is_shared = k_win is k and v_win is v
+    ks, vs = windows(k, keys), windows(v, keys)
+    if is_shared:
+        ks_win, vs_win = ks, vs
+    else:
+        # Packed sequences want all keys of the window's branch, too.
+        near = keys
+        if not layout.is_packed:
+            near = tuple(
+                (max(0, start - config.window_size + 1), stop)
+                for start, stop in layout.context.zigzag.spans(q.shape[1] * layout.context.size)
+            )
+        ks_win, vs_win = windows(k_win, near), windows(v_win, near)
+    n = q.shape[1] // 2
+    outs = [
+        native_sparse_attention(
+            q_chunk, ks[i], vs[i], gates_chunk, config, k_cmp=k_cmp[i], v_cmp=v_cmp[i], k_win=ks_win[i],
+            v_win=vs_win[i], cu_seqlens_q=chunk.cu_seqlens_q, cu_seqlens_k=chunk.cu_seqlens_k,
+            max_seqlen_k=layout.max_seqlen, nonnegative_gates=True,
+        )
+        for i, (chunk, q_chunk, gates_chunk) in enumerate(
+            zip(layout.chunks, q.split(n, 1), gates.split(n, 1), strict=True)
+        )
+    ]  # fmt: skip
+    return torch.cat(outs, 1)
+
+
+def _compressed(
+    k_raw: Tensor, v_raw: Tensor, layout: ContextLayout, compress: Compress
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Compressed keys and values that the queries of each chunk may see, from the first of all."""
+    context, config, count = layout.context, layout.config, layout.num_blocks
+    halos = tuple(chunk.halo for chunk in layout.chunks)
+    parts = [
+        compress(chunk.gather(k_halo, count, config), chunk.gather(v_halo, count, config), chunk.cos, chunk.sin)
+        for chunk, k_halo, v_halo in zip(
+            layout.chunks, context.windows(k_raw, halos), context.windows(v_raw, halos), strict=True
+        )
+    ]
+    ends = [stop for _, stop in (chunk.keys for chunk in layout.chunks)]
+    seen = tuple(
+        (0, stop // config.compress_stride if layout.is_packed else config.num_compressed_blocks(stop)) for stop in ends
+    )
+    k_cmp, v_cmp = (torch.cat(both, 1) for both in zip(*parts, strict=True))
+    return context.windows(k_cmp, seen, layout.order), context.windows(v_cmp, seen, layout.order)

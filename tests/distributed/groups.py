@@ -1,0 +1,86 @@
+"""Cases that several processes run together: one helper process imports, and forks each group of them.
+
+    python groups.py MODULE RESULTS
+
+Every function case_* of the module with an attribute `sizes` runs in a group of each of these sizes; RESULTS becomes
+JSON of "name/size" -> what went wrong on any rank, "" for nothing.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def sizes(*numbers):
+    """How many processes a case wants."""
+
+    def mark(case):
+        case.sizes = numbers
+        return case
+
+    return mark
+
+
+def cases_of(module):
+    found = {name.removeprefix("case_"): case for name, case in vars(module).items() if name.startswith("case_")}
+    return {f"{name}/{size}": (case, size) for name, case in found.items() for size in case.sizes}
+
+
+def run(module):
+    """{"name/size": error} of all cases of a module beside this file."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)])}
+        command = [sys.executable, "-W", "ignore", str(HERE / "groups.py"), module, str(results)]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert results.exists(), finished.stderr
+        return json.loads(results.read_text())
+
+
+def _work(rank, size, cases, folder):
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store-{size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    for name, case in cases.items():
+        log = Path(folder) / f"{name.replace('/', '-')}-{rank}"
+        try:
+            torch.manual_seed(0)
+            case()
+        except Exception:
+            log.write_text(traceback.format_exc())
+            raise
+        log.write_text("")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main():
+    import torch.multiprocessing as mp
+
+    module, results = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
+    cases, found = cases_of(module), {}
+    for size in sorted({size for _, size in cases.values()}):
+        chosen = {name: case for name, (case, wanted) in cases.items() if wanted == size}
+        with contextlib.suppress(mp.ProcessRaisedException):
+            mp.start_processes(_work, (size, chosen, str(results.parent)), nprocs=size, start_method="fork")
+        for name in chosen:
+            logs = [results.parent / f"{name.replace('/', '-')}-{rank}" for rank in range(size)]
+            said = [log.read_text() if log.exists() else "it did not come to its end" for log in logs]
+            found[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text)
+    results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
