@@ -1,5 +1,6 @@
 """`nsa train`: a language model from scratch."""
 
+import os
 import shlex
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ def run(arguments: Arguments) -> None:
     from nsa.training.train import train
 
     train(arguments)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks
+        return
     command = f"nsa generate {shlex.quote(str(arguments.out))} --prompt 'def '"
     print(f"The model lies in {arguments.out}. It continues a text:\n  {command}")
 

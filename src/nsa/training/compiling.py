@@ -26,13 +26,29 @@ def compile_parts(model: nn.Module, *, on_cpu: bool, cuda_graphs: bool) -> None:
     Raises:
         ValueError: torch.compile lacks what it needs here.
     """
+    _check_compiler(on_cpu=on_cpu)
+    for name in PARTS:
+        getattr(model, name).compile(**_options(cuda_graphs and not on_cpu))
+
+
+def compile_layers(model: nn.Module, *, on_cpu: bool) -> None:
+    """Each layer as a graph of its own, and the loss: between layers FSDP gathers their weights.
+
+    Raises:
+        ValueError: torch.compile lacks what it needs here.
+    """
+    _check_compiler(on_cpu=on_cpu)
+    decoder: Any = model.model
+    for part in (*decoder.layers, model.chunked_loss):
+        part.compile()
+
+
+def _check_compiler(*, on_cpu: bool) -> None:
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if on_cpu and not any(map(shutil.which, compilers)):
         raise ValueError(f"--compile: on a CPU it needs a C++ compiler, found none of {', '.join(compilers)}")
     if not on_cpu and importlib.util.find_spec("triton") is None:
         raise ValueError("--compile: torch.compile needs triton on a GPU, and it is not installed; or --no-compile")
-    for name in PARTS:
-        getattr(model, name).compile(**_options(cuda_graphs and not on_cpu))
 
 
 def begin_step() -> None:

@@ -25,12 +25,17 @@ FREE_ON_RESUME = frozenset(
         "workers",
         "cache_dir",
         "cuda_graphs",
+        "dp_replicate",
+        "dp_shard",
+        "cp",
+        "tp",
     }
 )
 REPORTERS = ("tensorboard", "wandb")
 AT_LEAST_ONE = (1, math.inf)
 LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("max_bytes", "batch_tokens", "accumulation", "eval_tokens", "log_every"), AT_LEAST_ONE),
+    **dict.fromkeys(("dp_replicate", "cp", "tp"), AT_LEAST_ONE),
     **dict.fromkeys(("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"), AT_LEAST_ONE),
     "vocab_size": AT_LEAST_ONE,
     "rope_theta": AT_LEAST_ONE,
@@ -55,6 +60,7 @@ class TrainConfig:
         nsa train --preset demo --attention dense --out runs/dense
         nsa train --preset small --data ~/texts --tokenizer bpe --vocab-size 8192 --out runs/books
         nsa train --out runs/nsa --resume
+        torchrun --nproc-per-node 8 -m nsa train --preset 1b --cp 8 --out runs/long
     """
 
     out: Path = Path("runs/nsa")
@@ -89,7 +95,7 @@ class TrainConfig:
     batch_tokens: int = 16384
     """Tokens in one forward pass."""
     accumulation: int = 1
-    """Forward passes in one step of the optimizer."""
+    """Forward passes in one step of the optimizer; several processes divide them among themselves."""
 
     # Model
     hidden_size: int = 256
@@ -131,6 +137,16 @@ class TrainConfig:
     workers: int = 2
     """Processes that make batches ahead of a GPU; a CPU has none to spare."""
     seed: int = 0
+
+    # Several processes: torchrun --nproc-per-node N -m nsa train ...
+    dp_replicate: int = 1
+    """Copies of the model, each with batches of its own."""
+    dp_shard: int = 0
+    """Ranks over which a copy is sharded (FSDP), each with batches of its own; 0: all that are left."""
+    cp: int = 1
+    """Ranks that share every sequence: each has two pieces of it (context parallelism)."""
+    tp: int = 1
+    """Ranks that share every layer's heads (tensor parallelism)."""
 
     # Records
     eval_every: int = 100

@@ -10,6 +10,8 @@ MODEL_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 # Without one of them a continued run would silently be another one.
 CHECKPOINT_FILES = (MODEL_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
+SHARDS = "shards"  # model and optimizer in a checkpoint of several processes, in pieces ..
+SHARDED_FILES = (f"{SHARDS}/.metadata", "scheduler.pt", STATE_FILE)  # .. and what it holds
 
 
 def at_home(path: str | Path) -> Path:
@@ -39,6 +41,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether several processes have written it, each its pieces."""
+    return (checkpoint / SHARDS).is_dir()
+
+
 def check_free(run: Path) -> None:
     """ValueError in one line if a new run in this folder would meet another one, or files that no run has written."""
     if last_checkpoint(run) is not None or is_trained(run):
@@ -54,7 +61,8 @@ def check_free(run: Path) -> None:
 def check_checkpoint(checkpoint: Path) -> None:
     """ValueError in one line if a run could not continue from here exactly as it was."""
     hint = f"remove {checkpoint.name} to continue from one before it, if there is one"
-    missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
+    files = SHARDED_FILES if is_sharded(checkpoint) else CHECKPOINT_FILES
+    missing = [name for name in files if not (checkpoint / name).is_file()]
     if missing:
         raise ValueError(f"--resume: {checkpoint} lacks {', '.join(missing)}; {hint}")
     try:

@@ -82,10 +82,14 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALl
     return model
 
 
-def check_same_data(run: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, resume: bool) -> None:
+def fingerprints(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What tells this data from any other."""
+    return {"data": corpus.fingerprint, "tokenizer": fingerprint(tokenizer)}
+
+
+def check_same_data(run: Path, now: dict[str, str], *, resume: bool) -> None:
     """Keep fingerprints of the data beside a new run; ValueError in one line where a continued run's are others."""
     path = run / DATA_FILE
-    now = {"data": corpus.fingerprint, "tokenizer": fingerprint(tokenizer)}
     if not resume:
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         return

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ class StopOnCtrlC(TrainerCallback):
     """The first Ctrl-C ends the run after a checkpoint of the step at hand; a second one ends it at once.
 
     A context manager: outside of it Ctrl-C does what it did before. In a thread that is not the main one, where no
-    signal arrives, it does nothing.
+    signal arrives, it does nothing. Of several processes all stop at the same step, and a second signal, which torchrun
+    sends after the terminal's, changes nothing.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.asked = False
+    def __init__(self, *, quiet: bool = False, any_rank: Callable[[bool], bool] | None = None) -> None:
+        """any_rank: whether a flag is true in one of several processes."""
+        self.asked, self.any_rank = False, any_rank
         self._quiet, self._process = quiet, os.getpid()
         self._before: Any = None
 
@@ -37,13 +39,15 @@ class StopOnCtrlC(TrainerCallback):
     def _ask(self, *_: object) -> None:
         if os.getpid() != self._process:  # a process that makes batches: the run itself ends it
             return
-        if self.asked:
+        if self.asked and self.any_rank is None:
             raise KeyboardInterrupt
         self.asked = True
         if not self._quiet:
             print("\nstopping: a checkpoint first (Ctrl-C again: at once, without)", file=sys.stderr, flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.any_rank is not None:
+            self.asked = self.any_rank(self.asked)
         if self.asked:
             control.should_log = control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -9,13 +9,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.cache import Cache
@@ -23,14 +25,24 @@ from nsa.training.clock import Clock
 from nsa.training.compiling import compile_parts
 from nsa.training.config import TrainConfig, differences
 from nsa.training.corpus import read_corpus
-from nsa.training.data import TrainingBatches
+from nsa.training.data import FixedBatches, TrainingBatches
 from nsa.training.flops import flops_per_token, mean_keys, peak_of
-from nsa.training.folder import at_home, check_checkpoint, check_free, is_trained, last_checkpoint, step_of
+from nsa.training.folder import (
+    at_home,
+    check_checkpoint,
+    check_free,
+    is_sharded,
+    is_trained,
+    last_checkpoint,
+    step_of,
+)  # fmt: skip
 from nsa.training.lock import claimed
 from nsa.training.metrics import MetricsFiles, Progress
-from nsa.training.prepare import check_same_data, make_data, make_model, make_tokenizer
+from nsa.training.prepare import check_same_data, fingerprints, make_data, make_model, make_tokenizer
+from nsa.training.sharded import ShardedTrainer, distribute
 from nsa.training.stopping import StopOnCtrlC
 from nsa.training.trainer import WholeCheckpointTrainer
+from nsa.training.world import World, joined, launched, mesh_shape
 
 
 def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> NSALlamaForCausalLM:
@@ -45,50 +57,73 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> NSA
         KeyboardInterrupt: stopped by the user; its text names the checkpoint to continue from.
     """
     config = replace(config, out=at_home(config.out))  # as transformers does with what it writes there
-    config.validate()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("nsa train runs in one process on one device; start it without torchrun or accelerate launch")
-    with claimed(config.out):
-        return _train(config, callbacks)
+    last = last_checkpoint(config.out)
+    if launched() == 1 and not (config.resume and last is not None and is_sharded(last)):
+        config.validate()
+        mesh_shape(config, 1)
+        with claimed(config.out):
+            return _train(config, callbacks)
+    with joined(config) as world, claimed(config.out) if world.is_main else nullcontext():
+        return _train(config, callbacks, world)
 
 
-def _train(config: TrainConfig, callbacks: Sequence[TrainerCallback]) -> NSALlamaForCausalLM:
-    checkpoint = _checkpoint(config)
-    arguments = _arguments(config)
+def _train(
+    config: TrainConfig, callbacks: Sequence[TrainerCallback], world: World | None = None
+) -> NSALlamaForCausalLM:
+    is_main, say = world is None or world.is_main, _say if world is None or world.is_main else _say_nothing
+    checkpoint = _checkpoint(config) if world is None else world.from_main(lambda: _checkpoint(config, sharded=True))
+    arguments = _arguments(config, 1 if world is None else world.dp)
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
-    cache = Cache(config.cache_dir, _say)
+    cache = Cache(config.cache_dir, say)
     corpus = read_corpus(config.data, config.max_bytes, config.text_field)
     for remark in corpus.remarks:
-        _say(remark)
-    tokenizer = make_tokenizer(config, corpus, cache)
-    train_set, eval_sets = make_data(config, corpus, tokenizer, cache)
-    check_same_data(config.out, corpus, tokenizer, resume=checkpoint is not None)
+        say(remark)
+
+    def make_batches() -> tuple[PreTrainedTokenizerBase, TrainingBatches, dict[str, FixedBatches]]:
+        tokenizer = make_tokenizer(config, corpus, cache)
+        return tokenizer, *make_data(config, corpus, tokenizer, cache)
+
+    tokenizer, train_set, eval_sets = make_batches() if world is None else world.main_first(make_batches)
+    data = fingerprints(corpus, tokenizer)
     del corpus  # its texts, which may be gigabytes
+    if is_main:
+        check_same_data(config.out, data, resume=checkpoint is not None)
+    if world is not None:
+        world.agree("data", data, lambda theirs: "other data, or another tokenizer, than rank 0")
     model = make_model(config, tokenizer)
-    if config.compile:
+    if world is not None:
+        distribute(model, world, compiled=config.compile, on_cpu=arguments.use_cpu)
+    elif config.compile:
         compile_parts(model, on_cpu=arguments.use_cpu, cuda_graphs=config.cuda_graphs)
-    if checkpoint is None:
+    if checkpoint is None and is_main:
         config.save(config.out)
 
     on_gpu = not arguments.use_cpu
     peak = peak_of(torch.cuda.get_device_name()) if on_gpu and config.dtype == "bfloat16" else None
-    clock = Clock(peak)
-    metrics, stop, progress = MetricsFiles(config.out, clock), StopOnCtrlC(quiet=config.quiet), Progress()
-    trainer = WholeCheckpointTrainer(
-        clock=clock,
-        flops_of_token=_flops_of_token(model.config, train_set, config.accumulation) if peak else None,
-        workers=config.workers if on_gpu else 0,
-        in_cuda_graphs=config.compile and config.cuda_graphs and on_gpu,
-        model=model,
-        args=arguments,
-        train_dataset=train_set,
-        eval_dataset=eval_sets,
-        processing_class=tokenizer,
-        callbacks=[metrics, stop, *([] if config.quiet else [progress]), *callbacks],
-    )
-    if checkpoint is not None:
+    clock = Clock(None if peak is None else peak * (1 if world is None else world.size))
+    metrics, progress = MetricsFiles(config.out, clock), Progress()
+    stop = StopOnCtrlC(quiet=config.quiet or not is_main, any_rank=None if world is None else world.any)
+    records = [metrics, *([] if config.quiet else [progress])] if is_main else []
+    options: dict[str, Any] = {
+        "clock": clock,
+        "flops_of_token": _flops_of_token(model.config, train_set, config.accumulation) if peak else None,
+        "workers": config.workers if on_gpu else 0,
+        "model": model,
+        "args": arguments,
+        "train_dataset": train_set,
+        "eval_dataset": eval_sets,
+        "processing_class": tokenizer,
+        "callbacks": [*records, stop, *callbacks],
+    }
+    trainer: WholeCheckpointTrainer
+    if world is not None:
+        trainer = ShardedTrainer(world=world, **options)
+    else:
+        in_cuda_graphs = config.compile and config.cuda_graphs and on_gpu
+        trainer = WholeCheckpointTrainer(in_cuda_graphs=in_cuda_graphs, **options)
+    if checkpoint is not None and is_main:
         metrics.forget_after(step_of(checkpoint))
     try:
         with stop:
@@ -105,7 +140,7 @@ def _train(config: TrainConfig, callbacks: Sequence[TrainerCallback]) -> NSALlam
     return model
 
 
-def _checkpoint(config: TrainConfig) -> Path | None:
+def _checkpoint(config: TrainConfig, *, sharded: bool = False) -> Path | None:
     """The checkpoint to continue from, None for a new run; ValueError if the folder does not fit the request."""
     if not config.resume:
         check_free(config.out)
@@ -119,6 +154,8 @@ def _checkpoint(config: TrainConfig) -> Path | None:
     if is_trained(config.out):
         raise ValueError(f"--resume: the run in {config.out} has come to its end; nothing is left to do")
     check_checkpoint(last)
+    if sharded and not is_sharded(last):
+        raise ValueError(f"--resume: {last} was written by one process, which alone continues it: without torchrun")
     return last
 
 
@@ -132,7 +169,7 @@ def _flops_of_token(model: NSALlamaConfig, train_set: TrainingBatches, batches_p
     return lambda step: of_stage(train_set.stage_of(step * batches_per_step))
 
 
-def _arguments(config: TrainConfig) -> TrainingArguments:
+def _arguments(config: TrainConfig, dp: int) -> TrainingArguments:
     steps = config.total_steps
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.device == "cuda" and on_cpu:
@@ -143,7 +180,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         max_steps=steps,
         per_device_train_batch_size=1,  # an item of the dataset is a whole batch
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=config.accumulation // dp,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         learning_rate=config.learning_rate,
@@ -189,6 +226,10 @@ def _quiet_libraries() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|accelerate|transformers)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # workers are forked after it, which it warns of otherwise
+
+
+def _say_nothing(line: str) -> None:
+    """Another process speaks."""
 
 
 def _say(line: str) -> None:

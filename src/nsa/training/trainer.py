@@ -3,8 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from nsa.training.compiling import begin_step, own_gradients
 from nsa.training.data import unwrap
 from nsa.training.folder import MODEL_FILE, checkpoints, last_checkpoint
 from nsa.training.stopping import all_finite, non_finite
-from nsa.training.tokenizer import first_line
+from nsa.training.writing import Partial, put_in_place, reading
 
-PARTIAL = ".partial"  # what is being written, inside the run's folder
 PREFETCHED = 4  # batches that each worker makes ahead
 
 
@@ -38,6 +36,7 @@ class WholeCheckpointTrainer(Trainer):
         flops_of_token: Callable[[int], float] | None = None,
         workers: int = 0,
         in_cuda_graphs: bool = False,
+        ranks_with_tokens: int = 1,
         **kwargs: Any,
     ) -> None:
         """
@@ -46,6 +45,7 @@ class WholeCheckpointTrainer(Trainer):
             flops_of_token: number of the optimizer's step, from 0 -> floating-point operations for a token of it.
             workers: processes that make training batches ahead.
             in_cuda_graphs: whether the model's passes are recorded in CUDA graphs.
+            ranks_with_tokens: processes that have as many tokens as this one, of which each is another.
             kwargs: Trainer's.
         """
         super().__init__(data_collator=unwrap, **kwargs)
@@ -53,6 +53,7 @@ class WholeCheckpointTrainer(Trainer):
         self.clock, self.workers, self.in_cuda_graphs = clock or Clock(), workers, in_cuda_graphs
         self._flops_of_token = flops_of_token or (lambda step: 0.0)
         self._parent: Path | None = None
+        self._ranks_with_tokens = ranks_with_tokens
 
     # Data
 
@@ -66,12 +67,15 @@ class WholeCheckpointTrainer(Trainer):
             prefetch_factor=PREFETCHED if self.workers else None,
             worker_init_fn=leave_ctrl_c_to_the_run,
         )
+        return self._prepared(loader)
+
+    def _prepared(self, loader: DataLoader) -> DataLoader:
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, *args: Any) -> Any:
         with self.clock.waiting():
             samples, count = super().get_batch_samples(*args)
-        tokens = sum(item["input_ids"].numel() for item in samples)
+        tokens = sum(item["input_ids"].numel() for item in samples) * self._ranks_with_tokens
         self.clock.count(tokens, tokens * self._flops_of_token(self.state.global_step))
         return samples, count
 
@@ -117,11 +121,11 @@ class WholeCheckpointTrainer(Trainer):
         run = Path(self.args.output_dir)
         with self.clock.paused():
             self._require_numbers()
-            with _Partial(run) as self._parent:
+            with Partial(run) as self._parent:
                 try:
                     super()._save_checkpoint(model, trial)
                     name = f"checkpoint-{self.state.global_step}"
-                    _replace(self._parent / name, run / name)
+                    put_in_place(self._parent / name, run / name)
                 finally:
                     self._parent = None
             for old in checkpoints(run)[: -(self.args.save_total_limit or 10**9)]:
@@ -130,7 +134,7 @@ class WholeCheckpointTrainer(Trainer):
     def save_final(self, run: Path) -> None:
         """The model and its tokenizer in the run's own folder, for from_pretrained."""
         self._require_numbers()
-        with _Partial(run) as part:
+        with Partial(run) as part:
             self.save_model(str(part / "model"))
             for file in sorted((part / "model").iterdir(), key=lambda file: file.name == MODEL_FILE):
                 os.replace(file, run / file.name)  # the weights last: with them the run counts as finished
@@ -145,21 +149,24 @@ class WholeCheckpointTrainer(Trainer):
             ("a weight", self.model.parameters()),
             ("the optimizer's state", moments),
         ):
-            if not all_finite(tensors):
+            if not self._all_finite(tensors):
                 raise ValueError(self._diverged(f"{name} is NaN or infinite"))
+
+    def _all_finite(self, tensors: Iterable[Tensor]) -> bool:
+        return all_finite(tensors)
 
     # Continuing
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with _reading(resume_from_checkpoint):
+        with reading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
+        with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
+        with reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -177,41 +184,3 @@ def leave_ctrl_c_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-class _Partial:
-    """A fresh folder that does not outlive the block; an error on writing becomes one OSError."""
-
-    def __init__(self, run: Path) -> None:
-        self.folder = run / PARTIAL
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        return self.folder
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, Exception) and not isinstance(error, (AssertionError, TypeError)):
-            last = last_checkpoint(self.folder.parent)
-            kept = f"{last} is whole" if last else "there is none before it"
-            raise OSError(
-                f"the checkpoint could not be written to {self.folder.parent} ({first_line(error)}); {kept}"
-            ) from error
-
-
-@contextmanager
-def _reading(checkpoint: str | None) -> Iterator[None]:
-    """Whatever a damaged file makes its reader raise becomes one line."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"--resume: {checkpoint} cannot be read ({first_line(error)}); remove it to continue from one before it"
-        ) from error
-
-
-def _replace(source: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(source, target)

@@ -1,0 +1,170 @@
+"""A run of several processes: the model sharded over them, its batches divided, its checkpoints written by all.
+
+    mesh: parameters over dp_shard x cp (FSDP2), copies of them over dp_replicate
+    batches: pass i of a step belongs to rank i modulo dp; within it each rank of cp has its part of every sequence
+
+A checkpoint holds the whole model and optimizer in pieces (torch.distributed.checkpoint), which any number of processes
+put together again.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
+
+from nsa.distributed import ZigZag, context_parallel
+from nsa.models import NSALlamaForCausalLM
+from nsa.training.compiling import compile_layers
+from nsa.training.folder import MODEL_FILE, SHARDS, checkpoints
+from nsa.training.stopping import all_finite
+from nsa.training.trainer import WholeCheckpointTrainer
+from nsa.training.world import World
+from nsa.training.writing import Partial, put_in_place, reading
+
+
+def distribute(model: NSALlamaForCausalLM, world: World, *, compiled: bool, on_cpu: bool) -> None:
+    """Shard the model in place; it takes this rank's parts of sequences from then on, where there are parts."""
+    if world.zigzag is not None:
+        context_parallel(model, world.contexts["cp"])
+    model.to("cpu" if on_cpu else "cuda")
+    names = ("dp_replicate", "fsdp") if world.mesh.size(0) > 1 else ("fsdp",)
+    if compiled:
+        compile_layers(model, on_cpu=on_cpu)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=world.mesh[names])
+    fully_shard(model, mesh=world.mesh[names])
+    # accelerate would make a second engine of it, for it knows of this one only by its own plugin.
+    model._is_accelerate_prepared = True
+
+
+class Parts(Dataset):
+    """Of the batches of `whole` those of one rank of data parallelism, and of their sequences a rank's part."""
+
+    def __init__(self, whole: Any, dp_rank: int, dp: int, zigzag: ZigZag | None) -> None:
+        self.whole, self.dp_rank, self.dp, self.zigzag = whole, dp_rank, dp, zigzag
+
+    def __len__(self) -> int:
+        return len(self.whole) // self.dp
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        batch = self.whole[index * self.dp + self.dp_rank]
+        return batch if self.zigzag is None else self.zigzag.shard_batch(batch)
+
+
+class ShardedTrainer(WholeCheckpointTrainer):
+    """`WholeCheckpointTrainer` of a model that `distribute` has sharded."""
+
+    def __init__(self, *, world: World, **kwargs: Any) -> None:
+        self.world = world
+        kwargs["train_dataset"] = Parts(kwargs["train_dataset"], world.dp_rank, world.dp, world.zigzag)
+        # Evaluation is every rank's: its batches may be fewer than ranks.
+        kwargs["eval_dataset"] = {name: Parts(x, 0, 1, world.zigzag) for name, x in kwargs["eval_dataset"].items()}
+        super().__init__(ranks_with_tokens=world.size // world.contexts.size(3), **kwargs)
+
+    # Data: accelerate's loaders would divide once more
+
+    def _prepared(self, loader: DataLoader) -> DataLoader:
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
+        )  # fmt: skip
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        return self._prepared(DataLoader(dataset, collate_fn=self.data_collator))
+
+    # Passes
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """accelerate's place in the model's forward is not taken."""
+        return torch.autocast(self.args.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = super()._clip_grad_norm(model)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    # Checkpoints
+
+    def _all_finite(self, tensors: Any) -> bool:
+        local = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        return not self.world.any(not all_finite(local))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with self.clock.paused():
+            self._require_numbers()
+            with self._partial(run) as parent:
+                weights, optimizer = get_state_dict(self.model, self._torch_optimizer())
+                dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=parent / name / SHARDS)
+                if self.world.is_main:
+                    torch.save(self.lr_scheduler.state_dict(), parent / name / "scheduler.pt")
+                    self.state.save_to_json(str(parent / name / "trainer_state.json"))
+                    put_in_place(parent / name, run / name)
+                self.world.wait()
+            if self.world.is_main:
+                for old in checkpoints(run)[: -(self.args.save_total_limit or 10**9)]:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def save_final(self, run: Path) -> None:
+        self._require_numbers()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)
+        with self._partial(run) as parent:
+            if self.world.is_main:
+                self._save(str(parent / "model"), state_dict=weights)
+                for file in sorted((parent / "model").iterdir(), key=lambda file: file.name == MODEL_FILE):
+                    os.replace(file, run / file.name)
+            self.world.wait()
+
+    @contextmanager
+    def _partial(self, run: Path) -> Iterator[Path]:
+        """The main rank's folder of what is being written, for all of them."""
+        partial = Partial(run)
+        if self.world.is_main:
+            with partial as parent:
+                self.world.wait()
+                yield parent
+        else:
+            self.world.wait()
+            yield partial.folder
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with reading(resume_from_checkpoint):
+            weights = get_model_state_dict(self.model)
+            dcp.load({"model": weights}, checkpoint_id=Path(resume_from_checkpoint) / SHARDS)
+            set_model_state_dict(self.model, weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with reading(checkpoint):
+            weights, optimizer = get_state_dict(self.model, self._torch_optimizer())
+            dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=Path(checkpoint) / SHARDS)
+            set_state_dict(self.model, self._torch_optimizer(), model_state_dict=weights, optim_state_dict=optimizer)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing in a step is drawn at random: batches follow from their numbers."""

@@ -1,0 +1,51 @@
+"""Checkpoints that appear whole or not at all, and readers of them that say in one line what is wrong."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nsa.training.folder import last_checkpoint
+from nsa.training.tokenizer import first_line
+
+PARTIAL = ".partial"  # what is being written, inside the run's folder
+
+
+class Partial:
+    """A fresh folder that does not outlive the block; an error on writing becomes one OSError."""
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / PARTIAL
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self.folder
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, (AssertionError, TypeError)):
+            last = last_checkpoint(self.folder.parent)
+            kept = f"{last} is whole" if last else "there is none before it"
+            raise OSError(
+                f"the checkpoint could not be written to {self.folder.parent} ({first_line(error)}); {kept}"
+            ) from error
+
+
+@contextmanager
+def reading(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a damaged file makes its reader raise becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"--resume: {checkpoint} cannot be read ({first_line(error)}); remove it to continue from one before it"
+        ) from error
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)
