@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the bottom up: a part may import itself, the parts beside it and those before it.
 LAYERS = [
     {"config"},
-    {"shapes", "backend", "cache_tensors"},
+    {"shapes", "backend", "cache_tensors", "streams"},
     {"kernels"},
     {"ops"},
     {"composed"},

@@ -43,7 +43,7 @@ def test_parts_are_the_members_of_the_brute_force(layout):
     layout = LAYOUTS[layout]
     found = [
         (row, part.q_start, part.num_queries, part.k_start, part.num_keys, part.c_start)
-        for part in layout.sequences().parts(CONFIG, layout.b, layout.t, layout.s)
+        for part in layout.sequences().parts(CONFIG.num_compressed_blocks, layout.b, layout.t, layout.s)
         for row in range(part.rows.start, part.rows.stop)
     ]
     assert found == [
@@ -62,11 +62,11 @@ def test_parts_are_the_members_of_the_brute_force(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compressed_blocks_are_counted_for_all_sequences(layout):
     layout = LAYOUTS[layout]
-    counted = layout.sequences().num_compressed_blocks(CONFIG, layout.s)
+    counted = layout.sequences().num_entries(CONFIG.num_compressed_blocks, layout.s)
     assert counted == layout.num_compressed_blocks(CONFIG)
 
 
 def test_lengths_may_be_int32_or_int64():
     for dtype in (torch.int32, torch.int64):
         cu_seqlens = torch.tensor([0, 4, 9], dtype=dtype)
-        assert len(list(Sequences(cu_seqlens_q=cu_seqlens).parts(CONFIG, 1, 9, 9))) == 2
+        assert len(list(Sequences(cu_seqlens_q=cu_seqlens).parts(None, 1, 9, 9))) == 2

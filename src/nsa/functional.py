@@ -1,4 +1,4 @@
-"""Native Sparse Attention as a function: the six steps of the paper, in order, or the kernels that do the same."""
+"""Native Sparse Attention as a function: what it takes, and what it makes of it; `nsa.methods.nsa` does the rest."""
 
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -8,11 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.backend import Backend, resolve
-from nsa.composed import composed, composed_attention, is_traced
+from nsa.composed import is_traced
 from nsa.config import NSAConfig
+from nsa.methods import nsa as method
 from nsa.ops.compress import compress, phi_mean
 from nsa.ops.tiled_attention import factor
 from nsa.shapes import Sequences, bind, check_lengths
+from nsa.streams import Branches
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULT = NSAConfig()
@@ -95,7 +97,7 @@ def native_sparse_attention(
     if max_seqlen_k is not None and (not isinstance(max_seqlen_k, int) or max_seqlen_k < 0):
         raise ValueError(f"{OP}: max_seqlen_k should be a number of keys, got {max_seqlen_k!r}")
     scale = factor(q, scale)
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqlens_k)
+    where = Sequences(cu_seqlens_q, cu_seqlens_k, seqlens_k)
     device = q.device.type
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)
     if is_autocast:
@@ -105,25 +107,18 @@ def native_sparse_attention(
 
     if "k_win" not in tensors:
         tensors |= {"k_win": tensors["k"], "v_win": tensors["v"]}
-    if seqlens_win is None:
-        lengths = lengths._replace(seqlens_win=seqlens_k)
     # The sums inside are fp32; autocast would round their terms.
     with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
         if "k_cmp" not in tensors:
-            tensors |= {f"{x}_cmp": compress(tensors[x], phi_mean, config, sequences=sequences) for x in "kv"}
-        q, k, v, k_cmp, v_cmp, k_win, v_win = (
-            tensors[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "k_win", "v_win")
+            tensors |= {f"{x}_cmp": compress(tensors[x], phi_mean, config, sequences=where) for x in "kv"}
+        q, *keys = (tensors[name] for name in ("q", "k_cmp", "v_cmp", "k", "v", "k_win", "v_win"))
+        branches = Branches.of(config, keys, lengths)
+        on = resolve(q, *keys, scale=scale, backend=backend)
+        if on == "torch" and not is_traced(q):
+            _check_values(tensors, lengths, config, max_seqlen_k)
+        return method.native_sparse_attention(
+            q, branches, gates, config, scale, on=on, nonnegative_gates=nonnegative_gates, max_seqlen_k=max_seqlen_k
         )
-        if resolve(q, k, v, k_cmp, v_cmp, k_win, v_win, scale=scale, backend=backend) == "triton":
-            from nsa.kernels.functional import native_sparse_attention as on_kernels  # only where triton is installed
-
-            return on_kernels(
-                q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *lengths, config, scale, nonnegative_gates, max_seqlen_k
-            )
-        if is_traced(q):
-            return composed_attention(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *lengths, config.sizes, scale)
-        _check_values(tensors, lengths, config, max_seqlen_k)
-        return composed(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *lengths, config, scale)
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,15 +7,13 @@ Everywhere the queries are the **last t of s positions**: query column j is at p
 training or prefill, t == 1 is decoding, anything between is a chunk of prefill; there is no other switch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-from nsa.config import NSAConfig
 
 
 def bind(op: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:
@@ -61,7 +59,7 @@ class Part:
     num_queries: int  # t
     k_start: int
     num_keys: int  # s
-    c_start: int  # where the part's compressed blocks begin
+    c_start: int  # where the part's entries of a pooled dimension begin
 
     @property
     def first_position(self) -> int:
@@ -125,15 +123,18 @@ class Sequences:
         assert self.seqlens_k is not None
         return self.seqlens_k.tolist()
 
-    def num_compressed_blocks(self, config: NSAConfig, num_keys: int) -> int:
-        """Size of the compressed dimension that belongs to a key dimension of `num_keys`."""
+    def num_entries(self, of_length: Callable[[int], int], num_keys: int) -> int:
+        """Size of a pooled dimension that belongs to a key dimension of `num_keys`; `of_length`: that of a sequence."""
         if not self.is_packed:
-            return config.num_compressed_blocks(num_keys)
+            return of_length(num_keys)
         _, cu_k = self._bounds
-        return sum(config.num_compressed_blocks(end - start) for start, end in pairwise(cu_k))
+        return sum(of_length(end - start) for start, end in pairwise(cu_k))
 
-    def parts(self, config: NSAConfig | None, b: int, t: int, s: int | None) -> Iterator[Part]:
-        """The sequences of tensors with b rows, t queries and s keys (None: whatever the lengths say)."""
+    def parts(self, of_length: Callable[[int], int] | None, b: int, t: int, s: int | None) -> Iterator[Part]:
+        """The sequences of tensors with b rows, t queries and s keys (None: whatever the lengths say).
+
+        of_length: entries that a sequence of so many keys has in a pooled dimension, where `c_start` is asked for.
+        """
         if self.is_packed:
             cu_q, cu_k = self._bounds
             if b != 1:
@@ -145,7 +146,7 @@ class Sequences:
                 if q1 - q0 > k1 - k0:
                     raise ValueError(f"a packed sequence should have t <= s, got t = {q1 - q0}, s = {k1 - k0}")
                 yield Part(slice(0, 1), q0, q1 - q0, k0, k1 - k0, c_start)
-                c_start += config.num_compressed_blocks(k1 - k0) if config else 0
+                c_start += of_length(k1 - k0) if of_length else 0
         elif self.seqlens_k is not None:
             lengths = self._row_lengths
             if len(lengths) != b:

@@ -145,11 +145,10 @@ class Run:
         )
         outs, lses = (tuple(branch[i] for branch in branches) for i in range(2))
         saved = Saved(outs, lses, indices)
-        dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
-            q, (k_cmp, v_cmp), (k, v), (k_win, v_win), gates, self.d_out, saved,
-            Layouts(self.cmp, self.raw, self.raw), config, scale,
-        )  # fmt: skip
-        actual = [combine(*outs, gates), dq, *d_cmp, *d_slc, *d_win, d_gates]
+        keys = ((k_cmp, v_cmp), (k, v), (k_win, v_win))
+        layouts = Layouts(self.cmp, self.raw, self.raw)
+        grads = attention_backward(q, keys, gates, self.d_out, saved, layouts, config, scale)
+        actual = [combine(*outs, gates), *grads]
         for name, x, plain, truth in zip(
             ("out", *names), actual, reference(self.case.dtype), reference(torch.float64), strict=True
         ):

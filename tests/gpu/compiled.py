@@ -83,6 +83,6 @@ def test_the_operators_are_registered_right() -> None:
         (library.contiguous_attention, (q, k, v, *nowhere, 300, 1, 1, 100, 0.1)),
         (library.top_blocks, (q.detach(), k_cmp.detach(), lse.detach(), *nowhere, 300, sizes, 0.1)),
         (library.selected_attention, (q, k, v, block_indices, *nowhere, sizes, 0.1)),
-        (library.whole, (q, k_cmp, v_cmp, k, v, k, v, gates, *nowhere, None, sizes, 0.1, True)),
+        (library.whole, (q, [k_cmp, v_cmp, k, v, k, v], gates, [*nowhere, None], sizes, 0.1, True, 0)),
     ):
         torch.library.opcheck(op, arguments)

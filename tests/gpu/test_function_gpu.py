@@ -143,9 +143,9 @@ def test_a_million_tokens_at_sampled_queries(cuda_generator: torch.Generator) ->
     assert q.numel() >= 1 << 31
     k_cmp, v_cmp = (compress(x, phi_mean, config) for x in (k, v))
     d_out = torch.randn(q.shape, generator=cuda_generator, dtype=q.dtype, device="cuda")
-    sizes, scale, keys = library.sizes_of(config), d**-0.5, (k_cmp, v_cmp, k, v, k, v)
-    out, *saved = library.whole(q, *keys, gates, None, None, None, None, sizes, scale, True)
-    dq = library.whole_backward(q, *keys, gates, d_out, saved, None, None, None, None, sizes, scale, True)[0]
+    keys, where, rest = [k_cmp, v_cmp, k, v, k, v], [None] * 4, (config.sizes, d**-0.5, True, 0)
+    out, *saved = library.whole(q, keys, gates, where, *rest)
+    dq = library.whole_backward(q, keys, gates, d_out, saved, where, *rest)[0]
     block_indices = saved[6]
 
     at = torch.tensor([31, 600, 65536, 524287, 1000001, length - 1], device="cuda")

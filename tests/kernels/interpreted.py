@@ -31,9 +31,11 @@ from nsa.kernels.rows import rowsum_delta
 from nsa.kernels.selected_forward import selected_forward
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.rotary import rotate
+from nsa.ops.attend import attend
 from nsa.ops.selected_attention import selected_attention as op_selected_attention
 from nsa.ops.selection import select_blocks
 from nsa.ops.window_attention import window_attention
+from nsa.streams import Blocks, Causal, Stream, Window
 from nsa.testing import assert_close_to_fp64
 
 SMALL = NSAConfig(compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6)
@@ -215,6 +217,28 @@ def test_a_branch_alone_is_the_op_and_its_gradient(generator: torch.Generator) -
             assert_close_to_fp64(x, plain, truth, f"{name} {part}", largest_score=100.0)
 
 
+def test_every_reach_on_the_kernels_is_that_in_torch(generator: torch.Generator) -> None:
+    q, k, v, _ = (x.detach() for x in _inputs(torch.float32, generator))
+    k_cmp, v_cmp = k[:, : SMALL.num_compressed_blocks(19)], v[:, : SMALL.num_compressed_blocks(19)]
+    indices = torch.full((1, 19, 2, 4), -1, dtype=torch.int32)
+    indices[..., 0] = 0
+    block, stride = SMALL.compress_block_size, SMALL.compress_stride
+    for stream, reach in (
+        (Stream(k_cmp, v_cmp, block, stride, num_tokens=19), Causal()),
+        (Stream(k, v), Window(6)),
+        (Stream(k, v), Blocks(indices, SMALL.select_block_size)),
+        (Stream(k, v), Causal()),
+    ):
+        found, plain, truth = (
+            attend(q.to(dtype), stream._replace(k=stream.k.to(dtype), v=stream.v.to(dtype)), reach, backend=backend)
+            for backend, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64))
+        )
+        for part, *three in zip(("out", "lse"), found, plain, truth, strict=True):
+            seen = truth[1] > -torch.inf
+            three = [x[seen] for x in three]
+            assert_close_to_fp64(*three, f"{reach} {part}", largest_score=100.0)
+
+
 STRIDES: list[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # heads before tokens
     lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),  # head dims before tokens
@@ -225,7 +249,9 @@ OPERATORS = {
     "q k v": lambda *x: library.contiguous_attention(*x, *LENGTHS, x[1].shape[1], 1, 1, 2, 0.3)[0],
     "q k_cmp v_cmp": lambda *x: library.contiguous_attention(*x, *LENGTHS, x[0].shape[1] + 1, 4, 2, 0, 0.3)[0],
     "q k v indices": lambda *x: library.selected_attention(*x, *LENGTHS, SIZES, 0.3)[0],
-    "q k_cmp v_cmp k v k_win v_win gates": lambda *x: library.whole(*x, *LENGTHS, None, SIZES, 0.3, False)[0],
+    "q k_cmp v_cmp k v k_win v_win gates": lambda q, *x: library.whole(
+        q, list(x[:6]), x[6], [*LENGTHS, None], SIZES, 0.3, False, 0
+    )[0],
 }
 
 
@@ -379,7 +405,7 @@ def test_operators_are_registered_right(generator: torch.Generator) -> None:
         (library.contiguous_attention, (q, k, v, *where, 9, 1, 1, 5, 0.3)),
         (library.top_blocks, (q.detach(), k.detach()[:, :3], lse.detach(), *where, 9, sizes, 0.3)),
         (library.selected_attention, (q, k, v, block_indices, *where, sizes, 0.3)),
-        (library.whole, (q, k[:, :3], v[:, :3], k, v, k, v, gates, *where, None, sizes, 0.3, True)),
+        (library.whole, (q, [k[:, :3], v[:, :3], k, v, k, v], gates, [*where, None], sizes, 0.3, True, 0)),
     ):
         torch.library.opcheck(op, arguments, test_utils=checks)
     assert out.isfinite().all()

@@ -23,9 +23,10 @@ from triton.runtime.jit import create_function_from_signature
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention
 from nsa.kernels import launch, start
-from nsa.kernels.attention import Layouts, attention_backward, attention_forward
+from nsa.kernels.attention import Layouts, attention_backward, attention_forward, pairs
 from nsa.kernels.contiguous_forward import contiguous_forward_kernel
 from nsa.kernels.layout import Layout
+from nsa.streams import Branches
 
 CONFIG = NSAConfig()
 MEMORY = {"empty", "empty_like", "full", "zeros", "select", "slice", "unbind", "detach", "alias"}
@@ -79,24 +80,22 @@ def test_launches_and_operators(
 ) -> None:  # fmt: skip
     h, d = 16, 64
     q, gates, d_out = tensor(1, t, h, d), tensor(1, t, h, 3), tensor(1, t, h, d)
-    cmp, slc, win = ((tensor(1, keys, g, d),) * 2 for keys in (CONFIG.num_compressed_blocks(t), t, t))
+    keys = [tensor(1, keys, g, d) for keys in (CONFIG.num_compressed_blocks(t), t, t) for _ in "kv"]
     cu = tensor(4, dtype=torch.int32) if case == "packed" else None
-    layouts = Layouts.of(q, slc[0], win[0], cu, None, None, None, CONFIG)
+    layouts = Layouts.of(q, Branches.of(CONFIG, keys, (cu, None, None, None)))
     (_, saved), launches, operators = counted(
-        launched, lambda: attention_forward(q, cmp, slc, win, gates, layouts, CONFIG, 0.1)
+        launched, lambda: attention_forward(q, pairs(keys), gates, layouts, CONFIG, 0.1)
     )
     assert (launches, operators) == (forward, [])
     _, launches, operators = counted(
-        launched, lambda: attention_backward(q, cmp, slc, win, gates, d_out, saved, layouts, CONFIG, 0.1)
+        launched, lambda: attention_backward(q, pairs(keys), gates, d_out, saved, layouts, CONFIG, 0.1)
     )
     assert (launches, operators) == (backward, ["sort"])
 
 
 def test_layouts_of_the_same_sequences_share_their_maps(launched: list[str]) -> None:
-    layouts = Layouts.of(
-        tensor(1, 512, 16, 64), tensor(1, 512, 1, 64), tensor(1, 512, 1, 64), tensor(4, dtype=torch.int32), None, None,
-        None, CONFIG,
-    )  # fmt: skip
+    keys, cu = [tensor(1, 512, 1, 64)] * 6, tensor(4, dtype=torch.int32)
+    layouts = Layouts.of(tensor(1, 512, 16, 64), Branches.of(CONFIG, keys, (cu, None, None, None)))
     assert layouts.win is layouts.slc
     assert layouts.cmp.query_tiles(4) is layouts.slc.query_tiles(4)
     assert layouts.cmp.key_tiles(512, 64) is not layouts.slc.key_tiles(512, 64)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nsa.bench.counts import Shape
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention
-from nsa.kernels.library import sizes_of, whole
+from nsa.kernels.library import whole
 from nsa.ops.compress import compress, phi_mean
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Problem:
 
     @torch.no_grad()
     def block_indices(self) -> Tensor:
-        keys, scale = (*self.cmp, *self.slc, *self.win), self.shape.d**-0.5
-        return whole(self.q, *keys, self.gates, None, None, None, None, sizes_of(self.config), scale, True)[7]
+        keys, scale = [*self.cmp, *self.slc, *self.win], self.shape.d**-0.5
+        return whole(self.q, keys, self.gates, [None] * 4, self.config.sizes, scale, True, 0)[7]
 
     def distinct_of_four(self) -> float:
         """U4: blocks that four neighbouring queries select between them, on average."""

@@ -98,7 +98,7 @@ def single_kernels(problem: Problem) -> Candidates:
     raw = Layout(1, shape.length, shape.length)
     compressed = Layout(1, shape.length, shape.length, config.compress_block_size, config.compress_stride)
     layouts, scale = Layouts(compressed, raw, raw), shape.d**-0.5
-    _, saved = attention_forward(q, cmp, slc, win, gates, layouts, config, scale)
+    _, saved = attention_forward(q, (cmp, slc, win), gates, layouts, config, scale)
     picks = saved.block_indices
     _, deltas, lses = rows.gates_backward(saved.outs, saved.lses, gates, d_out)
     given = (q, *slc, picks, d_out, lses[1], deltas[1], raw, config, scale)

@@ -7,6 +7,7 @@ Done together, the branches' backward take the same d_out: their gates are folde
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -18,6 +19,8 @@ from nsa.kernels.rows import combine, gates_backward, signed_by_gate
 from nsa.kernels.selected_forward import selected_forward
 from nsa.kernels.selected_gradients import selected_gradients
 from nsa.kernels.selection import select_top_blocks
+from nsa.shapes import Sequences
+from nsa.streams import Branches
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,20 @@ class Layouts:
     win: Layout
 
     @staticmethod
-    def of(
-        q: Tensor, k: Tensor, k_win: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None,
-        lengths_win: Tensor | None, config: NSAConfig, max_keys: int = 0,
-    ) -> "Layouts":  # fmt: skip
-        b, t = q.shape[:2]
-        slc = Layout(b, t, k.shape[1], 1, 1, cu_q, cu_k, lengths, max_keys)
-        cmp = replace(slc, block=config.compress_block_size, stride=config.compress_stride)
-        if k_win.shape[1] == k.shape[1] and lengths_win is lengths:
+    def of(q: Tensor, branches: Branches, max_keys: int = 0) -> "Layouts":
+        """`max_keys`: a bound on the keys of the longest packed sequence; 0: none is known."""
+        streams, where, s = branches, branches.slc.where, branches.slc.k.shape[1]
+        slc = Layout(*q.shape[:2], s, 1, 1, *on_device(where, q.device), max_keys)
+        cmp = replace(slc, block=streams.cmp.block, stride=streams.cmp.stride)
+        if streams.win.k.shape[1] == s and streams.win.where is where:
             return Layouts(cmp, slc, slc)
-        return Layouts(cmp, slc, replace(slc, s=k_win.shape[1], seqlens_k=lengths_win))
+        lengths = slc.seqlens_k if streams.win.where is where else on_device(streams.win.where, q.device)[2]
+        return Layouts(cmp, slc, replace(slc, s=streams.win.k.shape[1], seqlens_k=lengths))
+
+
+def on_device(where: Sequences, device: torch.device) -> list[Tensor | None]:
+    lengths = (where.cu_seqlens_q, where.cu_seqlens_k, where.seqlens_k)
+    return [None if x is None else x.to(device, torch.int32) for x in lengths]
 
 
 @dataclass(frozen=True)
@@ -59,18 +66,19 @@ class Saved:
 
 
 Keys = tuple[Tensor, Tensor]
+ThreeKeys = tuple[Keys, Keys, Keys]  # of cmp, slc, win
 
 
-def pairs(keys: Sequence[Tensor]) -> tuple[Keys, Keys, Keys]:
+def pairs(keys: Sequence[Tensor]) -> ThreeKeys:
     """Keys and values of the three branches (cmp, slc, win), one after another, as the kernels read them."""
     k_cmp, v_cmp, k, v, k_win, v_win = map(as_rows, keys)
     return (k_cmp, v_cmp), (k, v), (k_win, v_win)
 
 
 def attention_forward(
-    q: Tensor, cmp: Keys, slc: Keys, win: Keys, gates: Tensor, layouts: Layouts, config: NSAConfig, scale: float
+    q: Tensor, keys: ThreeKeys, gates: Tensor, layouts: Layouts, config: NSAConfig, scale: float
 ) -> tuple[Tensor, Saved]:
-    q, gates = as_rows(q), gates.contiguous()
+    (cmp, slc, win), q, gates = keys, as_rows(q), gates.contiguous()
     out_cmp, lse_cmp = contiguous_forward(q, *cmp, layouts.cmp, None, scale)
     block_indices = select_top_blocks(q, cmp[0], lse_cmp, layouts.cmp, config, scale)
     out_slc, lse_slc = selected_forward(q, *slc, block_indices, layouts.slc, config, scale)
@@ -80,15 +88,15 @@ def attention_forward(
 
 
 def attention_backward(
-    q: Tensor, cmp: Keys, slc: Keys, win: Keys, gates: Tensor, d_out: Tensor, saved: Saved,
+    q: Tensor, keys: ThreeKeys, gates: Tensor, d_out: Tensor, saved: Saved,
     layouts: Layouts, config: NSAConfig, scale: float, nonnegative_gates: bool = True,
-) -> tuple[Tensor, Keys, Keys, Keys, Tensor]:  # fmt: skip
-    """Gradients of q, of the three pairs of keys and values, and of the gates.
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, of keys and values of cmp, slc, win, and of the gates.
 
     With gates that may be negative (`nonnegative_gates` False), the size of a gate goes into the log-sum-exp and its
     sign into a copy of d_out, one branch at a time.
     """
-    q, gates, d_out = as_rows(q), gates.contiguous(), d_out.contiguous()
+    (cmp, slc, win), q, gates, d_out = keys, as_rows(q), gates.contiguous(), d_out.contiguous()
     d_gates, deltas, lses = gates_backward(saved.outs, saved.lses, gates, d_out, nonnegative_gates)
 
     def of_branch(branch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,4 +107,4 @@ def attention_backward(
     dq, *d_win = contiguous_backward(q, *win, *of_branch(2), layouts.win, config.window_size, scale, dq)
     arguments = (*of_branch(1), layouts.slc, config, scale)
     dq, *d_slc = selected_gradients(q, *slc, saved.block_indices, *arguments, add_to=dq)
-    return dq, tuple(d_cmp), tuple(d_slc), tuple(d_win), d_gates
+    return dq, *d_cmp, *d_slc, *d_win, d_gates

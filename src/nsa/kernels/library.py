@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa.backend import why_not_triton
 from nsa.config import SIZES, NSAConfig
-from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward, pairs
+from nsa.kernels.attention import Layouts, Saved, attention_backward, attention_forward, on_device, pairs
 from nsa.kernels.contiguous_backward import contiguous_backward
 from nsa.kernels.contiguous_forward import contiguous_forward
 from nsa.kernels.launch import as_rows
@@ -21,6 +21,7 @@ from nsa.kernels.rows import rowsum_delta
 from nsa.kernels.selected_forward import selected_forward
 from nsa.kernels.selected_gradients import selected_gradients
 from nsa.kernels.selection import select_top_blocks
+from nsa.streams import Blocks, Branches, Reach, Stream, Window
 
 
 def sizes_of(config: NSAConfig) -> list[int]:
@@ -184,41 +185,25 @@ selected_attention.register_autograd(_selected_gradients, setup_context=_save_se
 
 @torch.library.custom_op("nsa::native_sparse_attention", mutates_args=())
 def whole(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
-    sizes: list[int], scale: float, nonnegative_gates: bool, max_keys: int = 0,
+    q: Tensor, keys: list[Tensor], gates: Tensor, lengths: list[Tensor | None],
+    sizes: list[int], scale: float, nonnegative_gates: bool, max_keys: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out; then what backward needs: the branches' outputs and log-sum-exps (cmp, slc, win), block_indices.
+
+    keys: k and v of cmp, slc, win. lengths: cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win.
 
     An operator costs the host a third of a millisecond, so `kernels.functional` takes it only where it is traced.
     """
     config = _config(sizes)
-    layouts = Layouts.of(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config, max_keys)
-    keys = (k_cmp, v_cmp, k, v, k_win, v_win)
+    layouts = Layouts.of(q, Branches.of(config, keys, lengths), max_keys)
     with _serving(q, *keys, scale=scale):
-        out, saved = attention_forward(q, *pairs(keys), gates, layouts, config, scale)
+        out, saved = attention_forward(q, pairs(keys), gates, layouts, config, scale)
     return out, *saved.tensors
 
 
 @whole.register_fake
-def _(
-    q,
-    k_cmp,
-    v_cmp,
-    k,
-    v,
-    k_win,
-    v_win,
-    gates,
-    cu_q,
-    cu_k,
-    lengths,
-    lengths_win,
-    sizes,
-    scale,
-    nonnegative_gates,
-    max_keys=0,
-):
+def _(q, keys, gates, lengths, sizes, *_):
+    _, _, k, v, *_ = keys
     outs, lses = zip(*(_like_out(q, v) for _ in range(3)), strict=True)
     indices = q.new_empty(q.shape[0], q.shape[1], k.shape[2], sizes[3], dtype=torch.int32)
     return q.new_empty(*q.shape[:3], v.shape[3]), *outs, *lses, indices
@@ -226,37 +211,47 @@ def _(
 
 @torch.library.custom_op("nsa::native_sparse_attention_backward", mutates_args=())
 def whole_backward(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    d_out: Tensor, saved: list[Tensor],
-    cu_q: Tensor | None, cu_k: Tensor | None, lengths: Tensor | None, lengths_win: Tensor | None,
-    sizes: list[int], scale: float, nonnegative_gates: bool, max_keys: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, keys: list[Tensor], gates: Tensor, d_out: Tensor, saved: list[Tensor], lengths: list[Tensor | None],
+    sizes: list[int], scale: float, nonnegative_gates: bool, max_keys: int,
+) -> list[Tensor]:  # fmt: skip
     config = _config(sizes)
-    layouts = Layouts.of(q, k, k_win, cu_q, cu_k, lengths, lengths_win, config, max_keys)
-    keys = (k_cmp, v_cmp, k, v, k_win, v_win)
+    layouts = Layouts.of(q, Branches.of(config, keys, lengths), max_keys)
     with _serving(q, *keys, scale=scale):
-        dq, d_cmp, d_slc, d_win, d_gates = attention_backward(
-            q, *pairs(keys), gates, d_out, Saved.of(saved), layouts, config, scale, nonnegative_gates
-        )
-    return dq, *d_cmp, *d_slc, *d_win, d_gates
+        rest = (layouts, config, scale, nonnegative_gates)
+        return list(attention_backward(q, pairs(keys), gates, d_out, Saved.of(saved), *rest))
 
 
 @whole_backward.register_fake
-def _(q, k_cmp, v_cmp, k, v, k_win, v_win, gates, *_):
-    inputs = (q, k_cmp, v_cmp, k, v, k_win, v_win, gates)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+def _(q, keys, gates, *_):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, *keys, gates)]
 
 
 def _save_whole(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # only the first output has a gradient; three of the others are as large
-    ctx.save_for_backward(*inputs[:8], *output[1:], *inputs[8:12])
-    ctx.rest = inputs[12:]
+    q, keys, gates, lengths, *ctx.rest = inputs
+    ctx.save_for_backward(q, *keys, gates, *output[1:], *lengths)
 
 
 def _whole_gradients(ctx, d_out, *_):
-    tensors = ctx.saved_tensors
-    grads = whole_backward(*tensors[:8], d_out, list(tensors[8:15]), *tensors[15:], *ctx.rest)
-    return *grads, *[None] * 8
+    q, *keys, gates = (tensors := ctx.saved_tensors)[:8]
+    saved, lengths = list(tensors[8:15]), list(tensors[15:])
+    dq, *d_keys, d_gates = whole_backward(q, keys, gates, d_out, saved, lengths, *ctx.rest)
+    return dq, d_keys, d_gates, *[None] * 5
 
 
 whole.register_autograd(_whole_gradients, setup_context=_save_whole)
+
+
+# ---- any branch ----------------------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, stream: Stream, reach: Reach, scale: float) -> tuple[Tensor, Tensor]:
+    """`nsa.ops.attend.attend`."""
+    k, v, block, stride, where, num_tokens = stream
+    lengths = on_device(where, q.device)
+    if isinstance(reach, Blocks):
+        only_the_third_matters = [1, 1, reach.size, 2, 1, 1, 1]
+        return selected_attention(q, k, v, reach.indices, *lengths, only_the_third_matters, scale)
+    window = reach.size if isinstance(reach, Window) else 0
+    s = k.shape[1] if num_tokens is None else num_tokens
+    return contiguous_attention(q, k, v, *lengths, s, block, stride, window, scale)

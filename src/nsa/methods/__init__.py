@@ -1,1 +1,1 @@
-"""Trained attention methods beside NSA, one a file."""
+"""Trained attention methods, one a file: which streams a query reads, and how what it finds is added."""

@@ -1,22 +1,22 @@
 """InfLLM-V2 as a function: a dense layer's q, k and v, of whose keys each query reads some blocks and no more."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.backend import Backend, resolve
-from nsa.composed import autograd_inside, is_traced
+from nsa.composed import as_operator, is_traced
 from nsa.config import InfLLMv2Config
-from nsa.ops.causal_attention import causal_attention
+from nsa.ops.attend import attend
+from nsa.ops.causal_attention import causal_attention, sees_all
 from nsa.ops.compress import compress, phi_mean
 from nsa.ops.pooled_selection import select_by_pooled_keys
-from nsa.ops.selected_attention import selected_attention
 from nsa.ops.tiled_attention import factor
-from nsa.ops.window_attention import window_attention
 from nsa.shapes import Sequences, bind
+from nsa.streams import Blocks, Causal, Stream
 
 OP = "infllm_v2_attention"
 DEFAULT = InfLLMv2Config()
@@ -80,36 +80,36 @@ def infllm_v2_attention(
     # The sums inside are fp32; autocast would round their terms.
     with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
         on = resolve(q, k, v, scale=scale, backend=backend)
-        lengths = (cu_seqlens_q, cu_seqlens_k, seqlens_k)
+        lengths = [cu_seqlens_q, cu_seqlens_k, seqlens_k]
         if is_traced(q):
-            return _as_operator(q, k, v, k_pool, *lengths, config.sizes, scale, on)
-        return _attend(q, k, v, k_pool, *lengths, config, scale, on)
+            return _operator([q, k, v], [*lengths, k_pool], [*config.sizes, int(on == "triton")], scale)
+        return attend_to_listed(q, Stream(k, v, where=Sequences(*lengths)), k_pool, config, scale, on)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
-    lengths: Tensor | None, config: InfLLMv2Config, scale: float, on: Literal["torch", "triton"],
-) -> Tensor:  # fmt: skip
-    sequences, s = Sequences(cu_q, cu_k, lengths), k.shape[1]
-    on_device = [None if x is None else x.to(q.device, torch.int32) for x in (cu_q, cu_k, lengths)]
+def attend_to_listed(
+    q: Tensor, raw: Stream, k_pool: Tensor | None, config: InfLLMv2Config, scale: float, on: Backend
+) -> Tensor:
+    """The steps of the method; `k_pool` None: means of raw's keys."""
+    s, where, blocks = raw.k.shape[1], raw.where, config.blocks
     if s <= config.sees_all:
-        if on == "triton":
-            from nsa.kernels.library import contiguous_attention  # only where triton is installed
-
-            return contiguous_attention(q, k, v, *on_device, s, 1, 1, 0, scale)[0]
-        if sequences.is_uniform and 0 < s == q.shape[1] and q.shape[-1] == v.shape[-1] and q.device.type == "cpu":
-            return causal_attention(q, k, v, scale=scale)
-        return window_attention(q, k, v, max(1, s), sequences=sequences, scale=scale)[0]
-
+        if on == "torch" and sees_all(q, raw, s):
+            return causal_attention(q, raw.k, raw.v, scale=scale)
+        return attend(q, raw, Causal(), scale=scale, backend=on)[0]
     if k_pool is None:
         with torch.no_grad():
-            k_pool = compress(k, phi_mean, config.blocks, sequences=sequences)
-    block_indices = select_by_pooled_keys(q, k_pool, config, num_keys=s, sequences=sequences, scale=scale)
-    if on == "triton":
-        from nsa.kernels.library import selected_attention as on_kernels
+            k_pool = compress(raw.k, phi_mean, blocks, sequences=where)
+    indices = select_by_pooled_keys(q, k_pool, config, num_keys=s, sequences=where, scale=scale)
+    listed = Blocks(indices, blocks.select_block_size, blocks.num_local_blocks)
+    return attend(q, raw, listed, scale=scale, backend=on)[0]
 
-        return on_kernels(q, k, v, block_indices, *on_device, config.blocks.sizes, scale)[0]
-    return selected_attention(q, k, v, block_indices, config.blocks, sequences=sequences, scale=scale)[0]
+
+def _attend(tensors: Sequence[Tensor], others: Sequence[Tensor | None], sizes: list[int], scale: float) -> Tensor:
+    (q, k, v), (*lengths, k_pool), (*numbers, on_kernels) = tensors, others, sizes
+    raw, config = Stream(k, v, where=Sequences(*lengths)), InfLLMv2Config.from_sizes(numbers)
+    return attend_to_listed(q, raw, k_pool, config, scale, "triton" if on_kernels else "torch")
+
+
+_operator = as_operator("infllm_v2_attention", _attend)
 
 
 # ---- what the function takes ----
@@ -148,54 +148,3 @@ def _check_lengths(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | Non
         raise ValueError(f"{OP}: seqlens_k should have shape [b={b}], got {list(lengths.shape)}")
     elif lengths is None and t > s:
         raise ValueError(f"{OP}: q holds the last t of the s positions of k: expected t <= s, got t = {t}, s = {s}")
-
-
-# ---- one operator, for torch.compile, torch.export and fake tensors: the work depends on lengths ----
-
-
-@torch.library.custom_op("nsa::infllm_v2_attention", mutates_args=())
-def _as_operator(
-    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
-    lengths: Tensor | None, sizes: list[int], scale: float, on: str,
-) -> Tensor:  # fmt: skip
-    config = InfLLMv2Config.from_sizes(sizes)
-    return _attend(q, k, v, k_pool, cu_q, cu_k, lengths, config, scale, _known(on)).contiguous()
-
-
-@_as_operator.register_fake
-def _(q, k, v, *_):
-    return q.new_empty(*q.shape[:3], v.shape[3])
-
-
-@torch.library.custom_op("nsa::infllm_v2_attention_backward", mutates_args=())
-def _operator_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
-    lengths: Tensor | None, sizes: list[int], scale: float, on: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    config = InfLLMv2Config.from_sizes(sizes)
-    with autograd_inside(), torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = _attend(leaves[0], leaves[1], leaves[2], k_pool, cu_q, cu_k, lengths, config, scale, _known(on))
-        dq, dk, dv = torch.autograd.grad(out, leaves, d_out, allow_unused=True, materialize_grads=True)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
-
-
-@_operator_backward.register_fake
-def _(d_out, q, k, v, *_):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def _known(on: str) -> Literal["torch", "triton"]:
-    return "triton" if on == "triton" else "torch"
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:7])
-    ctx.rest = inputs[7:]
-
-
-def _gradients(ctx, d_out):
-    return *_operator_backward(d_out, *ctx.saved_tensors, *ctx.rest), *[None] * 7
-
-
-_as_operator.register_autograd(_gradients, setup_context=_save)

@@ -11,6 +11,7 @@ from nsa.ops.tiled_attention import factor
 from nsa.ops.tiles import accumulation_dtype, are_finite
 from nsa.ops.window_attention import window_attention
 from nsa.shapes import bind
+from nsa.streams import Stream
 
 
 def causal_attention(
@@ -49,6 +50,13 @@ def causal_attention(
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     attend = _Causal.apply if needs_gradients else _by_kernel
     return attend(q_wide, k_wide, v_wide, scale).to(q.dtype)
+
+
+def sees_all(q: Tensor, stream: Stream, size: int) -> bool:
+    """Whether a branch that reaches `size` tokens back sees all of the past, and PyTorch has a kernel for that."""
+    k, v = stream.k, stream.v
+    is_whole = stream.where.is_uniform and 0 < k.shape[1] == q.shape[1] <= size
+    return is_whole and q.device.type == "cpu" and k.shape[-1] == v.shape[-1]
 
 
 class _Causal(torch.autograd.Function):

@@ -10,6 +10,7 @@ from nsa.config import NSAConfig
 from nsa.ops.tiled_attention import tiled_attention
 from nsa.ops.tiles import Mask, Tile, tile_elements
 from nsa.shapes import UNIFORM, Part, Sequences, bind
+from nsa.streams import Stream
 
 # More queries in a tile than this would mostly add blocks that the first of them do not see.
 MAX_QUERIES_PER_TILE = 256
@@ -48,42 +49,44 @@ def compressed_attention(
     Source: paper eqs. 5 and 7. Tested against the fp64 brute force of nsa.testing.
     """
     bind("compressed_attention", q=(q, "b t h d"), k_cmp=(k_cmp, "b c g d"), v_cmp=(v_cmp, "b c g e"))
-    tiles = compressed_tiles("compressed_attention", q, k_cmp, config, num_keys, sequences)
-    return tiled_attention(q, k_cmp, v_cmp, tiles, scale=scale)
+    cmp = compressed_stream(k_cmp, v_cmp, config, sequences, num_keys)
+    return tiled_attention(q, k_cmp, v_cmp, causal_tiles(q, cmp, op="compressed_attention"), scale=scale)
 
 
-def compressed_tiles(
-    op: str, q: Tensor, k_cmp: Tensor, config: NSAConfig, num_keys: int | None, sequences: Sequences
-) -> Callable[[], Iterator[Tile]]:
-    """Runs of neighbouring queries against every block that the last of them sees; one tile a query."""
-    h = q.shape[2]
-    if sequences.seqlens_k is None:
-        s = q.shape[1] if num_keys is None else num_keys
-        expected, found = sequences.num_compressed_blocks(config, s), k_cmp.shape[1]
-        if sequences.is_packed and found < expected:
+def compressed_stream(
+    k_cmp: Tensor, v_cmp: Tensor, config: NSAConfig, where: Sequences, num_keys: int | None = None
+) -> Stream:
+    return Stream(k_cmp, v_cmp, config.compress_block_size, config.compress_stride, where, num_keys)
+
+
+def causal_tiles(q: Tensor, stream: Stream, *, op: str = "attend") -> Callable[[], Iterator[Tile]]:
+    """Runs of neighbouring queries against every entry that the last of them sees; one tile a query."""
+    h, where, found = q.shape[2], stream.where, stream.k.shape[1]
+    if where.seqlens_k is None:
+        s = _num_tokens(q, stream)
+        expected = where.num_entries(stream.num_entries, s or 0)
+        if where.is_packed and found < expected:
             raise ValueError(
                 f"{op}: expected at least {expected} compressed blocks for the packed sequences, got {found}"
             )
-        if not sequences.is_packed and found != expected:
+        if not where.is_packed and found != expected:
             raise ValueError(f"{op}: expected {expected} compressed blocks for {s} keys, got {found}")
 
     def tiles() -> Iterator[Tile]:
-        for part in compressed_parts(q, config, num_keys, sequences):
-            if config.num_compressed_blocks(part.num_keys) > k_cmp.shape[1]:
-                raise ValueError(
-                    f"{op}: {part.num_keys} keys need more than the {k_cmp.shape[1]} compressed blocks given"
-                )
+        for part in parts_of(q, stream):
+            if stream.num_entries(part.num_keys) > found:
+                raise ValueError(f"{op}: {part.num_keys} keys need more than the {found} compressed blocks given")
             rows = part.rows.stop - part.rows.start
-            # The first query that sees a block is at position l - 1; those before it, and padding, get no tile.
-            first = max(0, config.compress_block_size - 1 - part.first_position)
+            # The first query that sees an entry is at position block - 1; those before it, and padding, get no tile.
+            first = max(0, stream.block - 1 - part.first_position)
             while first < part.num_queries:
-                visible = config.num_visible_compressed_blocks(part.first_position + first)
+                visible = stream.num_entries(part.first_position + first + 1)
                 # More than elsewhere: long rows of keys are scored in pieces, and read for more queries at once.
                 room = max(1, 4 * tile_elements() // (rows * h * (visible + 1)))
                 last = min(first + min(room, MAX_QUERIES_PER_TILE), part.num_queries)
                 positions = torch.arange(first, last, device=q.device) + part.first_position
-                blocks = torch.arange(visible, config.num_compressed_blocks(part.first_position + last))
-                ends = blocks.to(q.device) * config.compress_stride + config.compress_block_size - 1
+                entries = torch.arange(visible, stream.num_entries(part.first_position + last))
+                ends = entries.to(q.device) * stream.stride + stream.block - 1
                 yield Tile(
                     part.rows,
                     slice(None),
@@ -97,8 +100,13 @@ def compressed_tiles(
     return tiles
 
 
-def compressed_parts(q: Tensor, config: NSAConfig, num_keys: int | None, sequences: Sequences) -> Iterator[Part]:
-    """The sequences behind compressed keys: of the lengths given, or of num_keys (by default t) tokens a row."""
+def parts_of(q: Tensor, stream: Stream) -> Iterator[Part]:
+    """The sequences behind a stream: of the lengths given, or of `num_tokens` (by default t) tokens a row."""
     b, t = q.shape[:2]
-    has_lengths = sequences.is_packed or sequences.seqlens_k is not None
-    return sequences.parts(config, b, t, t if num_keys is None and not has_lengths else num_keys)
+    return stream.where.parts(stream.num_entries, b, t, _num_tokens(q, stream))
+
+
+def _num_tokens(q: Tensor, stream: Stream) -> int | None:
+    if not stream.is_pooled:
+        return stream.k.shape[1]
+    return q.shape[1] if stream.num_tokens is None and stream.where.is_uniform else stream.num_tokens

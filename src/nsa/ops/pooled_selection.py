@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import InfLLMv2Config
-from nsa.ops.compressed_attention import compressed_parts
+from nsa.ops.compressed_attention import compressed_stream, parts_of
 from nsa.ops.selection import top_blocks
 from nsa.ops.tiles import accumulation_dtype, tile_elements
 from nsa.shapes import UNIFORM, Part, Sequences, bind
@@ -68,7 +68,7 @@ def select_by_pooled_keys(
     width = list_width(config, num_keys)
     slots = torch.arange(width, device=q.device, dtype=torch.int32)
     block_indices = q.new_full((b, g, t, width), -1, dtype=torch.int32)
-    for part in compressed_parts(q, config.blocks, num_keys, sequences):
+    for part in parts_of(q, compressed_stream(k_pool, k_pool, config.blocks, sequences, num_keys)):
         first, few = (min(max(0, x - part.first_position), part.num_queries) for x in (0, config.sees_all))
         own = _positions(part, first, few, q.device) // config.block_size
         chosen = slots.where(slots <= own[:, None], -1)
@@ -105,7 +105,7 @@ def pooled_scores(
     """
     op = "pooled_scores"
     b, t, *_, g = bind(op, q=(q, "b t h d"), k_pool=(k_pool, "b c g d")).values()
-    parts = list(compressed_parts(q, config.blocks, num_keys, sequences))
+    parts = list(parts_of(q, compressed_stream(k_pool, k_pool, config.blocks, sequences, num_keys)))
     blocks = config.blocks.num_selection_blocks(max((part.num_keys for part in parts), default=0))
     found = q.new_zeros((b, g, t, blocks), dtype=accumulation_dtype(q.dtype))
     for part in parts:

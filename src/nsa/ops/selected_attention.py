@@ -4,7 +4,7 @@ Three ways to tile the same sum, chosen by size. Gathering n*l' keys for every q
 arithmetic, so long sequences go key-block-outer: each block once, against all queries that selected it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from nsa.config import NSAConfig
 from nsa.ops.tiled_attention import tiled_attention
 from nsa.ops.tiles import Mask, Tile, tile_elements
 from nsa.shapes import UNIFORM, Part, Sequences, bind
+from nsa.streams import Blocks, Stream
 
 Tiling = Literal["by_query", "by_block", "masked"]
 
@@ -60,38 +61,47 @@ def selected_attention(
 
     Source: paper eq. 12. Tested against the fp64 brute force of nsa.testing in each tiling.
     """
-    sizes = bind(
+    bind(
         "selected_attention",
         q=(q, "b t h d"),
         k=(k, "b s g d"),
         v=(v, "b s g e"),
         block_indices=(block_indices, "b t g n"),
     )
-    size = config.select_block_size
     if tiling is not None and tiling not in get_args(Tiling):
         raise ValueError(f"selected_attention: tiling should be one of {get_args(Tiling)}, got {tiling!r}")
+    reach = Blocks(block_indices, config.select_block_size, config.num_local_blocks)
+    tiles = block_tiles(q, Stream(k, v, where=sequences), reach, tiling=tiling)
+    return tiled_attention(q, k, v, tiles, scale=scale)
+
+
+def block_tiles(
+    q: Tensor, stream: Stream, reach: Blocks, *, tiling: Tiling | None = None
+) -> Callable[[], Iterator[Tile]]:
+    """In the order of work that is cheapest for each part, or in one way for all."""
+    (b, t, h, _), (_, s, g, _), size = q.shape, stream.k.shape, reach.size
 
     def tiles() -> Iterator[Tile]:
-        for part in sequences.parts(config, sizes["b"], sizes["t"], sizes["s"]):
+        for part in stream.where.parts(None, b, t, s):
             if part.num_queries == 0 or part.num_keys == 0:
                 continue
-            blocks = config.num_selection_blocks(part.num_keys)
+            blocks = -(-part.num_keys // size)
             queries = slice(part.q_start, part.q_start + part.num_queries)
-            chosen = block_indices[part.rows, queries].transpose(1, 2).long()  # [rows, g, t, n]
+            chosen = reach.indices[part.rows, queries].transpose(1, 2).long()  # [rows, g, t, n]
             if int(chosen.max()) >= blocks or int(chosen.min()) < -1:
                 raise ValueError(
                     f"selected_attention: block indices should lie between -1 and {blocks - 1} "
                     f"({part.num_keys} keys), got {int(chosen.min())} to {int(chosen.max())}"
                 )
-            way = tiling or _cheapest(part, sizes["n"] * size)
+            way = tiling or _cheapest(part, chosen.shape[3] * size)
             if way == "by_query":
                 yield from _tiles_by_query(part, chosen, size)
             elif way == "by_block":
-                yield from _tiles_by_block(part, chosen, config, blocks, sizes["h"] // sizes["g"])
+                yield from _tiles_by_block(part, chosen, reach, h // g)
             else:
-                yield from _tiles_masked(part, chosen, size, blocks, sizes["h"])
+                yield from _tiles_masked(part, chosen, size, blocks, h)
 
-    return tiled_attention(q, k, v, tiles, scale=scale)
+    return tiles
 
 
 def _cheapest(part: Part, keys_per_query: int) -> Tiling:
@@ -119,10 +129,10 @@ def _tiles_by_query(part: Part, chosen: Tensor, size: int) -> Iterator[Tile]:
                     )
 
 
-def _tiles_by_block(part: Part, chosen: Tensor, config: NSAConfig, blocks: int, heads: int) -> Iterator[Tile]:
+def _tiles_by_block(part: Part, chosen: Tensor, reach: Blocks, heads: int) -> Iterator[Tile]:
     """Each key block against all queries that selected it, in order, a bounded number at a time."""
     rows, groups, _, n = chosen.shape
-    size = config.select_block_size
+    size, blocks = reach.size, -(-part.num_keys // reach.size)
     room = max(1, tile_elements() // (heads * size))
     for row in range(rows):
         row_slice = slice(part.rows.start + row, part.rows.start + row + 1)
@@ -135,7 +145,7 @@ def _tiles_by_block(part: Part, chosen: Tensor, config: NSAConfig, blocks: int, 
                 queries = queries_by_block[bounds[block] : bounds[block + 1]]
                 # First the queries that the block is local to, which mostly follow one another, those inside it among
                 # them: they see a part of it. Then those far after it.
-                end = high + (config.num_local_blocks - 1) * size
+                end = high + (reach.num_local - 1) * size
                 local = int(torch.searchsorted(queries, end - part.first_position))
                 for run in (*queries[:local].split(room), *queries[local:].split(room)):
                     if len(run) == 0:

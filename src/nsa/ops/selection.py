@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.compressed_attention import compressed_parts, compressed_tiles
+from nsa.ops.compressed_attention import causal_tiles, compressed_stream, parts_of
 from nsa.ops.tiled_attention import tiled_attention
 from nsa.ops.tiles import Tile
 from nsa.shapes import UNIFORM, Sequences, bind
+from nsa.streams import Stream
 
 # Queries that share the operations of the choice.
 QUERIES_TO_CHOOSE_FOR = 256
@@ -46,16 +47,23 @@ def compressed_attention_and_selection(
     """
     op = "compressed_attention_and_selection"
     bind(op, q=(q, "b t h d"), k_cmp=(k_cmp, "b c g d"), v_cmp=(v_cmp, "b c g e"))
-    tiles = compressed_tiles(op, q, k_cmp, config, num_keys, sequences)
+    return attend_and_select(q, compressed_stream(k_cmp, v_cmp, config, sequences, num_keys), config, scale=scale)
+
+
+def attend_and_select(
+    q: Tensor, cmp: Stream, config: NSAConfig, *, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`compressed_attention_and_selection` of a stream."""
+    tiles = causal_tiles(q, cmp, op="compressed_attention_and_selection")
     b, t, _, _ = q.shape
-    block_indices = q.new_full((b, k_cmp.shape[2], t, config.num_selected_blocks), -1, dtype=torch.int32)
+    block_indices = q.new_full((b, cmp.k.shape[2], t, config.num_selected_blocks), -1, dtype=torch.int32)
     # A query that sees no compressed block is before position l - 1, so in selection block 0: its whole past.
-    for part in compressed_parts(q, config, num_keys, sequences):
+    for part in parts_of(q, cmp):
         padding = max(0, -part.first_position)
         block_indices[part.rows, :, part.q_start + padding : part.q_start + part.num_queries, 0] = 0
 
     chooser = _Chooser(block_indices, config)
-    out, lse = tiled_attention(q, k_cmp, v_cmp, tiles, scale=scale, observe=chooser.observe)
+    out, lse = tiled_attention(q, cmp.k, cmp.v, tiles, scale=scale, observe=chooser.observe)
     chooser.choose()
     return out, lse, block_indices.transpose(1, 2)
 
@@ -103,9 +111,10 @@ def block_scores(
     """
     op = "block_scores"
     bind(op, q=(q, "b t h d"), k_cmp=(k_cmp, "b c g d"))
-    tiles = compressed_tiles(op, q, k_cmp, config, num_keys, sequences)
+    cmp = compressed_stream(k_cmp, k_cmp[..., :0], config, sequences, num_keys)
+    tiles = causal_tiles(q, cmp, op=op)
     b, t, _, _ = q.shape
-    parts = compressed_parts(q, config, num_keys, sequences)
+    parts = parts_of(q, cmp)
     longest = max((part.num_keys for part in parts), default=0)
     blocks = config.num_selection_blocks(longest)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -116,7 +125,7 @@ def block_scores(
         known = scores[tile.rows, :, tile.queries, : tile_scores.shape[-1]]
         known.copy_(tile_scores if of is None else tile_scores.where(of.unsqueeze(-1), known))
 
-    tiled_attention(q, k_cmp, k_cmp[..., :0], tiles, scale=scale, observe=observe)
+    tiled_attention(q, cmp.k, cmp.v, tiles, scale=scale, observe=observe)
     return scores.transpose(1, 2)
 
 

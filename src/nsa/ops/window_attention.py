@@ -1,6 +1,6 @@
 """The sliding window: each query attends to the w keys that end at its own position (paper, section 3.3.3)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from torch import Tensor
 from nsa.ops.tiled_attention import tiled_attention
 from nsa.ops.tiles import Mask, Tile, tile_elements
 from nsa.shapes import UNIFORM, Sequences, bind
+from nsa.streams import Stream, Window
 
 # Queries that share a tile, or a quarter of the window if that is more: four of five keys are then visible to a query.
 MAX_QUERIES_PER_TILE = 64
@@ -44,15 +45,21 @@ def window_attention(
 
     Source: paper section 3.3.3. Tested against the fp64 brute force of nsa.testing.
     """
-    sizes = bind("window_attention", q=(q, "b t h d"), k=(k, "b s g d"), v=(v, "b s g e"))
+    bind("window_attention", q=(q, "b t h d"), k=(k, "b s g d"), v=(v, "b s g e"))
+    return tiled_attention(q, k, v, window_tiles(q, Stream(k, v, where=sequences), Window(window_size)), scale=scale)
+
+
+def window_tiles(q: Tensor, stream: Stream, reach: Window) -> Callable[[], Iterator[Tile]]:
+    """Runs of neighbouring queries against the keys that some of them see; one tile a query."""
+    (b, t, h, _), s, window_size = q.shape, stream.k.shape[1], reach.size
     if window_size < 1:
         raise ValueError(f"window_attention: window_size should be at least 1, got {window_size}")
 
     def tiles() -> Iterator[Tile]:
-        for part in sequences.parts(None, sizes["b"], sizes["t"], sizes["s"]):
+        for part in stream.where.parts(None, b, t, s):
             # Leading queries at negative positions are padding: no tile touches them.
             padding = max(0, -part.first_position)
-            room = max(1, tile_elements() // ((part.rows.stop - part.rows.start) * sizes["h"] * window_size))
+            room = max(1, tile_elements() // ((part.rows.stop - part.rows.start) * h * window_size))
             size = min(room, max(MAX_QUERIES_PER_TILE, window_size // 4))
             for first in range(padding, part.num_queries, size):
                 last = min(first + size, part.num_queries)
@@ -76,4 +83,4 @@ def window_attention(
                     typical_key=positions - low,  # the own one
                 )
 
-    return tiled_attention(q, k, v, tiles, scale=scale)
+    return tiles

@@ -1,0 +1,60 @@
+"""Native Sparse Attention (arXiv:2502.11089, section 3): three branches, added by their gates."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from nsa.composed import as_operator, is_traced
+from nsa.config import NSAConfig
+from nsa.ops.attend import attend
+from nsa.ops.causal_attention import causal_attention, sees_all
+from nsa.ops.combine import combine
+from nsa.ops.selection import attend_and_select
+from nsa.streams import Blocks, Branches, Causal, Window
+
+
+def compose(q: Tensor, branches: Branches, gates: Tensor, config: NSAConfig, scale: float) -> Tensor:
+    """The steps of the paper by the PyTorch operations."""
+    cmp, slc, win = branches
+    selects_all = sees_all(q, slc, config.num_selected_blocks * config.select_block_size)
+    if selects_all:
+        out_cmp, _ = attend(q, cmp, Causal(), scale=scale, backend="torch")
+        out_slc = causal_attention(q, slc.k, slc.v, scale=scale)
+    else:
+        out_cmp, _, indices = attend_and_select(q, cmp, config, scale=scale)
+        blocks = Blocks(indices, config.select_block_size, config.num_local_blocks)
+        out_slc, _ = attend(q, slc, blocks, scale=scale, backend="torch")
+    if not sees_all(q, win, config.window_size):
+        out_win, _ = attend(q, win, Window(config.window_size), scale=scale, backend="torch")
+    elif selects_all and win.k is slc.k and win.v is slc.v:
+        out_win = out_slc
+    else:
+        out_win = causal_attention(q, win.k, win.v, scale=scale)
+    return combine(out_cmp, out_slc, out_win, gates)
+
+
+# ---- what takes over ----------------------------------------------------------------------------------------
+
+
+def native_sparse_attention(
+    q: Tensor, branches: Branches, gates: Tensor, config: NSAConfig, scale: float, *,
+    on: Literal["torch", "triton"], nonnegative_gates: bool, max_seqlen_k: int | None,
+) -> Tensor:  # fmt: skip
+    """`nsa.functional.native_sparse_attention` of streams, all of it checked and filled in."""
+    if on == "triton":
+        from nsa.kernels.functional import native_sparse_attention as on_kernels  # only where triton is installed
+
+        return on_kernels(q, branches, gates, config, scale, nonnegative_gates, max_seqlen_k)
+    if is_traced(q):
+        return composed_attention([q, *branches.tensors, gates], branches.lengths, config.sizes, scale)
+    return compose(q, branches, gates, config, scale)
+
+
+def _compose(tensors: Sequence[Tensor], lengths: Sequence[Tensor | None], sizes: list[int], scale: float) -> Tensor:
+    q, *keys, gates = tensors
+    config = NSAConfig.from_sizes(sizes)
+    return compose(q, Branches.of(config, keys, lengths), gates, config, scale)
+
+
+composed_attention = as_operator("composed_attention", _compose)
