@@ -28,6 +28,7 @@ lint: $(STAMP)  ## the same checks as pre-commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_repository.py  # large files, links, results
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

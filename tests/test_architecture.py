@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # From the bottom up: a part may import itself, the parts beside it and those before it.
 LAYERS = [
-    {"config"},
+    {"config", "report"},
     {"shapes", "backend", "cache_tensors", "streams"},
     {"kernels"},
     {"ops"},
@@ -38,7 +38,8 @@ THIRD_PARTY = {
     "kernels": CORE | {"triton"},
     "models": CORE | HUGGING_FACE,
     "training": CORE | HUGGING_FACE | COMMAND_LINE,
-    "eval": CORE | HUGGING_FACE | COMMAND_LINE,
+    "report": {"jinja2", "markupsafe", "matplotlib", "rich"},
+    "eval": CORE | HUGGING_FACE | COMMAND_LINE | {"markupsafe"},
     "serving": CORE | HUGGING_FACE,
     "bench": CORE | HUGGING_FACE | COMMAND_LINE,
     "commands": COMMAND_LINE,

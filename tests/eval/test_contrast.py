@@ -5,9 +5,9 @@ from importlib.resources import files
 
 import pytest
 
-from nsa.eval.maps import color_of, ink_on
+from nsa.eval.report_pictures import color_of, ink_on
 
-CSS = files("nsa.eval").joinpath("report.css").read_text(encoding="utf-8")
+CSS = files("nsa.report").joinpath("page.css").read_text(encoding="utf-8")
 LIGHT, DARK = (
     dict(re.findall(r"--([\w-]+): ([^;]+);", scheme)) for scheme in re.findall(r":root \{(.*?)\}", CSS, re.S)
 )
@@ -15,7 +15,7 @@ DARK = {**LIGHT, **DARK}
 LEAST = 4.5
 
 COLORS = ("nsa", "dense", "window", *(f"other-{i}" for i in range(8)))
-# What is written in which colour on which ground: the rules of report.css, and the names beside the points of a chart.
+# What is written in which colour on which ground: the rules of page.css, and the names beside the points of a chart.
 PAIRS = [(text, ground) for text in ("ink", "soft", "faint", "nsa") for ground in ("bg", "card")]
 PAIRS += [("ink", "code"), ("faint", "code"), ("ink", "mark"), ("needle", "card")]
 PAIRS += [(color, "card") for color in COLORS]
@@ -58,9 +58,9 @@ def test_text_can_be_read_in_every_shade_of_the_blocks_that_were_chosen(scheme):
 
 
 def test_shares_can_be_read_in_every_cell_of_a_heat_map():
-    inks = {"cell": "#000000", "cell light": "#ffffff"}
-    assert "svg .cell { font-size: 13px; font-weight: 600; fill: #000000; }" in CSS
-    assert "svg .cell.light { fill: #ffffff; }" in CSS
+    inks = {"dark": "#000000", "light": "#ffffff"}
+    assert ".heat .dark { color: #000000; }" in CSS
+    assert ".heat .light { color: #ffffff; }" in CSS
     shares = [i / 100 for i in range(101)]
     assert min(contrast(rgb(inks[ink_on(share)]), rgb(color_of(share))) for share in shares) >= LEAST
 

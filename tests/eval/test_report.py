@@ -11,14 +11,15 @@ from xml.etree import ElementTree
 import pytest
 
 from nsa.config import NSAConfig
-from nsa.eval.maps import color_of, heat_map, marked_text
 from nsa.eval.pictures import BlockPicture, Curve, Head, KeysRead
-from nsa.eval.point_chart import NAME_HEIGHT, Point, as_file, point_chart
 from nsa.eval.report import Report
+from nsa.eval.report_pictures import color_of, heat_map, marked_text
 from nsa.eval.result import Result, paired_difference
-from nsa.eval.svg import HEIGHT, Series, format_number, line_chart
 from nsa.eval.table import blocks_of, own_and_shared
 from nsa.eval.tasks import Row
+from nsa.report.charts import HEIGHT, NAME_HEIGHT, Point, Series, as_file, line_chart, point_chart
+from nsa.report.page import part
+from nsa.report.table import format_number
 
 VOID = {"meta", "br"}
 
@@ -203,24 +204,31 @@ def test_rows_are_told_apart_by_what_differs():
 
 
 def test_the_heat_map_shows_every_cell_in_its_place():
-    svg = heat_map({(64, 0.0): (1, 4), (64, 1.0): (4, 4), (128, 0.0): (0, 4), (128, 1.0): (2, 4)}, title="t")
-    cells = re.findall(r"<title>(.*?)</title><rect x=\"(\d+)\" y=\"(\d+)\"", svg)
-    x = {title: int(x) for title, x, _ in cells}
-    y = {title: int(y) for title, _, y in cells}
-    assert x["128 tokens, needle at 0%: 0 of 4"] > x["64 tokens, needle at 0%: 1 of 4"]
-    assert y["64 tokens, needle at 100%: 4 of 4"] > y["64 tokens, needle at 0%: 1 of 4"]
+    counts = {(64, 0.0): (1, 4), (64, 1.0): (4, 4), (128, 0.0): (0, 4), (128, 1.0): (2, 4)}
+    html = part("heat_map", heat_map(counts, title="t"))
+    assert [re.findall(r'title="([^"]*)">([^<]*)<', row) for row in html.split("</tr>")[:2]] == [
+        [("64 tokens, needle at 0%: 1 of 4", "25%"), ("128 tokens, needle at 0%: 0 of 4", "0%")],
+        [("64 tokens, needle at 100%: 4 of 4", "100%"), ("128 tokens, needle at 100%: 2 of 4", "50%")],
+    ]
+    assert re.findall(r"<th>([^<]*)</th>", html) == ["0%", "100%", "depth", "64", "128", ""]
     assert len({color_of(0.0), color_of(0.5), color_of(1.0)}) == 3
+
+
+def text_page(*arguments, **more) -> Page:
+    page = Page(part("marked_text", list(marked_text(*arguments, **more))))
+    page.text = page.text.removesuffix("\n")  # after </pre>
+    return page
 
 
 def test_marked_text_is_the_text():
     pieces = list('if a < b: print("x")\n' * 20)
-    page = Page(marked_text(pieces, [0, 1, 0, 3], top=4, needle=(30, 70), block_size=16, context=10_000))
+    page = text_page(pieces, [0, 1, 0, 3], top=4, needle=(30, 70), block_size=16, context=10_000)
     assert page.text == "".join(pieces)
     assert page.attributes.count(("mark", "class", "needle-text")) == 4  # of four blocks: 30-31, 32-47, 48-63, 64-69
 
 
 def test_marked_text_leaves_out_what_nobody_selected():
-    page = Page(marked_text(["x"] * 1600, [1] + [0] * 99, top=1, needle=(1590, 1595), block_size=16, context=32))
+    page = text_page(["x"] * 1600, [1] + [0] * 99, top=1, needle=(1590, 1595), block_size=16, context=32)
     assert page.text.count("x") == 16 * 3 + 16 * 3
     assert "… 1,504 tokens …" in page.text
 
@@ -240,10 +248,11 @@ def test_numbers_are_short():
 
 def test_names_of_points_never_overlap_and_stand_in_the_order_of_their_dots():
     points = [
-        Point(name=f"m{i}", color="red", x=100.0 + i, y=0.5 + 0.001 * (i % 3), low=0.4, high=0.6) for i in range(9)
+        Point(name=f"m{i}", color="var(--nsa)", x=100.0 + i, y=0.5 + 0.001 * (i % 3), low=0.4, high=0.6)
+        for i in range(9)
     ]
     chart = point_chart(points, title="t", x_label="x", y_label="y", y_range=(0.0, 1.0))
-    names = re.findall(r'<text class="tick" x="[\d.]+" y="([\d.]+)" style="fill:red">m(\d)</text>', chart)
+    names = re.findall(r'<text class="tick" x="[\d.]+" y="([\d.]+)" [^>]*fill: var\(--nsa\)">m(\d)</text>', chart)
     heights = [float(y) for y, _ in names]
     assert len(names) == 9
     assert all(b - a >= NAME_HEIGHT - 0.1 for a, b in pairwise(heights))
@@ -254,6 +263,15 @@ def test_names_of_points_never_overlap_and_stand_in_the_order_of_their_dots():
     assert "no data" in empty
     without = point_chart([Point(name="a", color="red", x=1.0, y=1.0)], title="t", x_label="x", y_label="y")
     assert "nan" not in without
+
+
+def test_charts_write_letters_as_text_and_colours_as_the_pages_variables():
+    series = [Series(name="$a$ <b>", color="var(--nsa)", x=[1, 2], y=[1.0, 2.0], low=[0, 1], high=[2, 3], dots=True)]
+    chart = line_chart(series, title="t", x_label="tokens & more", y_label="y", log_x=True, named=True)
+    for said in (">tokens &amp; more</text>", ">$a$ &lt;b&gt;</text>", "<title>$a$ &lt;b&gt;: 2 at 2</title>"):
+        assert said in chart
+    assert not re.search(r"#[0-9a-fA-F]{3,6}|<defs|<use|url\(| id=|clip", chart)
+    assert chart == line_chart(series, title="t", x_label="tokens & more", y_label="y", log_x=True, named=True)
 
 
 def test_charts_as_a_file_are_one_picture_that_needs_no_page():

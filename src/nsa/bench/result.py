@@ -35,7 +35,10 @@ class Result:
         return [x for x in self.entries if x.part == part and inputs in (None, x.inputs)]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        """One entry a line, so that a result kept in a repository is short and its changes can be read."""
+        values = asdict(self)
+        entries = ",\n".join(json.dumps(entry) for entry in values.pop("entries"))
+        return json.dumps(values, indent=1)[:-2] + f',\n "entries": [\n{entries}\n ]\n}}'
 
     @staticmethod
     def from_json(text: str) -> "Result":

@@ -2,58 +2,32 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from nsa.bench.arguments import ShowArguments
 from nsa.bench.result import Entry, Result
+from nsa.report.table import Table
 
 DENSE = ("cuDNN", "FlashAttention-2", "FlexAttention", "dense")
 COLORS = {
-    "NSA": "#0b7285",
-    "NSA, correlated": "#66c2d0",
-    "cuDNN": "#c92a2a",
-    "FlashAttention-2": "#e8590c",
-    "FlexAttention": "#9c36b5",
-    "FlexAttention, selected branch": "#868e96",
-    "dense": "#c92a2a",
-    "phi": "#f08c00",
-    "NSA, no graph": "#66c2d0",
-    "dense, FlashAttention-2": "#e8590c",
-    "dense, cuDNN": "#c92a2a",
-    "dense, transformers": "#868e96",
+    "NSA": "nsa",
+    "NSA, correlated": "other-2",
+    "cuDNN": "other-4",
+    "FlashAttention-2": "window",
+    "FlexAttention": "other-0",
+    "FlexAttention, selected branch": "other-6",
+    "dense": "dense",
+    "window": "window",
+    "phi": "other-5",
+    "NSA, no graph": "other-2",
+    "dense, FlashAttention-2": "window",
+    "dense, cuDNN": "other-4",
+    "dense, transformers": "dense",
 }
-MARKERS = "osv^D"  # of the kinds of inputs
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first column names the row."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [f"### {self.title}", "", _line(self.header), "|---" * len(self.header) + "|"]
-        return "\n".join([*lines, *map(_line, self.rows)])
-
-    def rich(self) -> RichTable:
-        table = RichTable(title=self.title, box=box.SIMPLE, title_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+DASHES = ("-", "--", ":", "-.")  # of the kinds of inputs
 
 
 def tables(result: Result) -> list[Table]:
@@ -254,30 +228,25 @@ def write(result: Result, stem: Path) -> None:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Milliseconds over length, a panel a part, both axes logarithmic."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    """Milliseconds over length, a chart a part, both axes logarithmic."""
+    from nsa.report.charts import Series, as_file, line_chart
 
-    parts = [part for part in _parts(result) if part != "kernels"]
-    figure = Figure(figsize=(5.2 * max(1, len(parts)), 4.2), layout="constrained")
-    FigureCanvasSVG(figure)
-    for index, part in enumerate(parts):
-        axes = figure.add_subplot(1, len(parts), index + 1)
+    charts = []
+    for part in _parts(result):
+        series: list[Series] = []
         for number, inputs in enumerate(dict.fromkeys(entry.inputs for entry in result.of(part) if entry.ms)):
             entries = sorted(result.of(part, inputs), key=lambda x: x.length)
             for name in _names(entries):
                 label = name if inputs == "random" else f"{name}, {inputs}"
+                color = COLORS.get(label) or COLORS.get(name) or f"other-{len(series) % 8}"
                 points = [(x.length, x.ms[name]) for x in entries if name in x.ms]
-                style = "-" if name == "NSA" else "--"
-                color, marker = COLORS.get(label, COLORS.get(name)), MARKERS[number % len(MARKERS)]
-                axes.plot(*zip(*points, strict=True), style, marker=marker, ms=4, label=label, color=color)
-        lengths = sorted({x.length for x in result.of(part)})
-        axes.set(xscale="log", yscale="log", title=part, xlabel="tokens", ylabel="milliseconds")
-        axes.set_xticks(lengths, [f"{x // 1024}k" if x % 1024 == 0 else str(x) for x in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path)
+                lengths, times = zip(*points, strict=True)
+                series.append(Series(name=label, color=f"var(--{color})", x=lengths, y=times, dots=True,
+                                     dash=DASHES[number % len(DASHES)]))  # fmt: skip
+        labels = {"title": part, "x_label": "tokens", "y_label": "milliseconds"}
+        if part != "kernels":
+            charts.append((part, line_chart(series, **labels, log_x=True, log_y=True, named=True)))
+    path.write_text(as_file(charts), encoding="utf-8")
 
 
 def _number(value: float | None) -> str:

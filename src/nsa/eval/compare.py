@@ -17,14 +17,12 @@ from nsa.eval.compare_run import Prepared, load_model, remember, run_apart, run_
 from nsa.eval.compare_table import comparison_markdown, comparison_tables
 from nsa.eval.costs import Cost, Costs
 from nsa.eval.files import make_writable, refuse_to_lose
-from nsa.eval.method_sections import quality_charts
 from nsa.eval.methods import METHODS
 from nsa.eval.models import Candidate, check_folder
-from nsa.eval.point_chart import as_file
 from nsa.eval.report import Report
+from nsa.eval.report_charts import colors_of, quality_charts
 from nsa.eval.result import Result
 from nsa.eval.runner import circumstances
-from nsa.eval.sections import colors_of
 from nsa.eval.tasks import TASKS, Row
 from nsa.eval.tasks.lm_eval import PREFIX
 

@@ -4,16 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from nsa.eval.costs import HEADS, Costs
 from nsa.eval.result import Result, paired_difference
 from nsa.eval.scoring import wilson
 from nsa.eval.tasks import Continuation, Perplexity
 from nsa.eval.tasks.task import Row
+from nsa.report.table import Table
 
 LOSSES = (Perplexity.name, Continuation.name)
 
@@ -73,18 +71,9 @@ def _quality(rows: Sequence[Row], reference: Sequence[Row]) -> Quality:
     return Quality(value, *wilson(sum(row.correct or 0 for row in rows), sum(row.n for row in rows)))
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A table without its form."""
-
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
-
-
-def sheets_of(result: Result, costs: Costs) -> list[Sheet]:
+def tables_of(result: Result, costs: Costs) -> list[Table]:
     """Two a length, quality and costs; rows of lm-eval, which have no length, in one more."""
-    sheets = []
+    tables = []
     for length in costs.lengths():
         title = f"{length:,} tokens: right answers and their 95% interval; nats per token"
         title += f" and the difference from {result.reference}" if result.reference else ""
@@ -94,37 +83,24 @@ def sheets_of(result: Result, costs: Costs) -> list[Sheet]:
         for name in result.names:
             found = [qualities[task].get((name, length)) for task in columns]
             rows.append([name, *("no result" if quality is None else quality.text() for quality in found)])
-        sheets.append(Sheet(title, columns, rows))
+        tables.append(Table(title, ["", *columns], rows))
         title = "per query: keys attended to, keys read to choose (prefill + decode), time; cache of one sequence"
         here = {cost.method: cost for cost in costs.rows if cost.length == length}
-        sheets.append(Sheet(title, list(HEADS), [[name, *here[name].cells()] for name in result.names if name in here]))
+        tables.append(
+            Table(title, ["", *HEADS], [[name, *here[name].cells()] for name in result.names if name in here])
+        )
     harness = [(name, row) for name in result.names for row in result.rows[name] if "length" not in row.where]
     if harness:
         rows = [[name, row.where["task"], row.unit, f"{row.value:.4f}", str(row.n)] for name, row in harness]
-        sheets.append(Sheet("lm-eval", ["task", "metric", "value", "n"], rows))
-    return sheets
+        tables.append(Table("lm-eval", ["", "task", "metric", "value", "n"], rows))
+    return tables
 
 
 def comparison_tables(result: Result, costs: Costs) -> Group:
     """For the terminal."""
-    tables = []
-    for sheet in sheets_of(result, costs):
-        table = Table(
-            title=Text(sheet.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        table.add_column("", min_width=13, no_wrap=True)
-        for head in sheet.heads:
-            table.add_column(Text(head), justify="right")
-        for row in sheet.rows:
-            table.add_row(*map(Text, row))
-        tables.append(table)
-    return Group(*tables)
+    return Group(*(table.rich() for table in tables_of(result, costs)))
 
 
 def comparison_markdown(result: Result, costs: Costs) -> str:
     """For a document."""
-    parts = []
-    for sheet in sheets_of(result, costs):
-        lines = [["", *sheet.heads], ["---", *("--:" for _ in sheet.heads)], *sheet.rows]
-        parts.append(f"{sheet.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    return "\n".join(parts)
+    return "\n\n".join(table.markdown() for table in tables_of(result, costs)) + "\n"

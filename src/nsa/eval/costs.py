@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsa.eval.methods.method import PHASES, Method
-from nsa.eval.svg import format_number
+from nsa.report.table import format_number
 
 HEADS = ("keys in prefill", "keys in decode", "read to choose", "cache, MiB", "ms in prefill", "ms in decode")
 

@@ -1,18 +1,19 @@
 """A result as one HTML file that needs nothing else: no network, no scripts, no fonts, no images beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nsa.eval import sections
-from nsa.eval.costs import Costs
-from nsa.eval.method_sections import quality_and_costs
+from nsa.eval.blocks import keys_per_query
+from nsa.eval.costs import HEADS, Costs
 from nsa.eval.models import Candidate
 from nsa.eval.pictures import BlockPicture, Curve, KeysRead, continuation, look_inside, picture_prompt, read_curve
+from nsa.eval.report_charts import Colors, colors_of, context_charts, curve_charts, keys_chart, quality_charts
+from nsa.eval.report_pictures import needle_maps, selected_blocks
 from nsa.eval.result import Result
+from nsa.eval.table import blocks_of
+from nsa.report.page import render
 
 
 @dataclass(kw_only=True)
@@ -49,30 +50,27 @@ class Report:
 
     def render(self) -> str:
         """The page, from the most important to the most detailed."""
-        colors = sections.colors_of(self.result)
-        body = [
-            quality_and_costs(self.result, self.costs, colors),
-            sections.table(self.result, colors),
-            sections.long_context(self.result, colors),
-            sections.needles(self.result),
-            sections.curves(self.curves, colors),
-            sections.blocks(self.picture),
-            sections.keys_read(self.keys),
-            sections.samples(self.samples, colors),
-            sections.what_was_run(self.result),
-        ]
-        style = files("nsa.eval").joinpath("report.css").read_text(encoding="utf-8")
-        tiles = "".join(f'<div class="tile"><b>{escape(n)}</b><span>{escape(t)}</span></div>' for n, t in self.tiles)
-        tiles = f'<div class="tiles">{tiles}</div>' if tiles else ""
-        lead = f'<p class="lead">{escape(self.lead)}</p>' if self.lead else ""
-        return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-            f'<header><p class="kicker">Native Sparse Attention</p><h1>{escape(self.title)}</h1>{lead}</header>\n'
-            f"{tiles}\n" + "\n".join(part for part in body if part) + "\n"
-            "<footer>One file, no scripts, nothing loaded from elsewhere: keep it, send it, open it.</footer>\n"
-            "</main>\n</body>\n</html>\n"
+        result, colors = self.result, colors_of(self.result)
+        curves = {name: curve for name, curve in self.curves.items() if curve.steps or curve.held_out_steps}
+        return render(
+            title=self.title,
+            lead=self.lead,
+            tiles=self.tiles,
+            colors=colors,
+            costs=_costs(result, self.costs, colors) if self.costs else None,
+            names=result.names,
+            reference=result.reference,
+            blocks=blocks_of(result),
+            context=context_charts(result, colors),
+            needles=needle_maps(result),
+            curves={"legend": [(name, colors[name]) for name in curves], "charts": curve_charts(curves, colors)}
+            if curves
+            else None,
+            picture=selected_blocks(self.picture) if self.picture else None,
+            keys=_keys(self.keys) if self.keys else None,
+            samples=self.samples,
+            run=list(_what_was_run(result)),
+            notes=result.notes,
         )
 
     def save(self, path: Path) -> None:
@@ -80,3 +78,51 @@ class Report:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(self.render(), encoding="utf-8")
         partial.replace(path)
+
+
+def _costs(result: Result, costs: Costs, colors: Colors) -> dict[str, Any]:
+    """What each method finds against what it reads; the table of the terminal, and each method's sizes."""
+    sizes = []
+    for cost in costs.rows:
+        phases = "sparse in " + " and ".join(cost.sparse_in) if cost.sparse_in else "dense"
+        listed = ", ".join(f"{key} = {value}" for key, value in cost.sizes.items())
+        if cost.patterns:
+            listed += "; heads: " + ", ".join(f"{count} {name}" for name, count in sorted(cost.patterns.items()))
+        paper = "arXiv:" + cost.paper.rsplit("/", 1)[-1]
+        sizes.append((f"{cost.method} at {cost.length:,}", "; ".join(filter(None, [phases, listed, paper]))))
+    lengths = [(length, [cost for cost in costs.rows if cost.length == length]) for length in costs.lengths()]
+    return {"charts": quality_charts(result, costs, colors), "heads": HEADS, "lengths": lengths, "sizes": sizes}
+
+
+def _keys(read: KeysRead) -> dict[str, Any]:
+    c, rows = read.config, []
+    for context, counted in zip(read.contexts, read.counted, strict=True):
+        formula = [keys_per_query(attention, c, context) for attention in ("dense", "window", "nsa")]
+        rows.append([f"{context:,}", *(f"{keys:,}" for keys in formula), f"{counted:,.1f}"])
+    sizes = (c.compress_stride, c.num_selected_blocks, c.select_block_size, c.window_size)
+    return {"sizes": sizes, "rows": rows, "chart": keys_chart(read)}
+
+
+def _what_was_run(result: Result) -> Iterator[tuple[str, str, str]]:
+    """(name, value, code) of command, date, versions, hardware, models and the tasks' parameters: the origin of every
+    number."""
+    if run := result.run:
+        hardware = run["hardware"]
+        devices = [hardware["processor"], f"{hardware['threads']} threads", hardware["device"], hardware["system"]]
+        yield "command", "", run["command"]
+        yield "date", run["date"], ""
+        yield "versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items()), ""
+        yield "hardware", ", ".join(filter(None, devices)), ""
+    for model in result.models:
+        sizes = f"{model['num_parameters']:,} parameters, {model['num_layers']} layers"
+        details = f"{model['attention']} attention, {sizes}, vocabulary of {model['vocab_size']:,}"
+        if model["attention"] in ("nsa", "window") and model["nsa"]:
+            details += "; " + _parameters(model["nsa"])
+        yield model["name"], details, model["folder"]
+    for task, values in result.tasks.items():
+        yield task, _parameters(values), ""
+
+
+def _parameters(values: Mapping[str, Any]) -> str:
+    lists = {key: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for key, v in values.items()}
+    return ", ".join(f"{key} = {value}" for key, value in lists.items())

@@ -22,7 +22,7 @@ from nsa.eval.files import make_writable, read_object, refuse_to_lose
 from nsa.eval.models import Candidate, check_folder, load, names_of
 from nsa.eval.report import Report
 from nsa.eval.result import Result
-from nsa.eval.table import rich_table
+from nsa.eval.table import result_tables
 from nsa.eval.tasks import PUZZLES, TASKS, Continuation, MultiValue, Needle, Perplexity, Recall, Row, Task
 from nsa.eval.text import HELD_OUT
 from nsa.training.config import CONFIG_FILE
@@ -67,7 +67,7 @@ def judge(arguments: EvalArguments) -> Result:
         print(result.to_json())
     else:
         console = Console(markup=False, emoji=False)
-        console.print(rich_table(result))
+        console.print(result_tables(result))
         for note in result.notes:
             console.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
     if arguments.output is not None:

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from nsa.eval.result import Result, paired_difference
 from nsa.eval.tasks.task import Row
+from nsa.report.table import rich_table
 
 
 @dataclass(frozen=True)
@@ -60,20 +59,15 @@ def own_and_shared(places: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]
     return own, ", ".join(parts[0][key] for key in common)
 
 
-def rich_table(result: Result) -> Group:
+def result_tables(result: Result) -> Group:
     """For the terminal: one table a task, its name above it."""
     tables = []
     for block in blocks_of(result):
-        table = Table(
-            title=Text(block.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        table.add_column("", min_width=22)
-        for name in result.names:
-            table.add_column(Text(name), justify="right")
-        for line in block.lines:
-            cells = [Text.assemble(value, (f"\n{detail}", "dim")) for value, detail in line.cells]
-            table.add_row(Text(line.where), *cells)
-        tables.append(table)
+        rows: list[list[str | Text]] = [
+            [line.where, *(Text.assemble(value, (f"\n{detail}", "dim")) for value, detail in line.cells)]
+            for line in block.lines
+        ]
+        tables.append(rich_table(block.title, ["", *result.names], rows))
     return Group(*tables)
 
 
