@@ -25,6 +25,7 @@ from nsa.eval.result import Result
 from nsa.eval.runner import circumstances
 from nsa.eval.tasks import TASKS, Row
 from nsa.eval.tasks.lm_eval import PREFIX
+from nsa.report.charts import as_file
 
 if TYPE_CHECKING:
     from nsa.eval.arguments import CompareArguments
