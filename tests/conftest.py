@@ -40,13 +40,14 @@ torch.set_num_threads(1)  # tests are small; waiting for a second thread costs m
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=0, help="cases of each fuzzer, instead of its own few")
+    parser.addoption("--first-case", type=int, default=0, help="the number of the first of them")
 
 
 @pytest.fixture
-def cases(request: pytest.FixtureRequest) -> Callable[[int], int]:
-    """cases(default): how many cases a fuzzer tries, `--cases` if that was given."""
-    asked = request.config.getoption("--cases")
-    return lambda default: asked or default
+def cases(request: pytest.FixtureRequest) -> Callable[[int], range]:
+    """cases(default): the numbers of the cases that a fuzzer tries, `--cases` of them if that was given."""
+    asked, first = request.config.getoption("--cases"), request.config.getoption("--first-case")
+    return lambda default: range(first, first + (asked or default))
 
 
 @pytest.fixture(autouse=True)

@@ -65,10 +65,10 @@ def test_every_command_works_or_says_why_not_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    cases: Callable[[int], int],
+    cases: Callable[[int], range],
 ) -> None:
     wrong = []
-    for number in range(cases(CASES)):
+    for number in cases(CASES):
         case = make(number, templates, tmp_path / "case")
         found = call(case, monkeypatch, capsys)
         if found is not None:
