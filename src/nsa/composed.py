@@ -35,7 +35,7 @@ def as_operator(
     def backward(
         d_out: Tensor, tensors: list[Tensor], lengths: list[Tensor | None], sizes: list[int], scale: float
     ) -> list[Tensor]:
-        with autograd_inside(), torch.enable_grad():
+        with autograd_inside(), torch.enable_grad(), torch.autocast(d_out.device.type, enabled=False):
             leaves = [x.detach().requires_grad_() for x in tensors]
             out = attend(leaves, lengths, sizes, scale)
             grads = torch.autograd.grad(out, leaves, d_out, allow_unused=True, materialize_grads=True)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsa.ops.tiled_attention import factor
-from nsa.ops.tiles import accumulation_dtype, are_finite
+from nsa.ops.tiles import accumulation_dtype, are_finite, without_autocast
 from nsa.ops.window_attention import window_attention
 from nsa.shapes import bind
 from nsa.streams import Stream
@@ -80,6 +80,7 @@ class _Causal(torch.autograd.Function):
         return *torch.autograd.grad(out, ctx.inputs, d_out, retain_graph=True), None
 
 
+@without_autocast
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)

@@ -31,6 +31,7 @@ from nsa.ops.tiles import (
     put_queries,
     take_keys,
     visible,
+    without_autocast,
 )
 
 # exp() of this is far from overflow, and far above any sum of probabilities that is let pass.
@@ -115,6 +116,7 @@ class _Scratch:
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, q, k, v, tiles, scale, observe):
         b, t, h, _ = q.shape
         g, e = v.shape[2:]
@@ -150,6 +152,7 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
         g = k.shape[2]

@@ -6,6 +6,8 @@ Inside, queries lie [b, g, t, heads of the group, d] and keys [b, g, s, d], cont
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +76,23 @@ Observer = Callable[[Tile, Tensor, Tensor | None], None]
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is outside of `torch.autocast`, which would round the terms of sums that are wide already.
+
+    A backward needs it, too: it may be called inside of the region. The first tensor tells the device.
+    """
+
+    @wraps(function)
+    def outside(*arguments: Any) -> Any:
+        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*arguments)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return outside
 
 
 def by_group(x: Tensor, g: int) -> Tensor:
