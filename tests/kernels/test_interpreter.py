@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(
-    "file", ["interpreted.py", "interpreted_decoding.py", "interpreted_step.py", "interpreted_fuzz.py"]
-)
+FILES = (
+    "interpreted.py", "interpreted_decoding.py", "interpreted_step.py", "interpreted_fuzz.py",
+    "interpreted_not_finite.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_the_kernels_pass_their_checks_in_the_interpreter(file: str, cases: Callable[[int], range]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CASES": str(len(cases(0)))}
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nsa.eval.models import load
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.generation import GenerateConfig, generate
 from nsa.training.info import InfoConfig, info
@@ -92,6 +93,19 @@ def test_a_damaged_file_is_one_line(folder, name, content):
         with pytest.raises(ValueError, match=r"config\.json") as caught:
             info(InfoConfig(model=str(folder)))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["long", {"x": 1}, []])
+def test_a_tokenizers_configuration_of_wrong_types_is_one_line(folder, value):
+    """transformers loads it, and stumbles over it when it is used."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
+    refused(folder, "no tokenizer could be loaded from")
+    with pytest.raises(
+        ValueError, match=r"could not be loaded as a causal language model: '>' not supported"
+    ) as caught:
+        load(folder, name="a")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_torn_weights_file_is_one_line(folder):

@@ -83,6 +83,7 @@ def load(
         if not trust_remote_code:
             check_size(folder, config)
         tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
+        tokenizer.encode("a")  # values of wrong types are met only here
         found: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True, **shared
         )

@@ -128,9 +128,10 @@ def _take(
 
 @triton.jit
 def _bits(score, block, own_block, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
-    """Scores as integers of the same order: infinity for forced blocks, -1 for those after the query's own."""
+    """Scores as integers of the same order: infinity for forced blocks and no others, -1 for those after the query's
+    own. One that is NaN counts as 0: no sum is larger than infinity, and exactly n blocks are found."""
     forced = (block < INITIAL) | (block > own_block - LOCAL)
-    score = tl.where(forced, float("inf"), score)
+    score = tl.where(forced, float("inf"), tl.where(score < float("inf"), score, 0.0))
     return tl.where(block <= own_block, score.to(tl.int32, bitcast=True), -1)
 
 

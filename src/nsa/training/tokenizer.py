@@ -64,7 +64,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; ValueError with one line if there is none, whatever a damaged file makes of it."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        found.encode("a")  # values of wrong types are met only here
+        return found
     except Exception as error:
         raise ValueError(f"no tokenizer could be loaded from {folder} ({first_line(error)})") from error
 
