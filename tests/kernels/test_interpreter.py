@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-
 FILES = (
     "interpreted.py", "interpreted_decoding.py", "interpreted_step.py", "interpreted_fuzz.py",
     "interpreted_not_finite.py",

@@ -142,7 +142,8 @@ class _TiledAttention(torch.autograd.Function):
                 sums_over_heads = [_sum_over_heads(p, share) for p in ps]
                 observe(tile, torch.cat(sums_over_heads, -1) if len(ps) > 1 else sums_over_heads[0], None)
         sums.divide()
-        if not are_finite(out, lse.masked_fill(lse == -torch.inf, 0.0)):
+        # Where lse is NaN or inf, out is NaN; without values there is only lse.
+        if not are_finite(out if e else lse.masked_fill(lse == -torch.inf, 0.0)):
             out, lse = careful_forward(q_heads, k_heads, v_heads, tiles, observe, out, lse)
 
         out, lse = from_group(out).to(q.dtype), from_group(lse)

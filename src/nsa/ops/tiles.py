@@ -144,4 +144,4 @@ def add_keys(x: Tensor, tile: Tile, values: Tensor) -> None:
 def are_finite(*tensors: Tensor) -> bool:
     """Whether no number of them is NaN or infinite; now and then false of very large ones."""
     with torch.no_grad():
-        return math.isfinite(float(sum(x.sum() for x in tensors)))
+        return all(math.isfinite(float(x.sum())) for x in tensors)
