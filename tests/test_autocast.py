@@ -12,8 +12,8 @@ from test_functional import SMALL, inputs
 from torch import Tensor
 
 from nsa import NativeSparseAttention
-from nsa.composed import composed_attention
 from nsa.functional import native_sparse_attention
+from nsa.methods.nsa import composed_attention
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.ops.causal_attention import causal_attention
 from nsa.ops.compress import compress, phi_mean
@@ -101,7 +101,7 @@ def test_of_a_compiled_layer() -> None:
     leaves = [x.float().requires_grad_() for x in inputs(LAYOUTS["whole"], d=8, e=8)]
     q, k, v, gates = leaves
     cmp = [compress(x, phi_mean, SMALL) for x in (k, v)]
-    out = composed_attention(q, *cmp, k, v, k, v, gates, None, None, None, None, SMALL.sizes, 0.3)
+    out = composed_attention([q, *cmp, k, v, k, v, gates], [None] * 4, SMALL.sizes, 0.3)
     found = []
     for inside in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
