@@ -7,10 +7,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Scores in one tile for each thread. 2 MB of fp32: small enough for the cache of a core, large enough that Python costs
 # little.
@@ -78,19 +81,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """The function as it is outside of `torch.autocast`, which would round the terms of sums that are wide already.
 
     A backward needs it, too: it may be called inside of the region. The first tensor tells the device.
     """
 
     @wraps(function)
-    def outside(*arguments: Any) -> Any:
+    def outside(*arguments: P.args, **named: P.kwargs) -> R:
         device = next(x.device.type for x in arguments if isinstance(x, Tensor))
         if device == "meta" or not torch.is_autocast_enabled(device):
-            return function(*arguments)
+            return function(*arguments, **named)
         with torch.autocast(device, enabled=False):
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return outside
 
