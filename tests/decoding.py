@@ -12,8 +12,10 @@ from torch import Tensor
 
 from nsa.cache_tensors import ALIGNMENT, CacheTensors, empty_cache_tensors
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
 from nsa.modules.rotary import RotaryEmbedding
 from nsa.ops.compress import compress, phi_linear, phi_mean, phi_mlp
+from nsa.streams import Branches
 from nsa.testing import INPUT_FAMILIES, InputShape
 
 
@@ -158,7 +160,7 @@ class Scene:
         tensors.lengths[row] = length
 
     def new_tokens(self, before: tuple[int, ...], t: int, counts: tuple[int, ...], rotate_inside: bool) -> dict:
-        """The arguments of append_tokens for the last counts[r] of t columns; the columns before them are NaN."""
+        """What `append_arguments` takes, for the last counts[r] of t columns; the columns before them are NaN."""
         config = self.case.config
         position = torch.tensor(before)[:, None] - t + torch.tensor(counts)[:, None] + torch.arange(t)
         there = (torch.arange(t) >= t - torch.tensor(counts)[:, None]).to(self.device)
@@ -194,6 +196,17 @@ class Scene:
             setattr(scene, name, getattr(self, name).to(dtype))
         scene.phi_k, scene.phi_v = (tuple(w.to(dtype) for w in phi) for phi in (self.phi_k, self.phi_v))
         return scene
+
+
+def append_arguments(given: dict) -> dict:
+    """The arguments of append_tokens behind the tensors, of what `Scene.new_tokens` gives."""
+    k, v = given["k"], given["v"]
+    k_win, v_win = (own if own is not None else x for own, x in ((given["k_win"], k), (given["v_win"], v)))
+    return {
+        "new": Branches.of_tokens(given["k_raw"], given["v_raw"], k, v, k_win, v_win),
+        "config": given["config"], "phi": (given["phi_k"], given["phi_v"]),
+        "step": DecodeStep(given["counts"], given.get("cos"), given.get("sin"), given["cos_cmp"], given["sin_cmp"]),
+    }  # fmt: skip
 
 
 def _divmod(x: Tensor, by: int) -> tuple[Tensor, Tensor]:

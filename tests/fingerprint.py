@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import DecodeCase, Scene
+from decoding import DecodeCase, Scene, append_arguments
 from layouts import LAYOUTS, Layout
 from torch import Tensor
 
@@ -261,7 +261,7 @@ def caches() -> Iterator[Case]:
         def run(case=case) -> Iterator[Any]:
             scene, before = Scene(case), (34, 48, 4)
             tensors = scene.cache(before)
-            append_tokens(tensors, **scene.new_tokens(before, 3, (3, 2, 1), True))
+            append_tokens(tensors, **append_arguments(scene.new_tokens(before, 3, (3, 2, 1), True)))
             yield from (x for x in vars(tensors).values() if x is not None)
             yield decode_attention(scene.q, scene.gates, tensors, case.config, counts=torch.tensor([3, 2, 1]))
 

@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the bottom up: a part may import itself, the parts beside it and those before it.
 LAYERS = [
     {"config", "report"},
-    {"shapes", "backend", "cache_tensors", "streams"},
+    {"shapes", "backend", "cache_tensors", "decode_step", "streams"},
     {"kernels"},
     {"ops"},
     {"composed"},

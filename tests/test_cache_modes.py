@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import DecodeCase, Scene
+from decoding import DecodeCase, Scene, append_arguments
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig
 from nsa.cache import PagedNSACache, StaticNSACache, convert
@@ -75,12 +75,12 @@ def test_autocast_around_appending_writes_what_the_rounded_tokens_and_weights_wr
     scene = Scene(DecodeCase(lengths=(20, 9), t=4, config=config, dtype=dtype))
     given = scene.new_tokens((16, 6), 4, (4, 3), True)
     found, expected = scene.cache((16, 6)), scene.cache((16, 6))
-    append_tokens(expected, **given)
+    append_tokens(expected, **append_arguments(given))
     wide = {name: x.float() if isinstance(x, torch.Tensor) and x.dtype == dtype else x for name, x in given.items()}
     wide |= {name: tuple(w.float() for w in given[name]) for name in ("phi_k", "phi_v")}
     wide |= {name: given[name] for name in ("cos", "sin", "cos_cmp", "sin_cmp")}
     with torch.autocast("cpu", dtype):
-        append_tokens(found, **wide)
+        append_tokens(found, **append_arguments(wide))
     for name, x in vars(expected).items():
         assert x is None or torch.equal(getattr(found, name), x), name
 

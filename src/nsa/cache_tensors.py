@@ -31,7 +31,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
 from nsa.shapes import bind
+from nsa.streams import Branches
 
 # Page sizes and rings are multiples of this, so that every row of keys begins where wide loads may begin.
 ALIGNMENT = 16
@@ -76,38 +78,31 @@ class CacheTensors:
         pairs = (self.k, self.v, self.k_cmp, self.v_cmp, self.k_win, self.v_win, self.k_raw, self.v_raw)
         return sum(x.numel() * x.element_size() for x in pairs if x is not None)
 
-    def check_tokens(
-        self,
-        config: NSAConfig,
-        new: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor],
-        cos_cmp: Tensor,
-        sin_cmp: Tensor,
-        counts: Tensor | None,
-    ) -> None:
-        """ValueError where `new` (k, v, k_win, v_win, k_raw, v_raw) cannot be appended; asks nothing of the device."""
-        k, v, k_win, v_win, k_raw, v_raw = new
+    def check_tokens(self, config: NSAConfig, new: Branches, step: DecodeStep) -> None:
+        """ValueError where the step's tokens cannot be appended; asks nothing of the device."""
+        names = {"cmp": new.cmp, "slc": new.slc} if self.k_win is None else new._asdict()
+        suffix = {"cmp": "_raw", "slc": "", "win": "_win"}
         given = {"lengths": (self.lengths, "b"), "the cache's k": (self.k, "pages n g d")}
-        given |= {"the cache's v": (self.v, "pages n g e"), "k": (k, "b t g d"), "v": (v, "b t g e")}
-        given |= {"k_raw": (k_raw, "b t g d"), "v_raw": (v_raw, "b t g e")}
-        if self.k_win is not None:
-            if k_win is None or v_win is None:
-                raise ValueError("append_tokens: the window has its own keys and values, and was given none")
-            given |= {"k_win": (k_win, "b t g d"), "v_win": (v_win, "b t g e")}
-        given |= {"cos_cmp": (cos_cmp, "b new d"), "sin_cmp": (sin_cmp, "b new d")}
+        given |= {"the cache's v": (self.v, "pages n g e")}
+        for name in sorted(names, key="slc win cmp".index):
+            given[f"k{suffix[name]}"] = (names[name].k, "b t g d")
+            given[f"v{suffix[name]}"] = (names[name].v, "b t g e")
+        tokens = list(given)[3:]
+        given |= {"cos_cmp": (step.cos_cmp, "b new d"), "sin_cmp": (step.sin_cmp, "b new d")}
         found = bind("append_tokens", **given)
         most = -(-found["t"] // config.compress_stride)
         if found["new"] != most:
-            raise ValueError(f"append_tokens: cos_cmp should have shape [b, {most}, d], got {list(cos_cmp.shape)}")
+            raise ValueError(f"append_tokens: cos_cmp should have shape [b, {most}, d], got {list(step.cos_cmp.shape)}")
         # A ring keeps what the first of the new tokens reads beside them.
         at_once = self.k_raw.shape[1] - config.compress_block_size + 1
         if self.k_win is not None:
             at_once = min(at_once, self.k_win.shape[1] - config.window_size + 1)
         if found["t"] > at_once:
             raise ValueError(f"append_tokens: expected at most {at_once} tokens at a time, got {found['t']}")
-        for name, (x, _) in given.items():
-            if name in ("k", "v", "k_win", "v_win", "k_raw", "v_raw") and x.dtype != self.k.dtype:
-                raise ValueError(_wrong_dtype("append_tokens", name, x, self))
-        _check_counts("append_tokens", counts, found["b"])
+        for name in tokens:
+            if given[name][0].dtype != self.k.dtype:
+                raise ValueError(_wrong_dtype("append_tokens", name, given[name][0], self))
+        _check_counts("append_tokens", step.counts, found["b"])
 
     def check_queries(self, config: NSAConfig, q: Tensor, gates: Tensor, counts: Tensor | None) -> None:
         """ValueError where these queries cannot attend; asks nothing of the device."""

@@ -7,31 +7,20 @@ from torch import Tensor
 from nsa.backend import Backend, resolve
 from nsa.cache_tensors import CacheTensors, as_computed
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
 from nsa.ops import decode as ops
+from nsa.streams import Branches
+
+PhiWeights = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # of keys, of values
 
 # New tokens, or queries, of a row in one call of the kernels; more are a chunk of prefill.
 MAX_QUERIES = 16
 
 
 def append_tokens(
-    tensors: CacheTensors,
-    k: Float[Tensor, "b t g d"],
-    v: Float[Tensor, "b t g e"],
-    k_win: Float[Tensor, "b t g d"] | None,
-    v_win: Float[Tensor, "b t g e"] | None,
-    k_raw: Float[Tensor, "b t g d"],
-    v_raw: Float[Tensor, "b t g e"],
-    config: NSAConfig,
-    phi_k: tuple[Tensor, ...],
-    phi_v: tuple[Tensor, ...],
-    cos_cmp: Float[Tensor, "b new d"],
-    sin_cmp: Float[Tensor, "b new d"],
-    *,
-    counts: Int32[Tensor, " b"] | None = None,
-    cos: Float[Tensor, "b t d"] | None = None,
-    sin: Float[Tensor, "b t d"] | None = None,
-    backend: Backend | None = None,
-) -> None:
+    tensors: CacheTensors, new: Branches, config: NSAConfig, phi: PhiWeights, step: DecodeStep,
+    *, backend: Backend | None = None,
+) -> None:  # fmt: skip
     """`nsa.ops.decode.append_tokens`, or the kernels that do the same.
 
     The kernels read no length on the host, so they may be captured in a CUDA graph; a token without room is then
@@ -39,20 +28,19 @@ def append_tokens(
 
     Under `torch.autocast` keys, values and phi's weights are cast to its dtype first, which the cache has to hold.
     """
-    device = k.device.type
+    device = new.slc.k.device.type
     if torch.is_autocast_enabled(device):
-        k, v, k_raw, v_raw = as_computed(k, v, k_raw, v_raw)
-        if k_win is not None and v_win is not None:
-            k_win, v_win = as_computed(k_win, v_win)
-        phi_k, phi_v = as_computed(k, *phi_k)[1:], as_computed(v, *phi_v)[1:]
-    given = (k, v, k_win, v_win, k_raw, v_raw, config, phi_k, phi_v, cos_cmp, sin_cmp)
+        new = Branches.of_tokens(*as_computed(*new.tensors))
+        phi_k, phi_v = (as_computed(new.slc.k, *of)[1:] for of in phi)
+        phi = (phi_k, phi_v)
+    k = new.slc.k
     if k.shape[1] <= MAX_QUERIES and _on_kernels(k, tensors, backend):
         from nsa.kernels import decode as kernels  # only where triton is installed
 
-        kernels.append_tokens(tensors, *given, counts=counts, cos=cos, sin=sin)
+        kernels.append_tokens(tensors, new, config, phi, step)
     else:
         with torch.autocast(device, enabled=False):
-            ops.append_tokens(tensors, *given, counts=counts, cos=cos, sin=sin)
+            ops.append_tokens(tensors, new, config, phi, step)
 
 
 def decode_attention(

@@ -81,6 +81,12 @@ class Branches(NamedTuple):
         cmp = Stream(k_cmp, v_cmp, config.compress_block_size, config.compress_stride, where, k.shape[1])
         return cls(cmp, Stream(k, v, where=where), Stream(k_win, v_win, where=near))
 
+    @classmethod
+    def of_tokens(cls, *tensors: Tensor) -> "Branches":
+        """Of keys and values of new tokens, none of them pooled yet: `tensors` of what this returns."""
+        k_raw, v_raw, k, v, k_win, v_win = tensors
+        return cls(Stream(k_raw, v_raw), Stream(k, v), Stream(k_win, v_win))
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """k and v of cmp, slc, win."""

@@ -1,7 +1,7 @@
 """The decoding kernels of one case against fp64, within the budget that plain PyTorch sets; interpreter and GPU."""
 
 import torch
-from decoding import DecodeCase, Scene
+from decoding import DecodeCase, Scene, append_arguments
 from dense_reference import Visible, masked_attention
 from layouts import Layout
 from torch import Tensor
@@ -52,8 +52,8 @@ def check_append(case: DecodeCase, counts: tuple[int, ...], device: str, rotate_
     before = tuple(length - count for length, count in zip(case.lengths, counts, strict=True))
     found, plain, untouched = (scene.cache(before) for _ in range(3))
     given = scene.new_tokens(before, case.t, counts, rotate_inside)
-    decode.append_tokens(found, **given)
-    append_tokens(plain, **given)
+    decode.append_tokens(found, **append_arguments(given))
+    append_tokens(plain, **append_arguments(given))
     truth = scene.to(torch.float64).cache(case.lengths)
     assert found.lengths.tolist() == list(case.lengths)
     for name in MEMORY:

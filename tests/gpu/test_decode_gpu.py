@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decode_checks import MEMORY, check_append, check_attention
-from decoding import DecodeCase, Scene
+from decoding import DecodeCase, Scene, append_arguments
 from poison import poisoned_memory
 from torch import Tensor
 
@@ -139,7 +139,7 @@ def test_replays_of_a_graph_are_the_steps_one_by_one(page_size: int | None) -> N
         return scene.new_tokens(now, 1, counts, True)
 
     def step_of(tensors: CacheTensors, arguments: dict) -> Tensor:
-        append_tokens(tensors, **arguments, backend="triton")
+        append_tokens(tensors, **append_arguments(arguments), backend="triton")
         cos, sin = arguments["cos"], arguments["sin"]
         return decode_attention(scene.q, scene.gates, tensors, DEFAULT, cos=cos, sin=sin, backend="triton")
 
@@ -178,7 +178,7 @@ def test_torch_compile_takes_a_step_whole() -> None:
     before = (499, 63)
 
     def step(tensors: CacheTensors, arguments: dict) -> Tensor:
-        append_tokens(tensors, **arguments, backend="triton")
+        append_tokens(tensors, **append_arguments(arguments), backend="triton")
         return decode_attention(scene.q, scene.gates, tensors, DEFAULT, backend="triton")
 
     one, other = scene.cache(before), scene.cache(before)

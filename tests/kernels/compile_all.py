@@ -25,6 +25,7 @@ from triton.runtime import JITFunction
 
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
 from nsa.kernels import decode, launch, rotary, rows, selected_gradients, step_begin
 from nsa.kernels import step as steps
 from nsa.kernels.contiguous_backward import contiguous_backward
@@ -152,11 +153,9 @@ def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
         tensor(b, g, 16, dtype=torch.int32),
     )  # fmt: skip
     counts, factors = tensor(b, dtype=torch.int32), tensor(b, t, d)
-    new = [tensor(b, t, g, width) for width in (d, e, d, e, d, e)]
+    new, step = [tensor(b, t, g, width) for width in (d, e, d, e, d, e)], DecodeStep(counts, *[factors] * 4)
     decode.attend(tensor(b, t, h, d), tensor(b, t, h, 3), tensors, config, 0.1, counts, factors, factors)
-    decode.append(
-        tensors, *new, config, "mlp", phi(d), phi(e), factors, factors, counts, factors, factors
-    )  # fmt: skip
+    decode.append(tensors, new, config, "mlp", (phi(d), phi(e)), step)
     weight = tensor(4 * h * d, h * d)
     ids, frequencies = tensor(b, t, dtype=torch.int64), tensor(d // 2, dtype=torch.float32)
     step_begin.begin(ids, tensor(32000, h * d), counts, counts, frequencies, 1.0, config)

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS), str(TESTS / "gpu")]
 
 from decode_checks import check_append, check_attention
-from decoding import DecodeCase, Scene
+from decoding import DecodeCase, Scene, append_arguments
 from poison import poisoned_memory
 
 from nsa.cache_tensors import CacheTensors
@@ -96,7 +96,7 @@ def test_append_is_within_the_budget(case: DecodeCase, counts: tuple[int, ...], 
 def test_tokens_without_room_are_not_written() -> None:
     scene = Scene(DecodeCase(lengths=(16, 9), config=SMALL, page_size=16, **SIZES))
     tensors, before = scene.cache((16, 9)), scene.cache((16, 9))
-    append_tokens(tensors, **scene.new_tokens((16, 9), 1, (1, 1), True), backend="triton")
+    append_tokens(tensors, **append_arguments(scene.new_tokens((16, 9), 1, (1, 1), True)), backend="triton")
     k = tensors.k.clone()
     page = int(tensors.block_table[1, 0])
     assert not torch.equal(k[page, 9], before.k[page, 9])
@@ -121,7 +121,7 @@ def test_the_function_takes_the_kernels_and_says_why_it_cannot() -> None:
         )
     many = scene.new_tokens((0, 0), 99, (20, 3), True)
     with pytest.raises(ValueError, match=r"append_tokens: expected at most \d+ tokens at a time"):
-        decode.append_tokens(tensors, **many)
+        decode.append_tokens(tensors, **append_arguments(many))
 
 
 def test_the_operators_are_registered_right() -> None:
@@ -131,7 +131,7 @@ def test_the_operators_are_registered_right() -> None:
     given = scene.new_tokens((8, 3), 1, (1, 1), True)
 
     def step(tensors: CacheTensors) -> torch.Tensor:
-        append_tokens(tensors, **given, backend="triton")
+        append_tokens(tensors, **append_arguments(given), backend="triton")
         return decode_attention(scene.q, scene.gates, tensors, SMALL, backend="triton")
 
     other = scene.cache((8, 3))

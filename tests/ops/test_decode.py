@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import DecodeCase, Scene, rotate, same_memory
+from decoding import DecodeCase, Scene, append_arguments, rotate, same_memory
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -40,7 +40,7 @@ def test_append_writes_what_belongs_there_and_nothing_else(config, page_size, be
     scene = Scene(DecodeCase(lengths=after, t=t, config=config, page_size=page_size, **DOUBLE))
     tensors = scene.cache(before)
     given = scene.new_tokens(before, t, counts, rotate_inside)
-    append_tokens(tensors, **given)
+    append_tokens(tensors, **append_arguments(given))
     same_memory(tensors, scene.cache(after))
 
 
@@ -51,7 +51,7 @@ def test_a_token_at_a_time_is_the_same_as_many() -> None:
     for step in range(40):
         counts = (1, int(step < 27))
         before = tuple(tensors.lengths.tolist())
-        append_tokens(tensors, **scene.new_tokens(before, 1, counts, True))
+        append_tokens(tensors, **append_arguments(scene.new_tokens(before, 1, counts, True)))
     same_memory(tensors, scene.cache((40, 40)))
 
 
@@ -61,7 +61,7 @@ def test_without_room_it_is_one_line_and_nothing_changes(page_size) -> None:
     tensors, unchanged = scene.cache((16, 9)), scene.cache((16, 9))
     given = scene.new_tokens((16, 9), 1, (1, 1), True)
     with pytest.raises(ValueError, match=r"^append_tokens: no room for \[1, 1\] tokens behind \[16, 9\]: [^\n]*$"):
-        append_tokens(tensors, **given)
+        append_tokens(tensors, **append_arguments(given))
     same_memory(tensors, unchanged)
 
 

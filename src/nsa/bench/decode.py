@@ -13,7 +13,9 @@ from nsa.bench.result import Entry
 from nsa.bench.timing import interleaved
 from nsa.cache_tensors import CacheTensors, empty_cache_tensors
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
 from nsa.decoding import append_tokens, decode_attention
+from nsa.streams import Branches, Stream
 
 RIVALS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
 STEPS = 16  # captured in a graph, at least
@@ -109,24 +111,23 @@ class _Layer:
             return torch.randn(shape, device=device, dtype=dtype)
 
         self.q, self.gates = normal(batch, 1, h, d), normal(batch, 1, h, 3).sigmoid()
-        self.k, self.k_win, self.k_raw, self.v, self.v_win, self.v_raw = (normal(batch, 1, g, d) for _ in range(6))
+        cmp, slc, win = (Stream(normal(batch, 1, g, d), normal(batch, 1, g, d)) for _ in range(3))
+        self.new = Branches(cmp, slc, win)
         block, wide = config.compress_block_size, config.compress_block_size * d
         shapes = ((block, d), (2 * d, wide), (2 * d,), (d, 2 * d), (d,))
-        self.phi_k, self.phi_v = (tuple(normal(*shape) * wide**-0.5 for shape in shapes) for _ in range(2))
-        self.cos, self.sin = normal(batch, 1, d), normal(batch, 1, d)
+        phi_k, phi_v = (tuple(normal(*shape) * wide**-0.5 for shape in shapes) for _ in range(2))
+        self.phi = (phi_k, phi_v)
+        cos, sin = normal(batch, 1, d), normal(batch, 1, d)
+        self.factors = DecodeStep(None, cos, sin, cos, sin)
 
     def attend(self) -> Tensor:
         return decode_attention(self.q, self.gates, self.tensors, self.config, backend="triton")
 
     def step(self) -> Tensor:
         """Append and attention, keys and query rotated inside."""
-        append_tokens(
-            self.tensors, self.k, self.v, self.k_win, self.v_win, self.k_raw, self.v_raw, self.config,
-            self.phi_k, self.phi_v, self.cos, self.sin, cos=self.cos, sin=self.sin, backend="triton",
-        )  # fmt: skip
-        return decode_attention(
-            self.q, self.gates, self.tensors, self.config, cos=self.cos, sin=self.sin, backend="triton"
-        )
+        append_tokens(self.tensors, self.new, self.config, self.phi, self.factors, backend="triton")
+        cos, sin = self.factors.cos, self.factors.sin
+        return decode_attention(self.q, self.gates, self.tensors, self.config, cos=cos, sin=sin, backend="triton")
 
     def dense(self, backend: SDPBackend) -> Callable[[], Tensor]:
         """Dense attention of the same query over the same raw keys.

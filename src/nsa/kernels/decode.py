@@ -4,6 +4,7 @@ Grids and memory follow from shapes alone, and nothing reads a length on the hos
 graph. Lengths, block tables and counts are trusted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
 from nsa.kernels import launch
 from nsa.kernels.decode_append import decode_append_kernel
 from nsa.kernels.decode_finish import decode_finish_kernel
 from nsa.kernels.decode_split import decode_split_kernel
 from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads
+from nsa.streams import Branches
 
 LOG2E = 1.4426950408889634
 
@@ -268,11 +271,9 @@ def _append_tokens(
 
     memory = (to_k, to_v, to_k_cmp, to_v_cmp, to_k_win, to_v_win, to_k_raw, to_v_raw)
     tensors = CacheTensors(*memory, block_table, lengths, arrivals)
+    new, step = [k, v, k_win, v_win, k_raw, v_raw], DecodeStep(counts, cos, sin, cos_cmp, sin_cmp)
     with _serving(k, v, to_k, to_v, k_raw, v_raw, scale=1.0):
-        append(
-            tensors, k, v, k_win, v_win, k_raw, v_raw, _config(sizes), kind, phi_k, phi_v, cos_cmp, sin_cmp, counts,
-            cos, sin,
-        )  # fmt: skip
+        append(tensors, new, _config(sizes), kind, (phi_k, phi_v), step)
 
 
 @_append_tokens.register_fake
@@ -281,23 +282,9 @@ def _(*_):
 
 
 def append_tokens(
-    tensors: CacheTensors,
-    k: Tensor,
-    v: Tensor,
-    k_win: Tensor | None,
-    v_win: Tensor | None,
-    k_raw: Tensor,
-    v_raw: Tensor,
-    config: NSAConfig,
-    phi_k: tuple[Tensor, ...],
-    phi_v: tuple[Tensor, ...],
-    cos_cmp: Tensor,
-    sin_cmp: Tensor,
-    *,
-    counts: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> None:
+    tensors: CacheTensors, new: Branches, config: NSAConfig, phi: tuple[Sequence[Tensor], Sequence[Tensor]],
+    step: DecodeStep,
+) -> None:  # fmt: skip
     """See `nsa.ops.decode.append_tokens`. Tokens without room are not written.
 
     Raises:
@@ -305,42 +292,46 @@ def append_tokens(
     """
     from nsa.kernels.library import _serving, sizes_of
 
-    tensors.check_tokens(config, (k, v, k_win, v_win, k_raw, v_raw), cos_cmp, sin_cmp, counts)
+    tensors.check_tokens(config, new, step)
+    k_raw, v_raw, k, v, k_win, v_win = new.tensors
     if k.shape[1] > tensors.arrivals.shape[2]:
         raise ValueError(f"append_tokens: expected at most {tensors.arrivals.shape[2]} tokens, got {k.shape[1]}")
     if not torch.compiler.is_compiling():
         with _serving(k, v, tensors.k, tensors.v, k_raw, v_raw, scale=1.0):
-            append(
-                tensors, k, v, k_win, v_win, k_raw, v_raw, config, config.compression, list(phi_k), list(phi_v),
-                cos_cmp, sin_cmp, counts, cos, sin,
-            )  # fmt: skip
+            append(tensors, [k, v, k_win, v_win, k_raw, v_raw], config, config.compression, phi, step)
         return
+    phi_k, phi_v = map(list, phi)
     _append_tokens(
         tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw,
-        tensors.block_table, tensors.lengths, tensors.arrivals, k, v, k_win, v_win, k_raw, v_raw, list(phi_k),
-        list(phi_v), cos_cmp, sin_cmp, counts, cos, sin, sizes_of(config), config.compression,
+        tensors.block_table, tensors.lengths, tensors.arrivals, k, v, k_win, v_win, k_raw, v_raw, phi_k,
+        phi_v, step.cos_cmp, step.sin_cmp, step.counts, step.cos, step.sin, sizes_of(config), config.compression,
     )  # fmt: skip
 
 
 def append(
-    tensors: CacheTensors, k: Tensor, v: Tensor, k_win: Tensor | None, v_win: Tensor | None, k_raw: Tensor,
-    v_raw: Tensor, config: NSAConfig, kind: str, phi_k: list[Tensor], phi_v: list[Tensor], cos_cmp: Tensor,
-    sin_cmp: Tensor, counts: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    tensors: CacheTensors, new: Sequence[Tensor | None], config: NSAConfig, kind: str,
+    phi: tuple[Sequence[Tensor], Sequence[Tensor]], step: DecodeStep,
 ) -> None:  # fmt: skip
+    """`new`: k, v, k_win, v_win, k_raw, v_raw; the window's are not read where the cache has none of its own."""
+    k, v = new[0], new[1]
+    assert k is not None
+    assert v is not None
     b, t, g, d = k.shape
     e = v.shape[3]
     if b * t == 0:
         return
     has_window = tensors.k_win is not None
-    new = [k, v, k_win, v_win, k_raw, v_raw] if has_window else [k, v, k, v, k_raw, v_raw]
-    new = [x if x.stride(-1) == 1 else x.contiguous() for x in new]
+    new = new if has_window else [k, v, k, v, *new[4:]]
+    new = [launch.as_rows(x) for x in new if x is not None]
     memory = [tensors.k, tensors.v, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw]
     if not has_window:
         memory[2:4] = memory[:2]
     memory += [tensors.k_cmp, tensors.v_cmp]
-    cos, sin, cos_cmp, sin_cmp = (None if x is None else x.contiguous() for x in (cos, sin, cos_cmp, sin_cmp))
+    factors = (step.cos, step.sin, step.cos_cmp, step.sin_cmp)
+    cos, sin, cos_cmp, sin_cmp = (None if x is None else x.contiguous() for x in factors)
+    counts = step.counts
     # Position encoding, first layer, its bias, last layer, its bias; None what this kind of phi has not.
-    layers = [[x.contiguous() for x in phi] for phi in (phi_k, phi_v)]
+    layers = [[x.contiguous() for x in weights] for weights in phi]
     if kind == "mlp":
         layers_k, layers_v = layers
     elif kind == "linear":

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
+from nsa.decode_step import DecodeStep
 from nsa.distributed import ContextLayout, ContextParallel
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import NSALlamaConfig
@@ -30,10 +31,9 @@ from nsa.models.step import StepDecoder
 from nsa.models.twins import dense_attention, dense_mask, packing, window_attention, window_mask
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
-from nsa.modules.decode_step import DecodeStep, step_padding
 from nsa.modules.projections import StartingLinear
 from nsa.modules.rotary import Rotary, RotaryFactors
-from nsa.modules.token_layout import TokenLayout
+from nsa.modules.token_layout import TokenLayout, step_padding
 
 # NSA's module never calls the attention function registered beside it; no mask is made for it.
 AttentionInterface.register("nsa", sdpa_attention_forward)

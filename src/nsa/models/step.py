@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from nsa.backend import resolve
 from nsa.cache_tensors import CacheTensors
-from nsa.modules.decode_step import DecodeStep
+from nsa.decode_step import DecodeStep
 from nsa.modules.projections import is_hooked, is_plain
 from nsa.ops import step as ops
 
@@ -68,7 +68,7 @@ class StepLayer:
         """NSA of normed hidden states, without the output projection."""
         maps = self.inputs
         projected = operations_for(x).project(x, maps.weight, maps.bias, sigmoid_from=sum(maps.sizes[:-1]))
-        *parts, gates = projected.view(*step.cos.shape[:2], -1).split(maps.sizes, dim=-1)
+        *parts, gates = projected.view(tensors.rows, -1, projected.shape[-1]).split(maps.sizes, dim=-1)
         out = self.attention.decode_heads(parts, gates.unflatten(-1, (-1, 3)), tensors, step)
         return out.flatten(0, 1).flatten(1)
 

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from nsa.cache import FixedNSACache, LayerCache
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
 from nsa.decoding import append_tokens, decode_attention
 from nsa.distributed import ContextLayout, ContextParallel, context_parallel_attention
 from nsa.functional import native_sparse_attention
 from nsa.modules.compression import Compression
-from nsa.modules.decode_step import DecodeStep, step_padding
 from nsa.modules.projections import StartingLinear, project
 from nsa.modules.rotary import Rotary, RotaryEmbedding, RotaryFactors, rotate
-from nsa.modules.token_layout import TokenLayout, padding
+from nsa.modules.token_layout import TokenLayout, padding, step_padding
 from nsa.ops.compress import blocks_of
 from nsa.ops.selection import block_scores, select_blocks
+from nsa.streams import Branches
 
 
 class NativeSparseAttention(nn.Module):
@@ -242,11 +243,9 @@ class NativeSparseAttention(nn.Module):
         """`decode` between its projections: `projected` are [b, t, .] in the order of `input_projections`."""
         q = projected[0].unflatten(-1, (self.num_heads, self.head_dim))
         k, v, *rest = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in projected[1:])
-        k_win, v_win, k_raw, v_raw = rest or (None, None, k, v)
-        append_tokens(
-            tensors, k, v, k_win, v_win, k_raw, v_raw, self.config, self.compress_k.weights(),
-            self.compress_v.weights(), step.cos_cmp, step.sin_cmp, counts=step.counts, cos=step.cos, sin=step.sin,
-        )  # fmt: skip
+        k_win, v_win, k_raw, v_raw = rest or (k, v, k, v)
+        new = Branches.of_tokens(k_raw, v_raw, k, v, k_win, v_win)
+        append_tokens(tensors, new, self.config, (self.compress_k.weights(), self.compress_v.weights()), step)
         return decode_attention(q, gates, tensors, self.config, counts=step.counts, cos=step.cos, sin=step.sin)
 
     def _decode_columns(self, x: Tensor, cache: FixedNSACache, attention_mask: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nsa.config import NSAConfig
 from nsa.modules.projections import StartingLinear, is_plain
-from nsa.ops.compress import phi_mean, phi_mlp
+from nsa.ops.compress import PHI, phi_mean
 
 
 class Compression(nn.Module):
@@ -46,12 +46,10 @@ class Compression(nn.Module):
                 part.reset_parameters()
 
     def forward(self, blocks: Float[Tensor, "*blocks l d"]) -> Float[Tensor, "*blocks d"]:
-        if self.kind == "mean":
-            return phi_mean(blocks)
+        if self.is_plain():
+            return PHI[self.kind](blocks, *self.weights())
         if self.kind == "linear":
             return self.out(blocks.flatten(-2))
-        if is_plain(self.hidden) and is_plain(self.out):
-            return phi_mlp(blocks, *self.weights())
         hidden = F.gelu(self.hidden((blocks + self.position_encoding).flatten(-2)))
         return phi_mean(blocks) + self.out(hidden)
 

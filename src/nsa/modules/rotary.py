@@ -1,6 +1,5 @@
 """Rotary positions: the angle of a key or query is its position times a frequency (arXiv:2104.09864)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nsa.backend import resolve
-
-Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+from nsa.decode_step import Rotary
+from nsa.ops.rotary import rotated
 
 
 class RotaryEmbedding(nn.Module):
@@ -42,8 +41,7 @@ def rotate(
     plain = torch.compiler.is_compiling() or cos.requires_grad or cos.dtype != sin.dtype or x.stride(-1) != 1
     if not plain and resolve(x, x) == "triton":
         return _Rotation.apply(x, cos, sin)
-    low, high = x.chunk(2, dim=-1)
-    return (x * cos.unsqueeze(2) + torch.cat([-high, low], dim=-1) * sin.unsqueeze(2)).to(x.dtype)
+    return rotated(x, cos, sin)
 
 
 class _Rotation(torch.autograd.Function):

@@ -130,6 +130,15 @@ def padding(mask: Tensor | None, b: int, t: int) -> tuple[Tensor | None, Tensor 
     return is_token.sum(1, dtype=torch.int32), order
 
 
+def step_padding(mask: Tensor | None, b: int, t: int) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens of each row, and the order that moves padding to the front, without asking the device; None: no mask."""
+    if mask is None:
+        return None, None
+    is_token = last_columns(mask, b, t)
+    counts = is_token.sum(1, dtype=torch.int32)
+    return counts, is_token.to(torch.int8).argsort(dim=1, stable=True) if t > 1 else None
+
+
 def last_columns(mask: Tensor, b: int, t: int) -> Tensor:
     """Which of the last t columns are tokens."""
     if not isinstance(mask, Tensor):

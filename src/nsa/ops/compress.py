@@ -83,6 +83,10 @@ def phi_mlp(
     return blocks.mean(-2) + F.linear(hidden, weight_out, bias_out)
 
 
+# By the names of `NSAConfig.compression`: called with the blocks, then phi's weights.
+PHI: dict[str, Callable[..., Tensor]] = {"mean": phi_mean, "linear": phi_linear, "mlp": phi_mlp}
+
+
 def blocks_of(x: Tensor, config: NSAConfig) -> Tensor:
     """[b, s, g, d] -> [b, c, g, l, d]; put together from strides, for the backward of `unfold` is many times slower."""
     count, stride = config.num_compressed_blocks(x.shape[1]), config.compress_stride

@@ -10,32 +10,22 @@ from torch import Tensor
 
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
+from nsa.ops.attend import attend
 from nsa.ops.combine import combine
-from nsa.ops.compress import phi_linear, phi_mean, phi_mlp
-from nsa.ops.selected_attention import selected_attention
-from nsa.ops.selection import compressed_attention_and_selection
-from nsa.ops.window_attention import window_attention
-from nsa.shapes import Sequences
+from nsa.ops.compress import PHI
+from nsa.ops.rotary import rotated
+from nsa.ops.selection import attend_and_select
+from nsa.streams import Blocks, Branches, Window
 
 
 @torch.no_grad()
 def append_tokens(
     tensors: CacheTensors,
-    k: Float[Tensor, "b t g d"],
-    v: Float[Tensor, "b t g e"],
-    k_win: Float[Tensor, "b t g d"] | None,
-    v_win: Float[Tensor, "b t g e"] | None,
-    k_raw: Float[Tensor, "b t g d"],
-    v_raw: Float[Tensor, "b t g e"],
+    new: Branches,
     config: NSAConfig,
-    phi_k: tuple[Tensor, ...],
-    phi_v: tuple[Tensor, ...],
-    cos_cmp: Float[Tensor, "b new d"],
-    sin_cmp: Float[Tensor, "b new d"],
-    *,
-    counts: Int32[Tensor, " b"] | None = None,
-    cos: Float[Tensor, "b t d"] | None = None,
-    sin: Float[Tensor, "b t d"] | None = None,
+    phi: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+    step: DecodeStep,
 ) -> None:
     """Write new tokens behind those of each row, compress the blocks that they complete, and advance the lengths.
 
@@ -46,40 +36,34 @@ def append_tokens(
 
     Args:
         tensors: the cache of a layer, written in place.
-        k, v: keys and values of the selection branch, and of the window where k_win is None (shared).
-        k_win, v_win: those of the window branch.
-        k_raw, v_raw: those of compression, not rotated.
+        new: [b, t, g, .], raw keys and values of the tokens, for each branch; of cmp not rotated. That of the window is
+            not read where keys and values are shared.
         config: block sizes, and the kind of phi.
-        phi_k, phi_v: the weights of phi for keys and values, as `nsa.ops.compress` takes them: none for the mean,
-            (weight,) for linear, (position_encoding, weight_in, bias_in, weight_out, bias_out) for mlp.
-        cos_cmp, sin_cmp: rotary factors of the blocks that may complete; column j is for the block that ends with
-            stride length // d + j, `length` being the one before this call, so for position
-            (length // d + j + 1) d - l (whatever where that is negative: there is no such block).
-        counts: how many of the t columns are tokens, the last ones of each row; by default all. 0 leaves a row as it
-            was.
-        cos, sin: rotary factors of the tokens, where k and k_win are not rotated yet.
+        phi: its weights for keys and for values, as `nsa.ops.compress` takes them: none for the mean, (weight,) for
+            linear, (position_encoding, weight_in, bias_in, weight_out, bias_out) for mlp.
+        step: which columns are tokens (0 in a row leaves it as it was), and rotary factors.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or tokens without room: past the block table, in a page that is
             not there, or more at a time than the rings keep beside what the first of them reads. Nothing changes.
     """
-    tensors.check_tokens(config, (k, v, k_win, v_win, k_raw, v_raw), cos_cmp, sin_cmp, counts)
-    t = k.shape[1]
+    tensors.check_tokens(config, new, step)
+    k_raw, v_raw, k, v, k_win, v_win = new.tensors
+    t, counts = k.shape[1], step.counts
     before = tensors.lengths.long()
-    new = torch.full_like(before, t) if counts is None else counts.long()
+    count = torch.full_like(before, t) if counts is None else counts.long()
     column = torch.arange(t, device=k.device)
-    row, at = (column >= t - new[:, None]).nonzero(as_tuple=True)
-    position = (before - t + new)[row] + at
+    row, at = (column >= t - count[:, None]).nonzero(as_tuple=True)
+    position = (before - t + count)[row] + at
     page, place = _page_and_place(tensors, row, position, tensors.page_size)
     if (position >= tensors.capacity).any() or (page < 0).any():
         raise ValueError(
-            f"append_tokens: no room for {new.tolist()} tokens behind {before.tolist()}: "
+            f"append_tokens: no room for {count.tolist()} tokens behind {before.tolist()}: "
             f"expected pages for them, within {tensors.capacity} tokens"
         )
 
-    if cos is not None and sin is not None:
-        k = _rotate(k, cos, sin)
-        k_win = None if k_win is None else _rotate(k_win, cos, sin)
+    if step.cos is not None and step.sin is not None:
+        k, k_win = (rotated(x, step.cos, step.sin) for x in (k, k_win))
     tensors.k[page, place] = k[row, at].to(tensors.k.dtype)
     tensors.v[page, place] = v[row, at].to(tensors.v.dtype)
     for ring, x in (
@@ -89,22 +73,22 @@ def append_tokens(
         (tensors.v_raw, v_raw),
     ):
         if ring is not None:
-            assert x is not None, "append_tokens: the window has its own keys and values, and was given none"
             ring[row, position % ring.shape[1]] = x[row, at].to(ring.dtype)
 
     length, stride = config.compress_block_size, config.compress_stride
     last = before[:, None] // stride + torch.arange(-(-t // stride), device=k.device)
-    complete = ((last + 1) * stride <= (before + new)[:, None]) & ((last + 1) * stride >= length)
+    complete = ((last + 1) * stride <= (before + count)[:, None]) & ((last + 1) * stride >= length)
     row, at = complete.nonzero(as_tuple=True)
     last = last[row, at]
     token = (last[:, None] + 1) * stride - length + torch.arange(length, device=k.device)
     page, place = _page_and_place(tensors, row, last, tensors.page_size // stride)
     slot = token % tensors.k_raw.shape[1]
     blocks_k, blocks_v = (x[row[:, None], slot].transpose(1, 2) for x in (tensors.k_raw, tensors.v_raw))
-    k_cmp = _rotate(_phi(blocks_k, config, phi_k), cos_cmp[row, at], sin_cmp[row, at])
-    tensors.k_cmp[page, place] = k_cmp.to(tensors.k_cmp.dtype)
-    tensors.v_cmp[page, place] = _phi(blocks_v, config, phi_v).to(tensors.v_cmp.dtype)
-    tensors.lengths.add_(new.to(tensors.lengths.dtype))
+    keys, values = (PHI[config.compression](x, *of) for x, of in zip((blocks_k, blocks_v), phi, strict=True))
+    keys = rotated(keys, step.cos_cmp[row, at], step.sin_cmp[row, at])
+    tensors.k_cmp[page, place] = keys.to(tensors.k_cmp.dtype)
+    tensors.v_cmp[page, place] = values.to(tensors.v_cmp.dtype)
+    tensors.lengths.add_(count.to(tensors.lengths.dtype))
 
 
 def decode_attention(
@@ -140,7 +124,7 @@ def decode_attention(
     """
     tensors.check_queries(config, q, gates, counts)
     if cos is not None and sin is not None:
-        q = _rotate(q, cos, sin).to(q.dtype)
+        q = rotated(q, cos, sin)
     t, stride = q.shape[1], config.compress_stride
     lengths = tensors.lengths.long()
     longest = int(lengths.max()) if len(lengths) else 0
@@ -163,14 +147,12 @@ def decode_attention(
         row, slot = torch.arange(len(q), device=q.device)[:, None], position % tensors.k_win.shape[1]
         k_win, v_win = (x[row, slot] for x in (tensors.k_win, tensors.v_win))
 
-    ragged = Sequences(seqlens_k=lengths)
-    out_cmp, _, block_indices = compressed_attention_and_selection(
-        q, k_cmp, v_cmp, config, num_keys=longest, sequences=ragged, scale=scale
-    )
-    out_slc, _ = selected_attention(q, k, v, block_indices, config, sequences=ragged, scale=scale)
-    out_win, _ = window_attention(
-        q, k_win, v_win, config.window_size, sequences=Sequences(seqlens_k=lengths_win), scale=scale
-    )
+    where = (None, None, lengths, lengths_win)
+    branches = Branches.of(config, (k_cmp, v_cmp, k, v, k_win, v_win), where)
+    out_cmp, _, indices = attend_and_select(q, branches.cmp, config, scale=scale)
+    blocks = Blocks(indices, config.select_block_size, config.num_local_blocks)
+    out_slc, _ = attend(q, branches.slc, blocks, scale=scale, backend="torch")
+    out_win, _ = attend(q, branches.win, Window(config.window_size), scale=scale, backend="torch")
     out = combine(out_cmp, out_slc, out_win, gates)
     if counts is None:
         return out
@@ -191,18 +173,3 @@ def _gathered(tensors: CacheTensors, memory: Tensor, lengths: Tensor, longest: i
     page, place = _page_and_place(tensors, row, index, memory.shape[1])
     there = index < lengths[:, None]
     return memory[page, place].masked_fill(~there[:, :, None, None], 0.0)
-
-
-def _phi(blocks: Tensor, config: NSAConfig, weights: tuple[Tensor, ...]) -> Tensor:
-    """phi of blocks [..., l, d]."""
-    if config.compression == "mean":
-        return phi_mean(blocks)
-    if config.compression == "linear":
-        return phi_linear(blocks, *weights)
-    return phi_mlp(blocks, *weights)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of x [..., heads, d] by factors [..., d]."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(-2) + torch.cat([-high, low], dim=-1) * sin.unsqueeze(-2)

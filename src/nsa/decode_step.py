@@ -1,5 +1,6 @@
 """What all layers of a decoding step over a static or paged cache share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,8 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.modules.rotary import Rotary
-from nsa.modules.token_layout import last_columns
+
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,15 @@ class DecodeStep:
     """What all layers of a decoding step of t new tokens share, on the device, from the lengths before it.
 
     counts: how many of the t columns are tokens, the last ones of each row; None where all are.
-    cos, sin: rotary factors of the columns.
-    cos_cmp, sin_cmp: those of the compressed keys whose blocks may complete.
+    cos, sin: rotary factors of the columns, where queries and keys are not rotated yet.
+    cos_cmp, sin_cmp: those of the compressed keys whose blocks may complete: column j is for the block that ends with
+        stride length // d + j, `length` being the one before the step, so for position (length // d + j + 1) d - l
+        (whatever where that is negative: there is no such block).
     """
 
     counts: Int32[Tensor, " b"] | None
-    cos: Float[Tensor, "b t d"]
-    sin: Float[Tensor, "b t d"]
+    cos: Float[Tensor, "b t d"] | None
+    sin: Float[Tensor, "b t d"] | None
     cos_cmp: Float[Tensor, "b new d"]
     sin_cmp: Float[Tensor, "b new d"]
 
@@ -46,12 +49,3 @@ class DecodeStep:
         factors = rotary(like, torch.cat([positions, blocks], dim=1).clamp(min=0))
         (cos, cos_cmp), (sin, sin_cmp) = ((x[:, :t].contiguous(), x[:, t:].contiguous()) for x in factors)
         return cls(counts, cos, sin, cos_cmp, sin_cmp)
-
-
-def step_padding(mask: Tensor | None, b: int, t: int) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens of each row, and the order that moves padding to the front, without asking the device; None: no mask."""
-    if mask is None:
-        return None, None
-    is_token = last_columns(mask, b, t)
-    counts = is_token.sum(1, dtype=torch.int32)
-    return counts, is_token.to(torch.int8).argsort(dim=1, stable=True) if t > 1 else None
