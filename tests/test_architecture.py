@@ -24,7 +24,7 @@ LAYERS = [
     {"functional", "decoding", "cache", "distributed", "methods"},
     {"modules"},
     {"models"},
-    {"training", "eval", "serving", "bench"},
+    {"training", "eval", "serving", "bench", "adapting"},
     {"commands"},
     {"cli", "__main__"},
 ]
@@ -41,6 +41,7 @@ THIRD_PARTY = {
     "report": {"jinja2", "markupsafe", "matplotlib", "rich"},
     "eval": CORE | HUGGING_FACE | COMMAND_LINE | {"markupsafe"},
     "serving": CORE | HUGGING_FACE,
+    "adapting": CORE | HUGGING_FACE | COMMAND_LINE,
     "bench": CORE | HUGGING_FACE | COMMAND_LINE,
     "commands": COMMAND_LINE,
     "cli": COMMAND_LINE,
@@ -115,7 +116,7 @@ def modules_of(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("part", ["training", "eval", "bench", "commands"])
+@pytest.mark.parametrize("part", ["training", "eval", "bench", "adapting", "commands"])
 def test_no_import_goes_in_a_circle(part):
     """Not inside functions either: a file can be read once all that it imports has been."""
     files = {".".join(("nsa", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in FILES}

@@ -29,6 +29,10 @@ JSON_VALUES = [None, True, -1, 0, 1, 3, 1.5, float("nan"), float("inf"), "", "x"
 
 EVAL = split("--tasks needle --lengths 64 --depths 0.5 --samples 1")
 COMPARE = split("--methods full --tasks needle --lengths 64 --depths 0.5 --samples 1")
+CONVERT = split(
+    "--nsa.compress-block-size 8 --nsa.compress-stride 4 --nsa.select-block-size 8 --nsa.num-selected-blocks 4 "
+    "--nsa.window-size 16"
+)
 TRAIN = split(
     "--curriculum 32x1 --batch-tokens 32 --hidden-size 8 --intermediate-size 8 --num-layers 1 --num-heads 2 "
     "--num-kv-heads 1 --max-bytes 4000 --eval-tokens 64 --quiet --device cpu"
@@ -38,7 +42,8 @@ FLAGS = split(
     "--chat --methods --context --batch --gpu --bandwidth --prefill-chunk --temperature --top-p --num-beams "
     "--learning-rate --preset --tokenizer --layout --nsa.window-size --nsa.compression --warmup-steps --beta2 "
     "--weight-decay --resume --rope-theta --keep-checkpoints --save-every --log-every --eval-every --accumulation "
-    "--json --heads --kv-heads --rivals --repetitions --steps --processes --wheel --odd --help -h --traceback="
+    "--json --heads --kv-heads --rivals --repetitions --steps --processes --wheel --odd --help -h --traceback= "
+    "--layers --tokens --gate-bias"
 )
 
 
@@ -53,6 +58,11 @@ def lines_of(folder: Path) -> dict[str, list[list[str]]]:
             [at["llama"], *EVAL, "--output", at["out"]],
         ],
         "compare": [[at["llama"], *COMPARE, *text, "--output", at["rows"]]],
+        "convert": [
+            [at["llama"], at["out"], *CONVERT, "--tokens", "0"],
+            [at["llama"], at["out"], *CONVERT, *text, "--tokens", "64", "--layers", "0", "--gate-bias", "30"],
+            [at["nsa"], at["out"]],
+        ],
         "fetch": [["smollm2", "--output", at["out"], "--wheel", at["a.whl"]], ["--output", at["out"]]],
         "bench": [
             *(["show", at["bench.json"], *more] for more in ([], ["--output", at["out"]])),

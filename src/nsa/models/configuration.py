@@ -57,6 +57,10 @@ class NSALlamaConfig(LlamaConfig):
         """Numbers of the layers with NSA."""
         return sparse_layers(self)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy this library's source into every folder."""
+
     def refuse_ignored(self) -> None:
         """ValueError where an option is set that the model would ignore; its constructor asks again."""
         known = type(self).__dataclass_fields__

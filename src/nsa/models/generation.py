@@ -128,8 +128,8 @@ class GenerationPolicy(GenerationMixin):
         if is_first_iteration and next_sequence_length is None and past_key_values is not None and is_whole:
             next_sequence_length = input_ids.shape[1] - int(past_key_values.get_seq_length())
         inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration,
-            **kwargs,
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
+            attention_mask=attention_mask, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs,
         )  # fmt: skip
         if isinstance(past_key_values, NSALlamaCache) and not self.config.dense_layers:
             inputs.pop("position_ids", None)  # the cache counts them itself; comparing would wait for the device
@@ -261,6 +261,8 @@ class GenerationPolicy(GenerationMixin):
             return "an assistant's cache is used again, for longer texts"
         if self.config.dense_layers:
             return "some layers stay dense"
+        if getattr(self.config, "final_logit_softcapping", None):
+            return "logits are capped"
         if not self.model.can_step():
             return "phi is more than its weights (adapters, hooks, quantized)"
         rope = self.model.rotary_emb.rope_type  # of each kind of layer, where these differ

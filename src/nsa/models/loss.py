@@ -107,6 +107,7 @@ def takes_hidden_states(model: Any, arguments: dict[str, Any]) -> bool:
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
         and model.loss_function is ForCausalLMLoss
         and "ignore_index" not in arguments
+        and not getattr(model.config, "final_logit_softcapping", None)
     )
 
 

@@ -5,6 +5,8 @@ window to its causal mask. attention="dense" is Llama. Weights that Llama has ke
 checkpoint loads, with only the new ones reported missing.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers.utils import can_return_tuple
 
 from nsa.decode_step import DecodeStep
 from nsa.distributed import ContextLayout, ContextParallel
+from nsa.models.auto_map import write_auto_map
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.context import forward_arguments, whole_count
@@ -128,6 +131,16 @@ class SparsePreTrained(Transformers):
                 f"got {attn_implementation!r}"
             )
         return own[attention]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """transformers', with the file by which AutoModel finds this class (trust_remote_code=True)."""
+        if kwargs.get("is_main_process", True):
+            write_auto_map(self.config, Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: transformers would copy this library's source into every folder."""
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, device_mesh: Any) -> Any:

@@ -241,8 +241,7 @@ class NativeSparseAttention(nn.Module):
         self, projected: Sequence[Tensor], gates: Float[Tensor, "b t h 3"], tensors: CacheTensors, step: DecodeStep
     ) -> Float[Tensor, "b t h e"]:
         """`decode` between its projections: `projected` are [b, t, .] in the order of `input_projections`."""
-        q = projected[0].unflatten(-1, (self.num_heads, self.head_dim))
-        k, v, *rest = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in projected[1:])
+        q, k, v, *rest = self._heads(projected)
         k_win, v_win, k_raw, v_raw = rest or (k, v, k, v)
         new = Branches.of_tokens(k_raw, v_raw, k, v, k_win, v_win)
         append_tokens(tensors, new, self.config, (self.compress_k.weights(), self.compress_v.weights()), step)
@@ -281,14 +280,19 @@ class NativeSparseAttention(nn.Module):
 
     def _inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, k_win, v_win rotated; k_raw, v_raw for compression; gates."""
-        q, k, v, *rest, gates = project(x, [*self.input_projections(), self.g_proj])
-        q = rotate(q.unflatten(-1, (self.num_heads, -1)), cos, sin)
-        k, v, *rest = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in (k, v, *rest))
-        rotated, gates = rotate(k, cos, sin), self._gates(gates)
+        *projected, gates = project(x, [*self.input_projections(), self.g_proj])
+        q, k, v, *rest = self._heads(projected)
+        q, rotated, gates = rotate(q, cos, sin), rotate(k, cos, sin), self._gates(gates)
         if self.config.shared_kv:
             return q, rotated, v, rotated, v, k, v, gates
         k_win, v_win, k_raw, v_raw = rest
         return q, rotated, v, rotate(k_win, cos, sin), v_win, k_raw, v_raw, gates
+
+    def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        """Queries, keys and values [b, t, heads, d] of what `input_projections` give."""
+        q, *rest = projected
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        return [q, *(part.unflatten(-1, (self.num_kv_heads, -1)) for part in rest)]
 
     def _gates(self, x: Float[Tensor, "b t h3"]) -> Float[Tensor, "b t h 3"]:
         """Scalars in (0, 1) for each query head: compressed, selected, window."""
