@@ -11,6 +11,8 @@ NSA = {
     "num_selected_blocks": 4,
     "window_size": 10,
 }
+# Four of the blocks of 4: the first, the query's own, the one before and one more.
+INFLLM_V2 = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "window_size": 4, "topk": 3, "dense_len": 0}
 SIZES = {
     "vocab_size": 48,
     "hidden_size": 24,
@@ -24,10 +26,12 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-TWINS = ("nsa", "dense", "window")
+TWINS = ("nsa", "infllm_v2", "dense", "window")
 
 
 def config(attention="nsa", **kwargs) -> NSALlamaConfig:
+    if attention == "infllm_v2":
+        kwargs = {"infllm_v2": INFLLM_V2, **kwargs}
     return NSALlamaConfig(attention=attention, nsa=NSA, **{**SIZES, **kwargs})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nsa.cache import FixedNSACache, LayerCache, NSACache, PagedNSACache, StaticNSACache, convert
-from nsa.models.configuration import NSALlamaConfig
+from nsa.models.configuration import SPARSE, NSALlamaConfig
 
 Layout = Literal["growing", "static", "paged"]
 
@@ -207,7 +207,7 @@ def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
     def with_cache(model: Any, *args: Any, **kwargs: Any) -> Any:
         given = (*args[3:4], kwargs.get("past_key_values"))
         cache = next((one for one in given if isinstance(one, NSALlamaCache)), None)
-        if cache is None or model.config.attention != "nsa":
+        if cache is None or model.config.attention not in SPARSE:
             return forward(model, *args, **kwargs)
         cache.check_config(model.config)
         with cache.transaction():
@@ -232,7 +232,7 @@ class NSALlamaCacheLayer(DynamicLayer):
         """Nothing to prepare: the first append knows shapes, dtype and device."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ValueError("an NSA cache holds three branches: it belongs to a model with attention='nsa'")
+        raise ValueError("an NSA cache holds three branches: it belongs to a model with attention='nsa' or 'infllm_v2'")
 
     def get_seq_length(self) -> int:
         return self.num_columns

@@ -6,9 +6,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 
-ATTENTIONS = ("nsa", "dense", "window")
+ATTENTIONS = ("nsa", "infllm_v2", "dense", "window")
+# Those with layers, caches and positions of this library.
+SPARSE = ("nsa", "infllm_v2")
 # What other families change attention with. A configuration takes any key, and this model would ignore these.
 FOREIGN = re.compile(
     "sliding|dropout|pdrop|qk_|qkv|softcap|attention|attn|rope|rotary|alibi|sink|multiplier|layer_types"
@@ -20,9 +22,10 @@ class NSALlamaConfig(LlamaConfig):
     """A Llama whose attention is NSA, or one of its twins that differ in nothing else.
 
     Args:
-        attention: "nsa"; "dense", Llama's own attention; or "window", Llama's own attention over the last
-            `nsa["window_size"]` keys only.
+        attention: "nsa"; "infllm_v2", which has Llama's parameters and no others; "dense", Llama's own attention; or
+            "window", Llama's own attention over the last `nsa["window_size"]` keys only.
         nsa: fields of `nsa.NSAConfig`; those left out have its defaults, unknown ones are an error.
+        infllm_v2: fields of `nsa.config.InfLLMv2Config`, that is of MiniCPM4's `sparse_config`; in the same way.
         dense_layers: numbers of the layers that keep Llama's own attention beside those with NSA; by default none.
         Everything else is LlamaConfig's.
 
@@ -36,21 +39,29 @@ class NSALlamaConfig(LlamaConfig):
 
     attention: str = "nsa"
     nsa: dict[str, Any] | None = None
+    infllm_v2: dict[str, Any] | None = None
     dense_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention not in ATTENTIONS:
             raise ValueError(f"NSALlamaConfig: attention should be one of {ATTENTIONS}, got {self.attention!r}")
         self.nsa = NSAConfig.from_dict(self.nsa or {}).to_dict()
+        if self.infllm_v2 or self.attention == "infllm_v2":
+            self.infllm_v2 = InfLLMv2Config.from_sparse_config(self.infllm_v2 or {}).to_dict()
         super().__post_init__(**kwargs)
         check_dense_layers(self)
-        if self.attention == "nsa":
+        if self.attention in SPARSE:
             self.base_model_tp_plan = None  # Llama's does not know of NSA's projections
         self.refuse_ignored()
 
     @property
     def nsa_config(self) -> NSAConfig:
-        return NSAConfig.from_dict(self.nsa or {})
+        """NSA's sizes; for "infllm_v2" those of its blocks in NSA's names, by which caches and layouts go."""
+        return self.infllm_v2_config.blocks if self.attention == "infllm_v2" else NSAConfig.from_dict(self.nsa or {})
+
+    @property
+    def infllm_v2_config(self) -> InfLLMv2Config:
+        return InfLLMv2Config.from_dict(self.infllm_v2 or {})
 
     @property
     def sparse_layers(self) -> list[int]:

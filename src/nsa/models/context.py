@@ -49,6 +49,8 @@ def forward_arguments(
         kwargs.pop(name, None)
     if decoder.config.dense_layers:
         raise ValueError(f"context parallelism: expected no dense_layers, got {decoder.config.dense_layers}")
+    if decoder.config.attention == "infllm_v2":
+        raise ValueError("context parallelism: attention='infllm_v2' has none yet; expected 'nsa', 'dense' or 'window'")
     if decoder.config.attention == "nsa":
         layout = ContextLayout.of(
             embeds, decoder.rotary, decoder.nsa_config, context,

@@ -10,7 +10,7 @@ from transformers.generation import GenerationMixin
 
 from nsa.backend import resolve, why_not_triton
 from nsa.models.cache import Layout, NSALlamaCache
-from nsa.models.configuration import NSALlamaConfig
+from nsa.models.configuration import SPARSE, NSALlamaConfig
 from nsa.models.decoding import Decoder
 from nsa.models.positions import follow_each_other
 
@@ -53,10 +53,13 @@ class GenerationPolicy(GenerationMixin):
         * Continuous batching is refused: transformers' pages know nothing of NSA or a window, nor these twins of them.
         """
         self._cuda_graphs_asked, self._moved_mask = cuda_graphs, None
-        if self.config.attention == "nsa" and not follow_each_other(
+        if self.config.attention in SPARSE and not follow_each_other(
             kwargs.get("position_ids"), kwargs.get("attention_mask")
         ):
-            raise ValueError("generate(): attention='nsa' counts positions from 0 by itself; leave position_ids out")
+            raise ValueError(
+                f"generate(): attention={self.config.attention!r} counts positions from 0 by itself; "
+                "leave position_ids out"
+            )
         given = kwargs.get("generation_config", args[0] if args else None)
         if "paged" in (kwargs.get("cache_implementation"), getattr(given, "cache_implementation", None)):
             raise _no_continuous_batching("cache_implementation='paged'")
@@ -171,9 +174,9 @@ class GenerationPolicy(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
         max_cache_length: int, *args: Any,
     ) -> None:  # fmt: skip
-        if self.config.attention != "nsa" or generation_config.use_cache is False:
-            is_nsa = self.config.attention == "nsa"
-            self._say_how("use_cache=False" if is_nsa else f"attention={self.config.attention!r}")
+        if self.config.attention not in SPARSE or generation_config.use_cache is False:
+            is_sparse = self.config.attention in SPARSE
+            self._say_how("use_cache=False" if is_sparse else f"attention={self.config.attention!r}")
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
             )
@@ -217,7 +220,8 @@ class GenerationPolicy(GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "static", "dynamic"):
             raise ValueError(
-                f"attention='nsa' has its own caches; expected cache_implementation 'static' or 'dynamic', got {kind!r}"
+                f"attention={self.config.attention!r} has its own caches; expected cache_implementation 'static' or "
+                f"'dynamic', got {kind!r}"
             )
         layout: Layout = "growing"
         if kind == "static" and self.config.dense_layers:
@@ -263,6 +267,8 @@ class GenerationPolicy(GenerationMixin):
             return "some layers stay dense"
         if getattr(self.config, "final_logit_softcapping", None):
             return "logits are capped"
+        if self.config.attention != "nsa":
+            return f"attention={self.config.attention!r} reads lengths on the host"
         if not self.model.can_step():
             return "phi is more than its weights (adapters, hooks, quantized)"
         rope = self.model.rotary_emb.rope_type  # of each kind of layer, where these differ

@@ -1,8 +1,8 @@
 """Llama with NSA: only what differs from transformers' Llama.
 
-attention="nsa" swaps each layer's attention module and the cache. attention="window" keeps Llama's module and adds a
-window to its causal mask. attention="dense" is Llama. Weights that Llama has keep their names, so that a Llama
-checkpoint loads, with only the new ones reported missing.
+attention="nsa" and "infllm_v2" swap each layer's attention module and the cache. attention="window" keeps Llama's
+module and adds a window to its causal mask. attention="dense" is Llama. Weights that Llama has keep their names, so
+that a Llama checkpoint loads, with only the new ones reported missing; "infllm_v2" has no new ones.
 """
 
 import os
@@ -25,7 +25,7 @@ from nsa.decode_step import DecodeStep
 from nsa.distributed import ContextLayout, ContextParallel
 from nsa.models.auto_map import write_auto_map
 from nsa.models.cache import NSALlamaCache, all_or_nothing
-from nsa.models.configuration import NSALlamaConfig
+from nsa.models.configuration import SPARSE, NSALlamaConfig
 from nsa.models.context import forward_arguments, whole_count
 from nsa.models.generation import GenerationPolicy
 from nsa.models.loss import ChunkedLoss, lm_loss_of_logits, takes_hidden_states
@@ -34,9 +34,13 @@ from nsa.models.step import StepDecoder
 from nsa.models.twins import dense_attention, dense_mask, packing, window_attention, window_mask
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
+from nsa.modules.infllm_v2 import InfLLMv2Attention
 from nsa.modules.projections import StartingLinear
 from nsa.modules.rotary import Rotary, RotaryFactors
 from nsa.modules.token_layout import TokenLayout, step_padding
+
+# What a mixin stands before: any class of transformers, or a layer.
+Transformers: Any = object
 
 # NSA's module never calls the attention function registered beside it; no mask is made for it.
 AttentionInterface.register("nsa", sdpa_attention_forward)
@@ -46,20 +50,10 @@ AttentionMaskInterface.register("nsa_window", window_mask)
 AttentionInterface.register("nsa_window", window_attention)
 
 
-class NSALlamaAttention(NativeSparseAttention):
-    """`NativeSparseAttention` behind the signature of Llama's attention."""
+class LlamaSignature(Transformers):
+    """The signature of Llama's attention; a mixin that stands before a layer of this library."""
 
-    def __init__(self, config: NSALlamaConfig, layer_idx: int) -> None:
-        super().__init__(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config=config.nsa_config,
-            rotary=LlamaRotaryEmbedding(config),
-            bias=config.attention_bias,
-        )
-        self.layer_idx = layer_idx
+    layer_idx: int
 
     def forward(
         self,
@@ -81,6 +75,33 @@ class NSALlamaAttention(NativeSparseAttention):
         return out, None
 
 
+class NSALlamaAttention(LlamaSignature, NativeSparseAttention):  # type: ignore[misc]
+    """`NativeSparseAttention` as Llama's attention."""
+
+    def __init__(self, config: NSALlamaConfig, layer_idx: int) -> None:
+        super().__init__(*_dims(config), config=config.nsa_config, **_rotary_and_bias(config))
+        self.layer_idx = layer_idx
+
+
+class InfLLMv2LlamaAttention(LlamaSignature, InfLLMv2Attention):  # type: ignore[misc]
+    """`InfLLMv2Attention` as Llama's attention, with its parameters."""
+
+    def __init__(self, config: NSALlamaConfig, layer_idx: int) -> None:
+        super().__init__(*_dims(config), config=config.infllm_v2_config, **_rotary_and_bias(config))
+        self.layer_idx = layer_idx
+
+
+def _dims(config: NSALlamaConfig) -> tuple[int, int, int, int]:
+    return config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+
+def _rotary_and_bias(config: NSALlamaConfig) -> dict[str, Any]:
+    return {"rotary": LlamaRotaryEmbedding(config), "bias": config.attention_bias}
+
+
+LAYERS = {"nsa": NSALlamaAttention, "infllm_v2": InfLLMv2LlamaAttention}
+
+
 class FusedRMSNorm(LlamaRMSNorm):
     """Llama's norm in one operation instead of seven, rounded once, and in fp64 where x is."""
 
@@ -96,10 +117,6 @@ OLD_NAMES = {
     r"compress_k\.weight$": "compress_k.out.weight",
     r"compress_v\.weight$": "compress_v.out.weight",
 }
-
-
-# What a mixin stands before: any class of transformers.
-Transformers: Any = object
 
 
 class SomeLayersDense:
@@ -120,7 +137,7 @@ class SparsePreTrained(Transformers):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The configuration's `attention` decides; the dense twin takes any of transformers' that is asked for."""
-        attention, own = self.config.attention, {"nsa": "nsa", "window": "nsa_window"}
+        attention, own = self.config.attention, {"nsa": "nsa", "infllm_v2": "nsa", "window": "nsa_window"}
         if self.config.dense_layers and attn_implementation not in own.values():
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         if attention == "dense" and attn_implementation not in own.values():
@@ -146,8 +163,11 @@ class SparsePreTrained(Transformers):
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, device_mesh: Any) -> Any:
         """transformers', where there is a plan."""
         tp_plan = getattr(distributed_config, "tp_plan", None)
-        if tp_plan is not None and model.config.attention == "nsa":
-            raise ValueError(f"tp_plan={tp_plan!r}: attention='nsa' has no tensor-parallel plan yet; expected None")
+        attention = model.config.attention
+        if tp_plan is not None and attention in SPARSE:
+            raise ValueError(
+                f"tp_plan={tp_plan!r}: attention={attention!r} has no tensor-parallel plan yet; expected None"
+            )
         return super().maybe_distribute_model(model, distributed_config, device_mesh)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -188,7 +208,7 @@ class SparseDecoder(Transformers):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("NSALlamaModel: give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        is_nsa = self.config.attention == "nsa"
+        is_sparse = self.config.attention in SPARSE
         if self.context is not None:
             refused = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
             kwargs |= forward_arguments(self, self.context, embeds, position_ids, kwargs, refused)
@@ -196,18 +216,20 @@ class SparseDecoder(Transformers):
         packed: dict[str, Any] = {}
         if past_key_values is None:
             packed, attention_mask, use_cache = self._packing(embeds, attention_mask, position_ids, use_cache, kwargs)
-            past_key_values = NSALlamaCache(self.config) if use_cache and is_nsa else None
-        elif is_nsa and not isinstance(past_key_values, NSALlamaCache):
+            past_key_values = NSALlamaCache(self.config) if use_cache and is_sparse else None
+        elif is_sparse and not isinstance(past_key_values, NSALlamaCache):
             got = type(past_key_values).__name__
-            raise ValueError(f"attention='nsa' needs an NSALlamaCache as past_key_values, got {got}")
+            raise ValueError(
+                f"attention={self.config.attention!r} needs an NSALlamaCache as past_key_values, got {got}"
+            )
         elif kwargs.pop("cu_seq_lens_q", None) is not None:
             raise ValueError("NSALlamaModel: cu_seq_lens_q (packed sequences) does not go with past_key_values")
-        elif is_nsa:
+        elif is_sparse:
             if attention_mask is not None:
                 past_key_values.check_mask(attention_mask, embeds.shape[1])
             check_positions(position_ids, past_key_values, attention_mask, embeds.shape[1])
 
-        if not is_nsa:
+        if not is_sparse:
             if packed:
                 packed = packing(embeds, position_ids, attention_mask, **packed)
                 position_ids = packed.pop("position_ids")
@@ -255,7 +277,7 @@ class SparseDecoder(Transformers):
             cu_seqlens, max_seqlen = packed_boundaries(position_ids, mask, *embeds.shape[:2])
             mask = mask if cu_seqlens is None else None
         wanted = not self.training and (self.config.use_cache if use_cache is None else use_cache)
-        counted = not wanted or self.config.attention != "nsa"  # transformers' caches hold any positions
+        counted = not wanted or self.config.attention not in SPARSE  # transformers' caches hold any positions
         plain = cu_seqlens is None and (counted or follow_each_other(position_ids, mask))
         if use_cache and wanted and not plain:
             what = "packed sequences" if cu_seqlens is not None else "position_ids that do not count from 0"
@@ -342,7 +364,7 @@ class NSALlamaModel(SparseDecoder, NSALlamaPreTrainedModel, LlamaModel):
         sparse = config.sparse_layers
         for layer_idx, layer in enumerate(self.layers):
             if layer_idx in sparse:
-                layer.self_attn = NSALlamaAttention(config, layer_idx)
+                layer.self_attn = LAYERS[config.attention](config, layer_idx)
             layer.input_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             layer.post_attention_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -423,5 +445,5 @@ class NSALlamaForCausalLM(SparseCausalLM, NSALlamaPreTrainedModel, LlamaForCausa
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.chunked_loss = ChunkedLoss()
         self.post_init()
-        if config.attention == "nsa":
+        if config.attention in SPARSE:
             self._tp_plan: dict[str, str] = {}  # Llama's class has one of the head

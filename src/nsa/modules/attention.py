@@ -202,7 +202,7 @@ class NativeSparseAttention(nn.Module):
         if counts is None and len(set(past)) <= 1:
             cos, sin = factors.evenly_spaced(x, past[0] if past else 0, t)
         else:
-            cos, sin = self.rotary(x, _positions(past, counts, t, x.device))
+            cos, sin = self.rotary(x, column_positions(past, counts, t, x.device))
         layout = TokenLayout(cos, sin, cos, sin, counts=counted, order=order)
         q, k, v, k_win, v_win, k_raw, v_raw, gates = self._inputs(layout.sort(x), cos, sin)
         compress_run = partial(self._compress_run, factors=factors)
@@ -315,7 +315,7 @@ class NativeSparseAttention(nn.Module):
         return rotate(k_cmp, *factors.evenly_spaced(k_cmp, first * stride, k_cmp.shape[1], stride)), v_cmp
 
 
-def _positions(past: list[int], counts: list[int] | None, t: int, device: torch.device) -> Int[Tensor, "b t"]:
+def column_positions(past: list[int], counts: list[int] | None, t: int, device: torch.device) -> Int[Tensor, "b t"]:
     """Position of every column in its own sequence; 0 for padding."""
     counts = [t] * len(past) if counts is None else counts
     first = torch.tensor([p + n - t for p, n in zip(past, counts, strict=True)], device=device)
