@@ -155,6 +155,18 @@ class NSAConfig(_Sizes):
         return self.num_compressed_blocks(length) + selected + min(length, self.window_size)
 
 
+INFLLM_V2_SIZES = (
+    "kernel_size",
+    "kernel_stride",
+    "init_blocks",
+    "block_size",
+    "window_size",
+    "topk",
+    "dense_len",
+    "coarse_lse",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class InfLLMv2Config(_Sizes):
     """Sizes of InfLLM-V2 (arXiv:2509.24663); names and defaults are those of MiniCPM4's `sparse_config`.
@@ -222,13 +234,12 @@ class InfLLMv2Config(_Sizes):
     @property
     def sizes(self) -> list[int]:
         """The fields as integers, as operators take them."""
-        return [int(value) for value in self.to_dict().values()]
+        return [int(getattr(self, name)) for name in INFLLM_V2_SIZES]
 
     @classmethod
     def from_sizes(cls, sizes: list[int]) -> "InfLLMv2Config":
-        *numbers, coarse_lse = sizes
-        named: dict[str, Any] = dict(zip((field.name for field in fields(cls)), numbers, strict=False))
-        return cls(**named, coarse_lse=bool(coarse_lse))
+        named: dict[str, Any] = dict(zip(INFLLM_V2_SIZES, sizes, strict=True))
+        return cls(**named | {"coarse_lse": bool(named["coarse_lse"])})
 
     @property
     def sees_all(self) -> int:

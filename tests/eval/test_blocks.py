@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.eval.blocks import counted_keys, keys_per_query, selections_of
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 
@@ -11,11 +11,12 @@ SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_atte
          "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
 NSA = {"compress_block_size": 8, "compress_stride": 4, "select_block_size": 8, "num_selected_blocks": 4,
        "window_size": 10}  # fmt: skip
+INFLLM_V2 = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "window_size": 8, "topk": 3, "dense_len": 40}
 
 
 def twin(attention: str) -> NSALlamaForCausalLM:
     torch.manual_seed(0)
-    return NSALlamaForCausalLM(NSALlamaConfig(**SIZES, attention=attention, nsa=NSA)).eval()
+    return NSALlamaForCausalLM(NSALlamaConfig(**SIZES, attention=attention, nsa=NSA, infllm_v2=INFLLM_V2)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,24 @@ def test_keys_are_those_of_a_mask_written_out_token_by_token(layers):
                 selected = [s for s in range(position + 1) if s // 8 in layer.selected(position, group)]
                 window = [s for s in range(101) if position - 10 < s <= position]
                 assert layer.keys_read(position, group) == len(compressed) + len(selected) + len(window)
+
+
+def test_keys_of_infllm_v2_are_those_of_the_listed_blocks_and_the_pooled_ones_where_it_had_to_choose():
+    config = InfLLMv2Config.from_dict(INFLLM_V2)
+    tokens = torch.randint(50, (101,), generator=torch.Generator().manual_seed(1)).tolist()
+    layers = selections_of(twin("infllm_v2"), tokens)
+    assert [layer.num_groups for layer in layers] == [2, 2]
+    for position in (0, 7, 31, 39, 40, 63, 95, 100):
+        for layer in layers:
+            for group in range(2):
+                blocks = layer.selected(position, group)
+                assert set(layer.forced(position)) <= set(blocks)
+                selected = [s for s in range(position + 1) if s // 8 in blocks]
+                pooled = [i for i in range(101) if i * 4 + 8 - 1 <= position] if position >= 40 else []
+                assert layer.keys_read(position, group) == len(selected) + len(pooled)
+        assert counted_keys(layers, position) <= keys_per_query("infllm_v2", config, position + 1)
+    assert counted_keys(layers, 95) == keys_per_query("infllm_v2", config, 96)
+    assert counted_keys(layers, 39) == 40
 
 
 def test_forced_blocks_are_always_among_the_selected(layers):

@@ -13,7 +13,7 @@ import pytest
 
 FILES = (
     "interpreted.py", "interpreted_decoding.py", "interpreted_step.py", "interpreted_fuzz.py",
-    "interpreted_not_finite.py",
+    "interpreted_not_finite.py", "interpreted_infllm_v2.py",
 )  # fmt: skip
 
 

@@ -172,10 +172,13 @@ def test_phased_counts_keys_bytes_and_phases(llama):
         phased(ids, decode=44)
 
 
-def test_an_nsa_model_runs_natively_and_its_reads_are_counted():
+@pytest.mark.parametrize("attention", ["nsa", "infllm_v2"])
+def test_a_sparse_model_runs_natively_and_its_reads_are_counted(attention):
     torch.manual_seed(0)
-    model = sharpened(NSALlamaForCausalLM(NSALlamaConfig(**SIZES, attention="nsa", nsa=NSA_SIZES)))
-    phased = Phased(model, NSA())
+    infllm_v2 = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "window_size": 4, "topk": 3, "dense_len": 0}
+    config = NSALlamaConfig(**SIZES, attention=attention, nsa=NSA_SIZES, infllm_v2=infllm_v2)
+    model = sharpened(NSALlamaForCausalLM(config))
+    phased = Phased(model, METHODS[attention]())
     ids = tokens(2)
     logits = phased(ids, logits_to_keep=6, decode=4).logits
     torch.testing.assert_close(logits, model(ids).logits[:, -6:], rtol=1e-9, atol=1e-9)
@@ -190,7 +193,9 @@ def test_what_does_not_go_together_is_one_clear_line(llama):
     nsa = NSALlamaForCausalLM(NSALlamaConfig(**SIZES, attention="nsa", nsa=NSA_SIZES))
     with pytest.raises(ValueError, match=r"^quest replaces full attention; this model has attention='nsa'$"):
         Phased(nsa, METHODS["quest"]())
-    with pytest.raises(ValueError, match=r"^the method nsa needs a model trained with it"):
+    with pytest.raises(
+        ValueError, match=r"^the method nsa needs a model that has it \(attention='nsa'\), got attention=None$"
+    ):
         Phased(llama, NSA())
     with attached(llama), pytest.raises(ValueError, match=r"needs past_key_values=MethodCache\(method, model\)"):
         llama(tokens())

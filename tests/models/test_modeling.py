@@ -185,7 +185,7 @@ def test_training_makes_no_cache_and_evaluation_does():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: NSALlamaConfig(attention="sparse"), r"one of \('nsa', 'dense', 'window'\), got 'sparse'"),
+        (lambda: NSALlamaConfig(attention="sparse"), r"one of \('nsa', 'infllm_v2', 'dense', 'window'\), got 'sparse'"),
         (lambda: NSALlamaConfig(nsa={"blocks": 3}), r"unknown keys \['blocks'\]"),
         (lambda: NSALlamaConfig(nsa={"compress_stride": 3}), "compress_stride"),
         (lambda: model()(tokens(1, 4), past_key_values=DynamicCache()), "needs an NSALlamaCache .* got DynamicCache"),

@@ -5,8 +5,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.modules.attention import NativeSparseAttention
+from nsa.modules.infllm_v2 import InfLLMv2Attention
 
 CONFIG = NSAConfig(
     compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, window_size=24
@@ -52,6 +53,21 @@ def test_a_compiled_layer_is_one_graph_with_the_same_outputs_and_gradients(name)
     for one, two in zip(
         torch.autograd.grad(actual, inputs, d_out), torch.autograd.grad(expected, inputs, d_out), strict=True
     ):
+        torch.testing.assert_close(one, two, **EXACT)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_compiled_layer_of_infllm_v2_is_one_graph_with_the_same_outputs_and_gradients(name):
+    config = InfLLMv2Config(kernel_size=8, kernel_stride=4, block_size=8, window_size=8, topk=2, dense_len=0)
+    built = InfLLMv2Attention(24, 4, 2, config=config).double()
+    rows, columns, arguments = LAYOUTS[name]
+    x = torch.randn(rows, columns, 24, dtype=torch.float64, requires_grad=True)
+    d_out, inputs = torch.randn_like(x), [x, *built.parameters()]
+    expected, actual = (
+        torch.autograd.grad(one(x, **arguments), inputs, d_out)
+        for one in (built, torch.compile(built, fullgraph=True, backend="aot_eager"))
+    )
+    for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, **EXACT)
 
 

@@ -3,7 +3,7 @@
 import torch
 from transformers import TrainerCallback
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.training.config import TrainConfig
 
 
@@ -43,6 +43,7 @@ def tiny(text, folder):
         nsa=NSAConfig(
             compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=16
         ),
+        infllm_v2=InfLLMv2Config(kernel_size=4, kernel_stride=2, block_size=4, window_size=8, topk=4, dense_len=16),
         eval_every=4,
         eval_tokens=128,
         save_every=4,

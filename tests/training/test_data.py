@@ -103,12 +103,13 @@ def test_a_batch_is_a_function_of_seed_and_number():
     assert len(batches(stages, batches_per_step=3)) == 18
 
 
-@pytest.mark.parametrize("attention", ["nsa", "dense", "window"])
+@pytest.mark.parametrize("attention", ["nsa", "infllm_v2", "dense", "window"])
 def test_another_second_document_leaves_the_first_ones_loss(attention):
     sizes = {"compress_block_size": 4, "compress_stride": 2, "select_block_size": 4, "num_selected_blocks": 4}
     config = NSALlamaConfig(
         attention=attention,
         nsa=sizes | {"window_size": 8},
+        infllm_v2={"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "window_size": 4, "topk": 3, "dense_len": 0},
         vocab_size=64,
         hidden_size=32,
         intermediate_size=32,

@@ -54,6 +54,19 @@ def test_a_step_reads_the_weights_once_and_the_keys_that_its_queries_see():
     assert found["NSA"].cache_bytes_per_token == pair * 1.25
 
 
+def test_infllm_v2_reads_pooled_keys_without_values_and_only_where_it_has_to_choose():
+    sizes = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "window_size": 8, "topk": 3, "dense_len": 100}
+    config = NSALlamaConfig(**{**CONFIG.to_dict(), "attention": "infllm_v2", "infllm_v2": sizes})
+    pair = 2 * 2 * 8 * 2 * 3
+    for context, keys, pairs in [(100, 100, 100), (1000, 249 + 4 * 8, 249 / 2 + 4 * 8)]:
+        found = plan(config, context=context, batch=5, chunk=50, dtype=torch.bfloat16)
+        one, dense = found["InfLLM-V2"], found["dense"]
+        assert one.parameters == dense.parameters
+        assert one.keys_per_query == keys
+        assert one.step_bytes == (one.parameters - 64 * 32) * 2 + pair * pairs * 5
+        assert one.cache_bytes_per_token == pair * 1.25
+
+
 def test_tied_embeddings_are_counted_and_read_once():
     tied = NSALlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True})
     one, other = (plan(c, context=10, batch=1, chunk=5, dtype=torch.float32)["dense"] for c in (tied, CONFIG))

@@ -39,7 +39,7 @@ def records(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
-@pytest.mark.parametrize("attention", ["nsa", "dense", "window"])
+@pytest.mark.parametrize("attention", ["nsa", "infllm_v2", "dense", "window"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, attention):
     config = replace(config, attention=attention)
     whole = replace(config, out=config.out / "whole")
@@ -83,11 +83,13 @@ def test_the_flat_layout_a_bpe_and_bfloat16_train(config):
 
 def test_twins_start_from_the_same_weights_and_read_the_same_batches(config):
     models = {}
-    for attention in ("nsa", "dense", "window"):
+    for attention in ("nsa", "infllm_v2", "dense", "window"):
         one = replace(config, attention=attention)
         tokenizer = prepare.byte_tokenizer()
         models[attention] = prepare.make_model(one, tokenizer).state_dict()
-    assert all(torch.equal(models["dense"][name], models["window"][name]) for name in models["dense"])
+    for twin in ("window", "infllm_v2"):
+        assert models[twin].keys() == models["dense"].keys()
+        assert all(torch.equal(models["dense"][name], models[twin][name]) for name in models["dense"])
 
 
 def test_compiling_where_no_compiler_is_found_is_one_clear_line(config, monkeypatch):

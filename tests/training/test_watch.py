@@ -110,7 +110,7 @@ def test_workers_make_the_same_batches_in_the_same_order(config):
     assert seen[0] == seen[2] == list(range(9))
 
 
-@pytest.mark.parametrize("attention", ["nsa", "dense", "window"])
+@pytest.mark.parametrize("attention", ["nsa", "infllm_v2", "dense", "window"])
 @pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
 @pytest.mark.parametrize("shared_kv", [True, False])
 def test_operations_are_those_of_weights_and_keys_counted_one_by_one(attention, compression, shared_kv):
@@ -119,12 +119,14 @@ def test_operations_are_those_of_weights_and_keys_counted_one_by_one(attention, 
         attention=attention, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         nsa=sizes | {"window_size": 5, "compression": compression, "shared_kv": shared_kv},
+        infllm_v2={"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "window_size": 5, "topk": 3, "dense_len": 40},
     )  # fmt: skip
     nsa = config.nsa_config
     for length in (1, 4, 7, 8, 9, 12, 31, 33, 64, 101):
         read = {
             "dense": [i + 1 for i in range(length)],
             "window": [min(i + 1, 5) for i in range(length)],
+            "infllm_v2": [i + 1 if i < 40 else 4 * 8 + nsa.num_visible_compressed_blocks(i) / 6 for i in range(length)],
             "nsa": [nsa.num_visible_compressed_blocks(i) + min(i + 1, 32) + min(i + 1, 5) for i in range(length)],
         }[attention]
         assert mean_keys(config)(length) == pytest.approx(sum(read) / length, rel=1e-12)

@@ -1,4 +1,4 @@
-"""What an NSA model reads: the blocks each of its queries selects, and the number of keys behind them."""
+"""What a model with NSA or InfLLM-V2 reads: the blocks each query selects, and the number of keys behind them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.modules.attention import NativeSparseAttention
+from nsa.modules.infllm_v2 import InfLLMv2Attention
 
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """One layer's scores and selected blocks for every query of one sequence."""
+    """One layer's scores and selected blocks for every query of one sequence; `config` has InfLLM-V2's as NSA's."""
 
     config: NSAConfig
     block_scores: Float[Tensor, "t g blocks"]
     block_indices: Int[Tensor, "t g n"]
+    infllm_v2: InfLLMv2Config | None = None
 
     @property
     def num_groups(self) -> int:
@@ -36,16 +38,24 @@ class LayerSelection:
         return sorted({*first, *local})
 
     def keys_read(self, position: int, group: int) -> int:
-        """Compressed keys, keys of the selected blocks up to the query, and keys of the window, counted."""
+        """Keys of the selected blocks up to the query, and `keys_besides`, counted."""
         size = self.config.select_block_size
         selected = sum(min(position + 1, (b + 1) * size) - b * size for b in self.selected(position, group))
-        window = min(position + 1, self.config.window_size)
-        return self.config.num_visible_compressed_blocks(position) + selected + window
+        return selected + int(self.keys_besides(torch.tensor([position]))[0])
+
+    def keys_besides(self, positions: Int[Tensor, " t"]) -> Int[Tensor, " t"]:
+        """Compressed keys and keys of the window; of InfLLM-V2 the pooled keys, where blocks have to be chosen."""
+        c = self.config
+        visible = ((positions + 1 - c.compress_block_size) // c.compress_stride + 1).clamp(min=0)
+        if self.infllm_v2 is not None:
+            return visible * (positions >= self.infllm_v2.sees_all)
+        return visible + (positions + 1).clamp(max=c.window_size)
 
 
 def selections_of(model: nn.Module, tokens: Sequence[int]) -> list[LayerSelection]:
-    """Run one sequence through the model and ask each of its NSA layers what it selected; [] for other models."""
-    layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
+    """Run one sequence through the model and ask each of its sparse layers what it selected; [] for other models."""
+    kinds = (NativeSparseAttention, InfLLMv2Attention)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     inputs: dict[int, Tensor] = {}
     hooks = [layer.register_forward_pre_hook(_keep(inputs, i), with_kwargs=True) for i, layer in enumerate(layers)]
     device = next(model.parameters()).device
@@ -57,14 +67,20 @@ def selections_of(model: nn.Module, tokens: Sequence[int]) -> list[LayerSelectio
         for hook in hooks:
             hook.remove()
     return [
-        LayerSelection(layer.config, scores[0].float().cpu(), indices[0].cpu())
+        _selection(layer.config, scores[0].float().cpu(), indices[0].cpu())
         for layer, (scores, indices) in zip(layers, found, strict=True)
     ]
 
 
-def keys_per_query(attention: str, config: NSAConfig, context: int) -> int:
+def _selection(config: NSAConfig | InfLLMv2Config, scores: Tensor, indices: Tensor) -> LayerSelection:
+    if isinstance(config, InfLLMv2Config):
+        return LayerSelection(config.blocks, scores, indices, config)
+    return LayerSelection(config, scores, indices)
+
+
+def keys_per_query(attention: str, config: NSAConfig | InfLLMv2Config, context: int) -> int:
     """The formula: keys that the last of `context` positions reads in each kind of twin."""
-    if attention == "nsa":
+    if attention in ("nsa", "infllm_v2"):
         return config.keys_per_query(context)
     return min(context, config.window_size) if attention == "window" else context
 

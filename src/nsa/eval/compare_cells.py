@@ -47,7 +47,9 @@ def methods_for(arguments: CompareArguments, candidate: Candidate) -> list[str]:
     """The methods asked for; else those that the model can run."""
     if arguments.methods:
         return list(arguments.methods)
-    return [name for name, method in METHODS.items() if method.native == (candidate.attention == "nsa")]
+    if candidate.attention in METHODS and METHODS[candidate.attention].native:
+        return [candidate.attention]
+    return [name for name, method in METHODS.items() if not method.native]
 
 
 def cells_of(arguments: CompareArguments, candidate: Candidate) -> Iterator[Cell]:

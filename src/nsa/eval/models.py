@@ -19,7 +19,7 @@ class Candidate:
 
     @property
     def attention(self) -> str:
-        """ "nsa", "dense" or "window" for a twin of this library; the model type for any other model."""
+        """ "nsa", "infllm_v2", "dense" or "window" for a twin of this library; the model type for any other model."""
         return str(getattr(self.config, "attention", None) or self.config.model_type)
 
     @property
@@ -43,7 +43,7 @@ class Candidate:
             "num_layers": config.num_hidden_layers,
             "max_positions": getattr(config, "max_position_embeddings", None),
             "vocab_size": config.vocab_size,
-            "nsa": dict(getattr(config, "nsa", None) or {}),
+            "nsa": dict(getattr(config, self.attention, None) or getattr(config, "nsa", None) or {}),
         }
 
 

@@ -80,7 +80,11 @@ def tasks_of(arguments: EvalArguments, candidates: Sequence[Candidate]) -> list[
     configs: list[Any] = [candidate.config for candidate in candidates]
     positions = min(getattr(config, "max_position_embeddings", None) or 1024 for config in configs)
     lengths = arguments.lengths or tuple(sorted({positions // 4, positions // 2, positions}))
-    windows = [config.nsa["window_size"] for config in configs if getattr(config, "nsa", None)]
+    sizes = [
+        getattr(config, str(getattr(config, "attention", None)), None) or getattr(config, "nsa", None)
+        for config in configs
+    ]
+    windows = [found["window_size"] for found in sizes if found]
     window_size = arguments.window_size if arguments.window_size is not None else (windows or [512])[0]
     shared: dict[str, Any] = {"text": text_of(arguments.text, arguments.models)}
     if arguments.samples is not None:

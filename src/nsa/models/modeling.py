@@ -78,16 +78,19 @@ class LlamaSignature(Transformers):
 class NSALlamaAttention(LlamaSignature, NativeSparseAttention):  # type: ignore[misc]
     """`NativeSparseAttention` as Llama's attention."""
 
-    def __init__(self, config: NSALlamaConfig, layer_idx: int) -> None:
+    def __init__(self, config: NSALlamaConfig, layer_idx: int, llamas: torch.nn.Module) -> None:
         super().__init__(*_dims(config), config=config.nsa_config, **_rotary_and_bias(config))
         self.layer_idx = layer_idx
 
 
 class InfLLMv2LlamaAttention(LlamaSignature, InfLLMv2Attention):  # type: ignore[misc]
-    """`InfLLMv2Attention` as Llama's attention, with its parameters."""
+    """`InfLLMv2Attention` as Llama's attention, with its projections: one seed gives it and the dense twin the same."""
 
-    def __init__(self, config: NSALlamaConfig, layer_idx: int) -> None:
-        super().__init__(*_dims(config), config=config.infllm_v2_config, **_rotary_and_bias(config))
+    def __init__(self, config: NSALlamaConfig, layer_idx: int, llamas: torch.nn.Module) -> None:
+        with torch.random.fork_rng(devices=[]):
+            super().__init__(*_dims(config), config=config.infllm_v2_config, **_rotary_and_bias(config))
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, getattr(llamas, name))
         self.layer_idx = layer_idx
 
 
@@ -364,7 +367,7 @@ class NSALlamaModel(SparseDecoder, NSALlamaPreTrainedModel, LlamaModel):
         sparse = config.sparse_layers
         for layer_idx, layer in enumerate(self.layers):
             if layer_idx in sparse:
-                layer.self_attn = LAYERS[config.attention](config, layer_idx)
+                layer.self_attn = LAYERS[config.attention](config, layer_idx, layer.self_attn)
             layer.input_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             layer.post_attention_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

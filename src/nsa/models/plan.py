@@ -52,7 +52,7 @@ class Plan:
 
 
 def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype: torch.dtype) -> dict[str, Plan]:
-    """The plans of "NSA" and of its "dense" twin.
+    """The plans of "NSA" (or "InfLLM-V2", where the configuration is that) and of its "dense" twin.
 
     Args:
         config: of the model; its `attention` does not matter.
@@ -75,10 +75,19 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
     layers, g, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     pair = 2 * g * width * size * layers  # a key and a value in every layer
     plans = {}
-    for name, attention in (("NSA", "nsa"), ("dense", "dense")):
+    is_nsa = config.attention != "infllm_v2"
+    sparse = ("NSA", "nsa") if is_nsa else ("InfLLM-V2", "infllm_v2")
+    for name, attention in (sparse, ("dense", "dense")):
         parameters, streamed = _parameters(config, attention)
-        keys = config.nsa_config.keys_per_query(context) if attention == "nsa" else context
+        keys, pairs = context, float(context)  # pooled keys have no values
         if attention == "nsa":
+            keys = config.nsa_config.keys_per_query(context)
+            pairs = float(keys)
+        elif attention == "infllm_v2":
+            keys = config.infllm_v2_config.keys_per_query(context)
+            pooled = config.nsa_config.num_compressed_blocks(context) if keys < context else 0
+            pairs = keys - pooled / 2
+        if attention != "dense":
             cache = _static_cache_bytes(config, context, batch, dtype)
             per_token = pair * (1 + 1 / config.nsa_config.compress_stride)
         else:
@@ -90,11 +99,11 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
             cache_bytes_per_token=per_token,
             keys_per_query=keys,
             prefill_bytes=_prefill_bytes(config, attention, columns, size)
-            + (pair // layers * context * batch if attention == "nsa" else 0)  # a layer's keys, side by side
+            + (pair // layers * context * batch if attention != "dense" else 0)  # a layer's keys, side by side
             + batch * (config.vocab_size * size + context * PROMPT_BYTES)
-            + (cache["window"] if attention == "nsa" else 0),  # what a chunk overwrites, kept until it is through
+            + (cache["window"] if attention != "dense" else 0),  # what a chunk overwrites, kept until it is through
             packed_bytes=_packed_parameters(config) * size if attention == "nsa" else 0,
-            step_bytes=streamed * size + pair * keys * batch,
+            step_bytes=round(streamed * size + pair * pairs * batch),
         )
     return plans
 
@@ -143,7 +152,7 @@ def _prefill_bytes(config: NSALlamaConfig, attention: str, columns: int, size: i
     # Embeddings, residual and its norm, rotary factors; then queries and their rotation (or the branches' outputs and
     # their sum) beside all keys and values, twice where they are rotated or gathered; or gate, up and their product.
     attention_part = columns * size * (5 * queries + 2 * pairs)
-    if attention == "nsa" and h // g <= SMALL_GROUP:
+    if attention != "dense" and h // g <= SMALL_GROUP:
         # Of every selected block: an output, its greatest score and its sum, in fp32.
         parts = columns * config.nsa_config.num_selected_blocks * h * (width * size + 8)
         attention_part += min(parts, PARTS_BYTES)

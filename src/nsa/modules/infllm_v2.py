@@ -60,6 +60,7 @@ class InfLLMv2Attention(nn.Module):
             got = type(config).__name__
             raise ValueError(f"{NAME}: config should be an InfLLMv2Config (InfLLMv2Config.from_dict), got {got}")
         self.config = config or InfLLMv2Config()
+        self.blocks = self.config.blocks  # which torch.compile could not ask for
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim = head_dim = head_dim or hidden_size // num_heads
         self.v_head_dim = v_head_dim = v_head_dim or head_dim
@@ -94,13 +95,13 @@ class InfLLMv2Attention(nn.Module):
             if cu_seqlens is not None or position_ids is not None:
                 given = "cu_seqlens" if cu_seqlens is not None else "position_ids"
                 raise ValueError(f"{NAME}: {given} does not go with a cache, whose lengths say the positions")
-            cache.check_config(self.config.blocks)
+            cache.check_config(self.blocks)
             cache.check_rows(x.shape[0])
             with cache.transaction():
                 return self._forward_over_cache(x, cache, attention_mask, factors)
         if layout is None:
             layout = TokenLayout.of(
-                x, self.rotary, self.config.blocks,
+                x, self.rotary, self.blocks,
                 attention_mask=attention_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, position_ids=position_ids,
             )  # fmt: skip
         q, k, v = self._inputs(layout.sort(x), layout.cos, layout.sin)
@@ -129,7 +130,7 @@ class InfLLMv2Attention(nn.Module):
 
     def _pool_run(self, k: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """The pooled keys of a run of tokens. A cache keeps a value beside each; nobody reads it."""
-        pooled = phi_mean(blocks_of(k.detach(), self.config.blocks))
+        pooled = phi_mean(blocks_of(k.detach(), self.blocks))
         return pooled, v.detach()[:, : pooled.shape[1]]
 
     def input_projections(self) -> list[nn.Module]:
@@ -142,9 +143,9 @@ class InfLLMv2Attention(nn.Module):
     @torch.no_grad()
     def select(self, x: Float[Tensor, "b t hidden"]) -> tuple[Float[Tensor, "b t g blocks"], Int[Tensor, "b t g n"]]:
         """What this layer would read of whole sequences x: the block scores and the lists of blocks."""
-        layout = TokenLayout.of(x, self.rotary, self.config.blocks)
+        layout = TokenLayout.of(x, self.rotary, self.blocks)
         q, k, _ = self._inputs(x, layout.cos, layout.sin)
-        k_pool, s = compress(k, phi_mean, self.config.blocks), x.shape[1]
+        k_pool, s = compress(k, phi_mean, self.blocks), x.shape[1]
         lists = select_by_pooled_keys(q, k_pool, self.config, num_keys=s)
         return pooled_scores(q, k_pool, self.config, num_keys=s), lists
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.training.curriculum import Stage, parse_curriculum
 from nsa.training.folder import CONFIG_FILE, at_home
 from nsa.training.limits import ANY, Limits, check_numbers
@@ -58,6 +58,7 @@ class TrainConfig:
     Examples:
         nsa train --preset demo --out runs/nsa
         nsa train --preset demo --attention dense --out runs/dense
+        nsa train --preset demo --attention infllm_v2 --infllm-v2.topk 6 --out runs/infllm
         nsa train --preset small --data ~/texts --tokenizer bpe --vocab-size 8192 --out runs/books
         nsa train --out runs/nsa --resume
         torchrun --nproc-per-node 8 -m nsa train --preset 1b --cp 8 --out runs/long
@@ -67,8 +68,8 @@ class TrainConfig:
     """Folder for checkpoints, metrics, the configuration and the final model: new, empty, or a run's with --resume."""
     preset: str = "demo"
     """Where the values of all other flags start from: demo, small or 1b."""
-    attention: Literal["nsa", "dense", "window"] = "nsa"
-    """NSA, or one of its twins that differ in nothing else."""
+    attention: Literal["nsa", "infllm_v2", "dense", "window"] = "nsa"
+    """NSA, InfLLM-V2, or a twin without sparsity; they differ in nothing else."""
     resume: bool = False
     """Continue from the last checkpoint in `out`, exactly as if it had not stopped; with its configuration."""
 
@@ -114,6 +115,7 @@ class TrainConfig:
     window_gate_bias: float = 0.0
     """The same of the window branch."""
     nsa: NSAConfig = field(default_factory=NSAConfig)
+    infllm_v2: InfLLMv2Config = field(default_factory=InfLLMv2Config)
     """NSA's block sizes and counts; the window twin uses the same window."""
 
     # Optimisation
@@ -193,7 +195,11 @@ class TrainConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
             paths = {name: Path(values[name]) for name in ("out", "cache_dir") if values.get(name) is not None}
             tuples = {name: tuple(values[name]) for name in ("curriculum", "report_to") if name in values}
-            config = cls(**values | paths | tuples | {"nsa": NSAConfig.from_dict(values["nsa"])})
+            sizes = {
+                "nsa": NSAConfig.from_dict(values["nsa"]),
+                "infllm_v2": InfLLMv2Config.from_dict(values.get("infllm_v2", {})),
+            }
+            config = cls(**values | paths | tuples | sizes)
             config.validate()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -3,7 +3,8 @@
 A token costs 6 for every weight it is multiplied with (2 forward, 4 backward), and 12 H D for every key it attends to
 (scores and output, 4 H D forward, twice that backward) in every layer. Weights are those of projections, gates, MLP and
 head; phi's count 1 / d of a token's, one block being compressed every d tokens. What is computed twice to save memory
-is not counted twice; the embedding, norms, rotation and the selection's sorting are not counted at all.
+is not counted twice; the embedding, norms, rotation and the selection's sorting are not counted at all. InfLLM-V2's
+pooled keys are scored forward only, by 2 H D: a sixth of a key each.
 """
 
 import re
@@ -60,7 +61,16 @@ def mean_keys(config: NSALlamaConfig) -> Callable[[int], float]:
         whole, rest = divmod(max(0, length - nsa.compress_block_size + 1), nsa.compress_stride)
         return (nsa.compress_stride * whole * (whole + 1) / 2 + rest * (whole + 1)) / length
 
+    def infllm_v2(length: int) -> float:
+        """Those up to `sees_all` read everything; those after it n blocks, and the pooled keys to choose them."""
+        every = min(length, config.infllm_v2_config.sees_all)
+        blocks = (length - every) * nsa.num_selected_blocks * nsa.select_block_size
+        pooled = length * compressed(length) - every * compressed(every)
+        return (every * (every + 1) / 2 + blocks + pooled / 6) / length
+
     def keys(length: int) -> float:
+        if config.attention == "infllm_v2":
+            return infllm_v2(length)
         if config.attention == "dense":
             return (length + 1) / 2
         local = window(length, nsa.window_size)

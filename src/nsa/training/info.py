@@ -93,7 +93,9 @@ def info(config: InfoConfig) -> dict[str, Any]:
         "gpu": config.gpu if config.bandwidth is None else None,
         "bandwidth_gb_per_s": bandwidth,
         "memory_bytes": GPUS[config.gpu][1] * GIB if config.bandwidth is None else None,
-        "nsa": model.nsa_config.to_dict(),
+        model.attention if model.attention == "infllm_v2" else "nsa": (
+            model.infllm_v2_config if model.attention == "infllm_v2" else model.nsa_config
+        ).to_dict(),
         "plans": {name: entry(found) for name, found in plans.items()},
     }
 
@@ -144,14 +146,15 @@ def _print_table(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    nsa, dense = found["plans"]["NSA"], found["plans"]["dense"]
+    sparse = next(iter(found["plans"]))
+    nsa, dense = found["plans"][sparse], found["plans"]["dense"]
     where = found["gpu"] or f"{found['bandwidth_gb_per_s']:g} GB/s"
     table = Table(
         title=f"{found['model']}: {found['context']:,} tokens x {found['batch']}, {found['dtype']}, {where}",
         box=box.SIMPLE,
         title_justify="left",
     )
-    for column in ("", "NSA", "dense", "dense / NSA"):
+    for column in ("", sparse, "dense", f"dense / {sparse}"):
         table.add_column(column, justify="right" if column else "left")
 
     def row(name: str, key: str, shown: Any) -> None:
@@ -163,8 +166,8 @@ def _print_table(found: dict[str, Any]) -> None:
     table.add_section()
     row("weights", "weight_bytes", _bytes)
     cache = {name: sum(one["cache_bytes"].values()) for name, one in found["plans"].items()}
-    ratio = f"{cache['dense'] / cache['NSA']:.2f}"
-    table.add_row("cache", _bytes(cache["NSA"]), _bytes(cache["dense"]), ratio)
+    ratio = f"{cache['dense'] / cache[sparse]:.2f}"
+    table.add_row("cache", _bytes(cache[sparse]), _bytes(cache["dense"]), ratio)
     for part, size in nsa["cache_bytes"].items():
         table.add_row(f"  {part}", _bytes(size), "", "")
     row(f"prefill, chunks of {found['prefill_chunk']:,}", "prefill_bytes", _bytes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.training.config import TrainConfig
 
 
@@ -39,6 +39,7 @@ def demo() -> TrainConfig:
             window_size=64,
             shared_kv=True,
         ),
+        infllm_v2=InfLLMv2Config(kernel_size=8, kernel_stride=4, block_size=16, window_size=64, topk=8, dense_len=0),
         answer_weight=3.0,
         compressed_gate_bias=-2.0,
         learning_rate=2e-3,
@@ -72,6 +73,7 @@ def small() -> TrainConfig:
             num_selected_blocks=16,
             window_size=256,
         ),
+        infllm_v2=InfLLMv2Config(kernel_size=16, kernel_stride=8, block_size=32, window_size=256, topk=16, dense_len=0),
         learning_rate=1e-3,
         warmup_steps=200,
         dtype="bfloat16",

@@ -19,6 +19,7 @@ def model_config(config: TrainConfig, vocab_size: int | None = None, **values: A
     chosen: dict[str, Any] = {
         "attention": config.attention,
         "nsa": config.nsa.to_dict(),
+        "infllm_v2": config.infllm_v2.to_dict() if config.attention == "infllm_v2" else None,
         "vocab_size": vocabulary(config) if vocab_size is None else vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,

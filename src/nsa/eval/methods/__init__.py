@@ -17,13 +17,13 @@ from nsa.eval.methods.infllm import InfLLM
 from nsa.eval.methods.magicpig import MagicPIG
 from nsa.eval.methods.method import Method
 from nsa.eval.methods.minference import MInference
-from nsa.eval.methods.nsa import NSA
+from nsa.eval.methods.nsa import NSA, InfLLMv2
 from nsa.eval.methods.quest import Quest
 from nsa.eval.methods.streaming_llm import StreamingLLM
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (NSA, Full, ExactTop, StreamingLLM, H2O, InfLLM, Quest, MInference, ClusterKV, MagicPIG)
+    for method in (NSA, InfLLMv2, Full, ExactTop, StreamingLLM, H2O, InfLLM, Quest, MInference, ClusterKV, MagicPIG)
 }
 
 __all__ = ["METHODS", "Method", "MethodCache", "Split", "attached", "split"]

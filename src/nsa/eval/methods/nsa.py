@@ -1,4 +1,4 @@
-"""NSA itself, for models that were trained with it; no other method can be laid over their attention."""
+"""NSA and InfLLM-V2 themselves, for models that have them; no other method can be laid over their attention."""
 
 from collections.abc import Sequence as Numbers
 from dataclasses import dataclass
@@ -26,6 +26,20 @@ class NSA(Method):
     native: ClassVar[bool] = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class InfLLMv2(Method):
+    """InfLLM-V2, for models with attention="infllm_v2": in both phases the selected blocks, the window's among them.
+
+    Its sizes are those of the model's configuration. Pooled keys, read only to choose, count as one key each.
+
+    Source: arXiv:2509.24663.
+    """
+
+    name: ClassVar[str] = "infllm_v2"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2509.24663"
+    native: ClassVar[bool] = True
+
+
 def keys_read(model: nn.Module, tokens: Numbers[int], decode: int) -> dict[str, float]:
     """Keys that one query reads in each phase, counted from the blocks it selected in one sequence of `tokens`.
 
@@ -40,10 +54,8 @@ def keys_read(model: nn.Module, tokens: Numbers[int], decode: int) -> dict[str, 
 
 def _per_position(layer: LayerSelection) -> torch.Tensor:
     """`LayerSelection.keys_read` of every position at once, averaged over the groups, [t]."""
-    config, size = layer.config, layer.config.select_block_size
+    size = layer.config.select_block_size
     positions = torch.arange(layer.block_indices.shape[0])
     first = layer.block_indices * size
     selected = (torch.minimum(positions[:, None, None] + 1, first + size) - first) * (layer.block_indices >= 0)
-    visible = ((positions + 1 - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
-    window = (positions + 1).clamp(max=config.window_size)
-    return selected.sum(-1).double().mean(-1) + visible + window
+    return selected.sum(-1).double().mean(-1) + layer.keys_besides(positions)

@@ -50,7 +50,7 @@ class Phased(nn.Module):
     are fed one at a time, as generation does (teacher forcing makes the two the same).
 
     Args:
-        model: of the Llama family; an NSA model takes the method "nsa" and no other.
+        model: of the Llama family; a model with NSA or InfLLM-V2 takes the method of that name and no other.
         method: see nsa.eval.methods.
 
     Raises:
@@ -61,10 +61,11 @@ class Phased(nn.Module):
 
     def __init__(self, model: nn.Module, method: Method) -> None:
         super().__init__()
-        is_nsa = getattr(model.config, "attention", None) == "nsa"
-        if method.native and not is_nsa:
+        attention = getattr(model.config, "attention", None)
+        if method.native and attention != method.name:
             raise ValueError(
-                "the method nsa needs a model trained with it (attention='nsa'); this one has dense weights"
+                f"the method {method.name} needs a model that has it (attention={method.name!r}), "
+                f"got attention={attention!r}"
             )
         if not method.native:
             MethodCache(method, model)  # says what does not fit
