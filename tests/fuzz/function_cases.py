@@ -123,25 +123,32 @@ def check(case: FunctionCase, backend: str, *, gradients: bool) -> None:
     """Output, and gradients of everything, within the budget; in fp64 to 1e-10."""
     names = list(case.tensors)
 
-    def found(function: Callable[[dict[str, Tensor]], Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    def found(
+        function: Callable[[dict[str, Tensor]], Tensor], cast: torch.dtype | None, scale: float = 1.0
+    ) -> list[Tensor]:
+        """Output and gradients, those for `scale` times d_out divided by it."""
         leaves = {
-            name: (x.detach() if dtype is None else x.detach().contiguous().to(dtype)).requires_grad_(gradients)
+            name: (x.detach() if cast is None else x.detach().contiguous().to(cast)).requires_grad_(gradients)
             for name, x in case.tensors.items()
         }
         out = function(leaves)
         if not gradients or out.numel() == 0:
             return [out.detach()]
-        d_out = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
-        grads = torch.autograd.grad(out, list(leaves.values()), d_out, allow_unused=True)
+        d_out = torch.linspace(-1.0, 1.0, out.numel(), dtype=dtype).view(out.shape).to(out.dtype)  # the same for all
+        grads = torch.autograd.grad(out, list(leaves.values()), scale * d_out, allow_unused=True)
         return [
             out.detach(),
-            *(torch.zeros_like(x) if y is None else y for x, y in zip(leaves.values(), grads, strict=True)),
+            *(torch.zeros_like(x) if y is None else y / scale for x, y in zip(leaves.values(), grads, strict=True)),
         ]
 
+    dtype = case.tensors["q"].dtype
     actual = found(lambda x: case.actual(x, backend), None)
     truth = found(case.expected, torch.float64)
-    dtype = case.tensors["q"].dtype
-    plain = truth if dtype == torch.float64 else found(case.expected, dtype)
+    plain = truth
+    if dtype != torch.float64:
+        # A few numbers may come out right by luck: plain PyTorch's error is the largest of several roundings.
+        tries = [found(case.expected, dtype, scale) for scale in ((1.0, 1.1, 1.3, 1.7) if gradients else (1.0,))]
+        plain = [max(ways, key=lambda x, t=t: _largest(x.double() - t)) for t, *ways in zip(truth, *tries, strict=True)]
     for name, x, p, t in zip(("out", *(f"d{name}" for name in names)), actual, plain, truth, strict=False):
         assert x.shape == t.shape, f"{name}: {case.description}"
         if dtype == torch.float64:

@@ -220,6 +220,21 @@ def test_low_precision_stays_within_twice_plain_pytorchs_error(branch, dtype, fa
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_values_with_much_in_common_are_the_exact_ones_rounded(branch, dtype):
+    """d_out * out is then far larger than what is left of it: out must not be rounded before."""
+    case = branch.case(Layout(t=24, s=64), h=3, g=1, d=12, e=16)
+    q, k, v = case.tensors
+    inputs = [x.to(dtype) for x in (q, k, v * 0.1 + 8)]
+    results = []
+    for run, wanted in ((branch.run, dtype), (branch.expected, torch.float64)):
+        leaves = [x.to(wanted).requires_grad_() for x in inputs]
+        out, _ = run(case.to(wanted), *leaves)
+        results.append(torch.autograd.grad((out * torch.linspace(-1, 1, 16, dtype=dtype).to(wanted)).sum(), leaves))
+    for name, actual, truth in zip(("dq", "dk", "dv"), *results, strict=True):
+        assert_close_to_fp64(actual, truth.to(dtype), truth, name)
+
+
 EDGE_LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 507, 511, 512, 513]
 
 

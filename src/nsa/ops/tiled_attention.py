@@ -146,10 +146,11 @@ class _TiledAttention(torch.autograd.Function):
         if not are_finite(out if e else lse.masked_fill(lse == -torch.inf, 0.0)):
             out, lse = careful_forward(q_heads, k_heads, v_heads, tiles, observe, out, lse)
 
-        out, lse = from_group(out).to(q.dtype), from_group(lse)
+        out, lse = from_group(out), from_group(lse)
+        # Wide: of d_out * out, rounded, more would be lost than some gradients are large.
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tiles, ctx.scale = tiles, scale
-        return out, lse
+        return out.to(q.dtype), lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
