@@ -6,8 +6,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.infllm_v2 import InfLLMv2Attention
+from nsa.training import compiling
 
 CONFIG = NSAConfig(
     compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, window_size=24
@@ -82,6 +84,22 @@ def test_lengths_and_numbers_of_documents_compile_anew_once():
         ends = torch.linspace(0, columns, documents + 1).to(torch.int32)
         compiled(torch.randn(1, columns, 24, dtype=torch.float64), cu_seqlens=ends)
     assert counter.frame_count <= before + 2
+
+
+def test_training_on_packed_documents_compiles_once(monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch.compiler.config, "dynamic_sources", "")
+    options = compiling._options
+    monkeypatch.setattr(compiling, "_options", lambda graphs: options(graphs) | {"backend": counter})
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+    model = NSALlamaForCausalLM(
+        NSALlamaConfig(attention="nsa", nsa=CONFIG.to_dict(), vocab_size=16, num_hidden_layers=1, **sizes)
+    ).train()
+    compiling.compile_parts(model, on_cpu=True, cuda_graphs=False)
+    for documents, longest in ((4, 64), (9, 64), (2, 128), (33, 16)):
+        ids, ends = torch.randint(16, (1, 128)), torch.linspace(0, 128, documents + 1).to(torch.int32)
+        model(input_ids=ids, labels=ids, cu_seq_lens_q=ends, max_length_q=longest).loss.backward()
+    assert counter.frame_count == len(compiling.PARTS)
 
 
 def test_nothing_of_a_packed_forward_depends_on_values_of_the_lengths():

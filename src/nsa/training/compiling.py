@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+VARYING = ("cu_seq_lens_q", "max_length_q")  # how many documents, and a bound on their length
 PARTS = ("model", "chunked_loss")  # of a language model
 
 
@@ -64,4 +65,6 @@ def own_gradients(model: nn.Module) -> None:
 
 
 def _options(cuda_graphs: bool) -> dict[str, Any]:
+    """torch.compile's. What differs from one packed batch to the next is a variable from the first graph on."""
+    torch.compiler.config.dynamic_sources = ",".join(f".*{name}.*" for name in VARYING)
     return {"mode": "reduce-overhead"} if cuda_graphs else {}
