@@ -37,6 +37,8 @@ class EvalArguments:
     """Window by which recall tells near from far. Default: the models' own."""
     seed: int = 0
     """Decides all prompts."""
+    oracle: bool = False
+    """A second row for every NSA model: the same weights, blocks chosen by their exact attention mass."""
     text: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """A file or folder of text that the models have not seen. Default: what their training held out."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None

@@ -16,6 +16,8 @@ class Candidate:
     folder: Path
     model: nn.Module
     tokenizer: Any
+    by_mass: bool = False
+    """Whether blocks are chosen by their exact attention mass, in place of the model's own selection."""
 
     @property
     def attention(self) -> str:

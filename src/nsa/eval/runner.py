@@ -7,7 +7,8 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from nsa.eval.result import Result
 from nsa.eval.table import result_tables
 from nsa.eval.tasks import PUZZLES, TASKS, Continuation, MultiValue, Needle, Perplexity, Recall, Row, Task
 from nsa.eval.text import HELD_OUT
+from nsa.methods.nsa import selection_by_mass
 from nsa.training.config import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -56,13 +58,20 @@ def judge(arguments: EvalArguments) -> Result:
         )
         for folder, name in zip(arguments.models, names, strict=True)
     ]
+    if arguments.oracle:
+        candidates += [
+            replace(candidate, name=f"{candidate.name}, oracle", by_mass=True)
+            for candidate in candidates
+            if candidate.attention == "nsa"
+        ]
     tasks = tasks_of(arguments, candidates)
     if arguments.output is not None:
         make_writable(arguments.output)
     result = evaluate(candidates, tasks)
     if arguments.output is not None:  # before anything is printed: a terminal may be gone by now
         result.save(arguments.output / "eval.json")
-        Report.of(candidates, result, text=text).save(arguments.output / "report.html")
+        own = [candidate for candidate in candidates if not candidate.by_mass]
+        Report.of(own, result, text=text).save(arguments.output / "report.html")
     if arguments.json:
         print(result.to_json())
     else:
@@ -128,7 +137,8 @@ def run_tasks(candidate: Candidate, tasks: Sequence[Task], progress: Progress) -
     for task in tasks:
         bar = progress.add_task(f"{candidate.name}: {task.name}", total=task.num_steps(candidate.tokenizer))
         try:
-            rows += task.run(candidate.model, candidate.tokenizer, _advance(progress, bar))
+            with selection_by_mass() if candidate.by_mass else nullcontext():
+                rows += task.run(candidate.model, candidate.tokenizer, _advance(progress, bar))
         except IndexError as error:  # of a table of positions
             if too_long := _too_long(candidate, [task]):
                 raise ValueError(f"{too_long}: {error}") from error

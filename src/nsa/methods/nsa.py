@@ -1,6 +1,9 @@
 """Native Sparse Attention (arXiv:2502.11089, section 3): three branches, added by their gates."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -11,7 +14,7 @@ from nsa.ops.attend import attend
 from nsa.ops.causal_attention import causal_attention, sees_all
 from nsa.ops.combine import combine
 from nsa.ops.selection import attend_and_select
-from nsa.streams import Blocks, Branches, Causal, Window
+from nsa.streams import Blocks, Branches, Causal, Stream, Window
 
 
 def compose(q: Tensor, branches: Branches, gates: Tensor, config: NSAConfig, scale: float) -> Tensor:
@@ -23,6 +26,8 @@ def compose(q: Tensor, branches: Branches, gates: Tensor, config: NSAConfig, sca
         out_slc = causal_attention(q, slc.k, slc.v, scale=scale)
     else:
         out_cmp, _, indices = attend_and_select(q, cmp, config, scale=scale)
+        if _by_mass.get():
+            indices = blocks_by_mass(q, slc, config, scale)
         blocks = Blocks(indices, config.select_block_size, config.num_local_blocks)
         out_slc, _ = attend(q, slc, blocks, scale=scale, backend="torch")
     if not sees_all(q, win, config.window_size):
@@ -34,6 +39,28 @@ def compose(q: Tensor, branches: Branches, gates: Tensor, config: NSAConfig, sca
     return combine(out_cmp, out_slc, out_win, gates)
 
 
+def blocks_by_mass(q: Tensor, slc: Stream, config: NSAConfig, scale: float) -> Tensor:
+    """Eqs. 9 to 11 with the probabilities of the raw keys themselves: blocks of one token are not compressed."""
+    tokens = replace(config, compress_block_size=1, compress_stride=1)
+    return attend_and_select(q, slc._replace(v=slc.v[..., :0]), tokens, scale=scale)[2]
+
+
+@contextmanager
+def selection_by_mass() -> Iterator[None]:
+    """Inside, whole forwards select the blocks of the largest exact attention mass, by PyTorch operations.
+
+    An oracle for evaluation: it reads every key to choose. What a model then gains is what its selector costs it; what
+    it still lacks of dense attention is what reading by blocks costs. Decoding over a cache is untouched.
+    """
+    token = _by_mass.set(True)
+    try:
+        yield
+    finally:
+        _by_mass.reset(token)
+
+
+_by_mass = ContextVar("selection by mass", default=False)
+
 # ---- what takes over ----------------------------------------------------------------------------------------
 
 
@@ -42,7 +69,7 @@ def native_sparse_attention(
     on: Literal["torch", "triton"], nonnegative_gates: bool, max_seqlen_k: int | None,
 ) -> Tensor:  # fmt: skip
     """`nsa.functional.native_sparse_attention` of streams, all of it checked and filled in."""
-    if on == "triton":
+    if on == "triton" and not _by_mass.get():
         from nsa.kernels.functional import native_sparse_attention as on_kernels  # only where triton is installed
 
         return on_kernels(q, branches, gates, config, scale, nonnegative_gates, max_seqlen_k)
