@@ -246,6 +246,10 @@ class InfLLMv2Config(_Sizes):
         """The largest length at which the last query still reads every key."""
         return max(self.dense_len, self.blocks.num_selected_blocks * self.block_size)
 
+    def list_width(self, length: int) -> int:
+        """Slots of a query's list of blocks, where no sequence has more than `length` keys."""
+        return max(self.blocks.num_selected_blocks, -(-min(self.dense_len, length) // self.block_size))
+
     def keys_per_query(self, length: int) -> int:
         """Keys that the last of `length` positions reads, pooled ones counted as one; `length` where it reads all."""
         if length <= self.sees_all:

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nsa.config import InfLLMv2Config
 from nsa.methods.infllm_v2 import infllm_v2_attention
 from nsa.ops.compress import compress, phi_mean
-from nsa.ops.pooled_selection import list_width, pooled_scores, select_by_pooled_keys
+from nsa.ops.pooled_selection import pooled_scores, select_by_pooled_keys
 from nsa.testing import INPUT_FAMILIES, InputShape, assert_close_to_fp64, per_sequence
 from nsa.testing import brute_force as paper
 from nsa.testing import brute_force_infllm_v2 as truth
@@ -53,7 +53,7 @@ def test_equals_the_brute_force_in_every_layout(monkeypatch, layout, config):
 def test_scores_and_lists_equal_the_brute_force(layout, config):
     layout, config = LAYOUTS[layout], CONFIGS[config]
     q, k, _ = inputs(layout)
-    sequences, width = layout.sequences(), list_width(config, layout.s)
+    sequences, width = layout.sequences(), config.list_width(layout.s)
     k_pool = compress(k, phi_mean, config.blocks, sequences=sequences)
     scores = pooled_scores(q, k_pool, config, num_keys=layout.s, sequences=sequences)
     lists = select_by_pooled_keys(q, k_pool, config, num_keys=layout.s, sequences=sequences)

@@ -3,7 +3,7 @@
 scoring     grid (query tiles, key tiles, KV heads x rows): the keys of a tile stay, the heads of the group go by, and
             their probabilities add up in registers, so rows are queries and no group size wastes any. A compressed
             block that reaches into the next selection block gives that part to `spill`, so that no program needs its
-            neighbour's keys.
+            neighbour's keys. InfLLM-V2 (MAX) takes the largest of a block's in the place of their overlaps' sum.
 top n       grid (queries, KV heads x rows): the n-th largest score is found by bisection (scores are not negative, so
             their bits order as they do), everything above it is taken, then ties from the lowest index up.
 
@@ -35,7 +35,7 @@ def scoring_kernel(
     q, k, lse, own, spill, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
     tile_offset, num_blocks, num_groups, scale_log2, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    PER_BLOCK: tl.constexpr, PER_BLOCK_PADDED: tl.constexpr, LAYOUT: tl.constexpr,
+    PER_BLOCK: tl.constexpr, PER_BLOCK_PADDED: tl.constexpr, MAX: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group, row = wide(tl.program_id(2) % num_groups), tl.program_id(2) // num_groups
@@ -84,27 +84,35 @@ def scoring_kernel(
 
     # Overlap of the compressed block with its own selection block, in strides; the rest lies in the next one.
     overlap = tl.minimum(BLOCK // STRIDE, PER_BLOCK - inside)
-    own_sum = tl.sum(tl.reshape(p_sum * overlap[None, :].to(tl.float32), [BLOCK_Q, BLOCKS, PER_BLOCK_PADDED]), 2)
+    if MAX:
+        p_sum = tl.where(p_sum == p_sum, p_sum, 0.0)
+        own_score = tl.max(tl.reshape(p_sum, [BLOCK_Q, BLOCKS, PER_BLOCK_PADDED]), 2)
+    else:
+        own_score = tl.sum(tl.reshape(p_sum * overlap[None, :].to(tl.float32), [BLOCK_Q, BLOCKS, PER_BLOCK_PADDED]), 2)
     block = first_block + tl.arange(0, BLOCKS)
     scratch_row = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK_Q * num_blocks
     out = scratch_row + rows[:, None] * num_blocks + block[None, :]
     mask = row_mask[:, None] & (block < num_blocks)[None, :]
-    tl.store(own + out, own_sum, mask=mask)
-    if BLOCK > STRIDE:
+    tl.store(own + out, own_score, mask=mask)
+    if BLOCK > STRIDE and MAX:
+        reaching = tl.where((overlap < BLOCK // STRIDE)[None, :], p_sum, 0.0)
+        tl.store(spill + out, tl.max(tl.reshape(reaching, [BLOCK_Q, BLOCKS, PER_BLOCK_PADDED]), 2), mask=mask)
+    elif BLOCK > STRIDE:
         rest = (BLOCK // STRIDE - overlap)[None, :].to(tl.float32)
         tl.store(spill + out, tl.sum(tl.reshape(p_sum * rest, [BLOCK_Q, BLOCKS, PER_BLOCK_PADDED]), 2), mask=mask)
 
 
 @triton.jit
 def _score_bits(
-    own, spill, block, mask, own_block, high, PER_BLOCK: tl.constexpr, HAS_SPILL: tl.constexpr,
+    own, spill, block, mask, own_block, high, PER_BLOCK: tl.constexpr, HAS_SPILL: tl.constexpr, MAX: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """Scores as integers of the same order; forced blocks are infinite, blocks that may not be selected -1."""
     score = tl.load(own + block, mask=mask & (block * PER_BLOCK < high), other=0.0)
     if HAS_SPILL:
         left = mask & (block > 0) & ((block - 1) * PER_BLOCK < high)
-        score += tl.load(spill + block - 1, mask=left, other=0.0)
+        spilled = tl.load(spill + block - 1, mask=left, other=0.0)
+        score = tl.maximum(score, spilled) if MAX else score + spilled
     score = tl.where(score == score, score, 0.0)  # the bits of NaN would go before those of forced blocks
     forced = (block < INITIAL) | (block > own_block - LOCAL)
     score = tl.where(forced, float("inf"), score)
@@ -116,8 +124,8 @@ def top_blocks_kernel(
     own, spill, indices, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
     tile_offset, num_blocks, num_groups, scratch_queries,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, SELECT: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, MAX: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_Q: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     group, row = wide(tl.program_id(1) % num_groups), tl.program_id(1) // num_groups
     per_tile: tl.constexpr = BLOCK_Q // QUERIES
@@ -146,10 +154,10 @@ def top_blocks_kernel(
         block = first_block + tl.arange(0, BLOCKS)[None, :]
         new = _score_bits(
             own_rows, spill_rows, block, (block <= last_block) & row_mask[:, None], own_block, high,
-            PER_BLOCK, BLOCK > STRIDE, INITIAL, LOCAL,
+            PER_BLOCK, BLOCK > STRIDE, MAX, INITIAL, LOCAL,
         )  # fmt: skip
         old = _score_bits(
-            own_rows, spill_rows, kept, kept >= 0, own_block, high, PER_BLOCK, BLOCK > STRIDE, INITIAL, LOCAL
+            own_rows, spill_rows, kept, kept >= 0, own_block, high, PER_BLOCK, BLOCK > STRIDE, MAX, INITIAL, LOCAL
         )
         # The largest value that at least n scores reach, or any that n scores reach: both take the same blocks.
         threshold = tl.zeros([QUERIES], tl.int32)
@@ -181,8 +189,13 @@ def top_blocks_kernel(
         kept = tl.load(out_rows + slot, mask=out_mask, other=-1)
 
 
-def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config: NSAConfig, scale: float) -> Tensor:
-    """block_indices int32 [b, t, g, n]: the selection of `nsa.ops.selection`, from the compressed branch's lse."""
+def select_top_blocks(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, config: NSAConfig, scale: float, *, by_max: bool = False
+) -> Tensor:
+    """block_indices int32 [b, t, g, n]: the selection of `nsa.ops.selection`, from the compressed branch's lse.
+
+    `by_max` scores blocks as InfLLM-V2 does (`nsa.ops.pooled_selection`); the lists are n blocks wherever a query is.
+    """
     heads = Heads.of(q, k_cmp, k_cmp)
     n = config.num_selected_blocks
     indices = empty(layout, (layout.b, layout.t, heads.g, n), torch.int32, q.device, fill=-1)
@@ -190,7 +203,7 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
         return indices
     per_block = config.select_block_size // config.compress_stride
     per_block_padded = next_power_of_2(per_block)
-    on_hopper = hopper.serves_scoring(q, k_cmp, heads, per_block)
+    on_hopper = not by_max and hopper.serves_scoring(q, k_cmp, heads, per_block)
     tile = hopper.tile_of(hopper.SCORING, heads, 1) if on_hopper else tile_for("scoring", heads, q)
     block_n = max(tile.block_n, per_block_padded)
     tiles = layout.query_tiles(tile.block_q)
@@ -201,7 +214,13 @@ def select_top_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, layout: Layout, con
     scratch = torch.empty((2, pairs * tiles_at_once * tile.block_q * num_blocks), dtype=torch.float32, device=q.device)
     own, spill = scratch.unbind(0)
     where = (*layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s)
-    common = {"BLOCK": layout.block, "STRIDE": layout.stride, "PER_BLOCK": per_block, "LAYOUT": layout.kind}
+    common = {
+        "BLOCK": layout.block,
+        "STRIDE": layout.stride,
+        "PER_BLOCK": per_block,
+        "MAX": by_max,
+        "LAYOUT": layout.kind,
+    }
     for offset in range(0, tiles.count, tiles_at_once):
         here = min(tiles_at_once, tiles.count - offset)
         # Tiles of a chunk see no more keys than its last query, where the layout says which that is.

@@ -54,8 +54,8 @@ def infllm_v2_attention(
         seqlens_k: keys of each row, left-aligned, where rows differ; queries are right-aligned, and those at a
             negative position are padding.
         scale: factor of the scores, > 0, d ** -0.5 by default.
-        backend: as for `nsa.native_sparse_attention`. The kernels attend, forward and backward, dense and selected;
-            the choice is PyTorch's operations on every device, and reads lengths on the host.
+        backend: as for `nsa.native_sparse_attention`. The kernels choose and attend, forward and backward, without
+            reading a length on the host; with `coarse_lse` the choice is PyTorch's operations, which do.
 
     Returns:
         [b, t, h, e] in q's dtype; 0 for padding. Every other query sees at least itself.
@@ -98,7 +98,12 @@ def attend_to_listed(
     if k_pool is None:
         with torch.no_grad():
             k_pool = compress(raw.k, phi_mean, blocks, sequences=where)
-    indices = select_by_pooled_keys(q, k_pool, config, num_keys=s, sequences=where, scale=scale)
+    if on == "triton" and not config.coarse_lse:
+        from nsa.kernels import pooled_selection  # only where triton is installed
+
+        indices = pooled_selection.select_by_pooled_keys(q, k_pool, where, config, s, scale)
+    else:
+        indices = select_by_pooled_keys(q, k_pool, config, num_keys=s, sequences=where, scale=scale)
     listed = Blocks(indices, blocks.select_block_size, blocks.num_local_blocks)
     return attend(q, raw, listed, scale=scale, backend=on)[0]
 

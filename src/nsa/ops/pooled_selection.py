@@ -24,11 +24,6 @@ COARSER = 4
 LARGEST_EXPONENT = 80.0
 
 
-def list_width(config: InfLLMv2Config, num_keys: int) -> int:
-    """Slots of a query's list of blocks, where no sequence has more than `num_keys` keys."""
-    return max(config.blocks.num_selected_blocks, -(-min(config.dense_len, num_keys) // config.block_size))
-
-
 @torch.no_grad()
 def select_by_pooled_keys(
     q: Float[Tensor, "b t h d"],
@@ -55,8 +50,8 @@ def select_by_pooled_keys(
 
     Returns:
         block_indices: int32, ascending, no repeats, -1 last; all -1 for padding. Of equal scores the lower index wins;
-        neighbouring blocks share a pooled key, so equal scores are common. A score that is NaN counts as 0. The width
-        is `list_width(config, num_keys)`.
+        neighbouring blocks share a pooled key, so equal scores are common. A weight that is NaN counts as 0. The width
+        is `config.list_width(num_keys)`.
 
     Raises:
         ValueError: shapes that do not fit, or fewer pooled keys than the sequences have.
@@ -65,7 +60,7 @@ def select_by_pooled_keys(
     """
     op = "select_by_pooled_keys"
     b, t, *_, g = bind(op, q=(q, "b t h d"), k_pool=(k_pool, "b c g d")).values()
-    width = list_width(config, num_keys)
+    width = config.list_width(num_keys)
     slots = torch.arange(width, device=q.device, dtype=torch.int32)
     block_indices = q.new_full((b, g, t, width), -1, dtype=torch.int32)
     for part in parts_of(q, compressed_stream(k_pool, k_pool, config.blocks, sequences, num_keys)):
@@ -74,7 +69,7 @@ def select_by_pooled_keys(
         chosen = slots.where(slots <= own[:, None], -1)
         block_indices[part.rows, :, part.q_start + first : part.q_start + few] = chosen
         for queries, positions, scores in _scored(op, q, k_pool, part, few, config, scale):
-            chosen = top_blocks(scores.nan_to_num(0.0), positions, config.blocks)
+            chosen = top_blocks(scores, positions, config.blocks)
             block_indices[part.rows, :, queries] = F.pad(chosen, (0, width - chosen.shape[-1]), value=-1)
     return block_indices.transpose(1, 2)
 
@@ -152,7 +147,7 @@ def _weights(q: Tensor, fine: Tensor, positions: Tensor, config: InfLLMv2Config)
         approximate = _visible_scores(q, coarse, positions, config, COARSER).logsumexp(-1, keepdim=True)
         lse = approximate.where(approximate != -torch.inf, lse)
     weights = scores.sub_(lse).clamp_(max=LARGEST_EXPONENT).exp_()
-    return weights.nan_to_num(0.0).sum(3)
+    return weights.sum(3).nan_to_num(0.0)
 
 
 def _visible_scores(q: Tensor, keys: Tensor, positions: Tensor, config: InfLLMv2Config, times: int) -> Tensor:
