@@ -1,6 +1,6 @@
 """Compiles every kernel for a GPU that is not there, from the launchers themselves; `test_compile.py` runs it.
 
-    python compile_all.py ARCHITECTURE DTYPE HEADS KV_HEADS D E [--training]   ->   one line of JSON for each kernel
+    python compile_all.py ARCHITECTURE DTYPE HEADS KV_HEADS D E [--training | --infllm-v2]   ->   one line of JSON for each kernel
 
 The launchers get tensors without memory. What would launch a kernel compiles it instead, for the target and for
 integers and pointers as they would be on the device.
@@ -24,7 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction
 
 from nsa.cache_tensors import CacheTensors
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.decode_step import DecodeStep
 from nsa.kernels import decode, launch, rotary, rows, selected_gradients, step_begin
 from nsa.kernels import step as steps
@@ -132,6 +132,23 @@ def launch_all(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 4096
     rotary.rotate(q, tensor(1, t, d), tensor(1, t, d))
 
 
+def launch_infllm_v2(dtype: torch.dtype, h: int, g: int, d: int, e: int, t: int = 16384) -> None:
+    """The choice and the attention of MiniCPM4's sizes, whose lists have 128 slots."""
+    config = InfLLMv2Config()
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v, d_out = tensor(1, t, h, d), tensor(1, t, g, d), tensor(1, t, g, e), tensor(1, t, h, e)
+    lse, k_pool = tensor(1, t, h, dtype=torch.float32), tensor(1, config.blocks.num_compressed_blocks(t), g, d)
+    lists = tensor(1, t, g, config.list_width(t), dtype=torch.int32)
+    raw, pooled = Layout(1, t, t), Layout(1, t, t, config.kernel_size, config.kernel_stride)
+    contiguous_forward(q, k_pool, k_pool[..., :8], pooled, None, 0.1)
+    select_top_blocks(q, k_pool, lse, pooled, config.blocks, 0.1, by_max=True)
+    selected_forward(q, k, v, lists, raw, config.blocks, 0.1)
+    selected_gradients.selected_gradients(q, k, v, lists, d_out, lse, lse, raw, config.blocks, 0.1)
+
+
 def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
     """A step over pages, each of whose kernels is in its fullest form there."""
     config, b, t, pages, page_size = NSAConfig(), 4, 1, 64, 256
@@ -164,12 +181,15 @@ def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
 
 
 if __name__ == "__main__":
-    architecture, dtype, *sizes = (x for x in sys.argv[1:] if x != "--training")
+    architecture, dtype, *sizes = (x for x in sys.argv[1:] if not x.startswith("--"))
     only_training = "--training" in sys.argv
     launch.shared_memory = lambda device: SHARED[int(architecture)]
     launch.is_hopper = lambda device: architecture == "90"
     compile_instead(int(architecture))
     selected_gradients.PARTS_BYTES = 48 << 20  # in pieces
+    if "--infllm-v2" in sys.argv:
+        launch_infllm_v2(getattr(torch, dtype), *map(int, sizes))
+        sys.exit()
     launch_all(getattr(torch, dtype), *map(int, sizes))
     if not only_training:
         launch_decoding(getattr(torch, dtype), *map(int, sizes))

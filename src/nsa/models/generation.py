@@ -268,7 +268,7 @@ class GenerationPolicy(GenerationMixin):
         if getattr(self.config, "final_logit_softcapping", None):
             return "logits are capped"
         if self.config.attention != "nsa":
-            return f"attention={self.config.attention!r} reads lengths on the host"
+            return f"attention={self.config.attention!r} has no step that the device takes alone"
         if not self.model.can_step():
             return "phi is more than its weights (adapters, hooks, quantized)"
         rope = self.model.rotary_emb.rope_type  # of each kind of layer, where these differ

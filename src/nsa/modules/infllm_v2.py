@@ -85,7 +85,7 @@ class InfLLMv2Attention(nn.Module):
         """Attention output of new tokens, after those that the cache remembers.
 
         Args, Returns, Raises: as for `nsa.NativeSparseAttention.forward`. The cache is any of `nsa.cache`, made with
-        `config.blocks`; its pooled keys are the means of rotated keys. Lengths are read on the host.
+        `config.blocks`; its pooled keys are the means of rotated keys. The cache reads lengths on the host.
         """
         expected = f"[b, t, hidden={self.hidden_size}]"
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[2] != self.hidden_size:
@@ -137,7 +137,7 @@ class InfLLMv2Attention(nn.Module):
         return [self.q_proj, self.k_proj, self.v_proj]
 
     def can_step(self) -> bool:
-        """Whether the device can take a decoding step alone: no, blocks are chosen by lengths on the host."""
+        """Whether the device can take a decoding step alone: not yet, the caches' `append` reads lengths on the host."""
         return False
 
     @torch.no_grad()
