@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that is not there, from the launchers themselves; `test_compile.py` runs it.
 
-    python compile_all.py ARCHITECTURE DTYPE HEADS KV_HEADS D E [--training | --infllm-v2]   ->   one line of JSON for each kernel
+    python compile_all.py ARCHITECTURE DTYPE HEADS KV_HEADS D E [--training | --infllm-v2]
+        ->  one line of JSON for each kernel
 
 The launchers get tensors without memory. What would launch a kernel compiles it instead, for the target and for
 integers and pointers as they would be on the device.

@@ -137,7 +137,7 @@ class InfLLMv2Attention(nn.Module):
         return [self.q_proj, self.k_proj, self.v_proj]
 
     def can_step(self) -> bool:
-        """Whether the device can take a decoding step alone: not yet, the caches' `append` reads lengths on the host."""
+        """Whether the device can take a decoding step alone: not yet, a cache's `append` reads lengths."""
         return False
 
     @torch.no_grad()
