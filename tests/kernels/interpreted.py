@@ -191,6 +191,13 @@ def test_the_function_and_its_gradients_are_those_of_the_ops(generator: torch.Ge
         assert_close_to_fp64(x, p, t, name, largest_score=100.0)
 
 
+def test_window_keys_without_lengths_are_as_many_as_the_rows_have(generator: torch.Generator) -> None:
+    shapes = {"q": (2, 4), "k": (9, 2), "v": (9, 2), "k_win": (9, 2), "v_win": (9, 2)}
+    tensors = {name: torch.randn(2, *shape, 8, generator=generator) for name, shape in shapes.items()}
+    tensors |= {"gates": torch.rand(2, 2, 4, 3, generator=generator), "seqlens_k": torch.tensor([9, 4])}
+    torch.testing.assert_close(in_triton(**tensors, config=SMALL), in_torch(**tensors, config=SMALL))
+
+
 def test_a_branch_alone_is_the_op_and_its_gradient(generator: torch.Generator) -> None:
     *inputs, _ = _inputs(torch.float32, generator)
     indices = torch.full((1, 19, 2, 4), -1, dtype=torch.int32)
