@@ -7,7 +7,7 @@ from layouts import Layout
 from torch import Tensor
 
 from nsa.kernels import decode
-from nsa.ops.decode import append_tokens
+from nsa.ops.decode import append_tokens, decode_attention
 from nsa.testing import assert_close_to_fp64, assert_same_selection
 
 MEMORY = ("k", "v", "k_cmp", "v_cmp", "k_win", "v_win", "k_raw", "v_raw")
@@ -44,6 +44,25 @@ def check_attention(case: DecodeCase, device: str) -> None:
     truth, plain = reference(torch.float64), reference(case.dtype)
     assert_close_to_fp64(out, plain, truth, "out", largest_score=largest * scale)
     assert not out[position < 0].any(), "padding gives 0"
+
+
+def check_not_finite(case: DecodeCase, name: str, value: float, device: str) -> None:
+    """One number of row 0 reaches what sees it, and no other row; the selection keeps its forced blocks. t is 1."""
+    scene, config = Scene(case, device), case.config
+    clean, _ = decode.attend(scene.q, scene.gates, scene.cache(case.lengths), config, scene.scale)
+    if name.endswith("_cmp"):
+        scene.__dict__[name] = getattr(scene, name).clone()
+    getattr(scene, name)[0, 0 if name == "q" else 20, -1, 1] = value
+    tensors = scene.cache(case.lengths)
+    out, picks = decode.attend(scene.q, scene.gates, tensors, config, scene.scale)
+    # A program of one query reads nothing else, so no more is reached than in PyTorch's operations.
+    expected = decode_attention(scene.q, scene.gates, tensors, config, scale=scene.scale)
+    assert torch.equal(out[0].isfinite(), expected[0].isfinite())
+    assert torch.equal(out[1:], clean[1:])
+    own, chosen = (case.lengths[0] - 1) // config.select_block_size, picks[0, 0, -1].tolist()
+    chosen = chosen[: config.num_selected_blocks]
+    assert chosen == sorted(set(chosen))
+    assert {0, own - 1, own} <= set(chosen) <= set(range(own + 1))
 
 
 def check_append(case: DecodeCase, counts: tuple[int, ...], device: str, rotate_inside: bool = True) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decode_checks import MEMORY, check_append, check_attention
+from decode_checks import MEMORY, check_append, check_attention, check_not_finite
 from decoding import DecodeCase, Scene, append_arguments
 from poison import poisoned_memory
 from torch import Tensor
@@ -90,6 +90,13 @@ def of_rows(tensors: CacheTensors, rows: slice) -> CacheTensors:
     """The cache of some of the rows, their pages where they were."""
     own = ("k_win", "v_win", "k_raw", "v_raw", "block_table", "lengths", "arrivals")
     return replace(tensors, **{name: getattr(tensors, name)[rows].contiguous() for name in own})
+
+
+@pytest.mark.parametrize("longest", [1000, 40001])  # the second has more blocks than one step of scoring takes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "k_cmp", "v_cmp"])
+def test_what_is_not_finite_stays_in_its_row(name: str, value: float, longest: int) -> None:
+    check_not_finite(DecodeCase(lengths=(longest, 333), config=SPARSE, page_size=64, **BF16), name, value, "cuda")
 
 
 @pytest.mark.parametrize("t", [1, 3])
