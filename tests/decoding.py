@@ -241,6 +241,21 @@ def phi_weights(config: NSAConfig, width: int, generator: torch.Generator) -> tu
     )
 
 
+def window_in_pages(tensors: CacheTensors, size: int = 16) -> CacheTensors:
+    """The same cache with its window in shuffled pages; what its rows do not hold is NaN, and has no page."""
+    ring, rows = tensors.k_win.shape[1], tensors.rows
+    per_row = -(-tensors.capacity // size)
+    table = torch.randperm(rows * per_row, generator=torch.Generator().manual_seed(2)).view(rows, per_row)
+    k, v = (x.new_full((rows * per_row, size, *x.shape[2:]), torch.nan) for x in (tensors.k_win, tensors.v_win))
+    for row, length in enumerate(tensors.lengths.tolist()):
+        for position in range(max(0, length - ring), length):
+            for pages, x in ((k, tensors.k_win), (v, tensors.v_win)):
+                pages[table[row, position // size], position % size] = x[row, position % ring]
+        held = torch.arange(per_row) * size
+        table[row] = table[row].where((held < length) & (held + size > length - ring), -1)
+    return replace(tensors, k_win=k, v_win=v, window_table=table.int().to(tensors.k.device))
+
+
 def same_memory(found: CacheTensors, expected: CacheTensors) -> None:
     """Every number of two caches, written or not."""
     for name, x in vars(expected).items():

@@ -58,6 +58,7 @@ class CacheTensors:
     block_table: Int32[Tensor, "rows pages_per_row"]
     lengths: Int32[Tensor, " rows"]
     arrivals: Int32[Tensor, "rows g 16"]
+    window_table: Int32[Tensor, "rows window_pages"] | None = None  # where k_win and v_win are pages and no rings
 
     @property
     def rows(self) -> int:
@@ -80,6 +81,8 @@ class CacheTensors:
 
     def check_tokens(self, config: NSAConfig, new: Branches, step: DecodeStep) -> None:
         """ValueError where the step's tokens cannot be appended; asks nothing of the device."""
+        if self.window_table is not None:
+            raise ValueError("append_tokens: expected a window in rings, got pages (window_table), which others write")
         names = {"cmp": new.cmp, "slc": new.slc} if self.k_win is None else new._asdict()
         suffix = {"cmp": "_raw", "slc": "", "win": "_win"}
         given = {"lengths": (self.lengths, "b"), "the cache's k": (self.k, "pages n g d")}
@@ -110,7 +113,8 @@ class CacheTensors:
             "decode_attention", lengths=(self.lengths, "b"), k=(self.k, "pages n g d"), v=(self.v, "pages n g e"),
             q=(q, "b t h d"), gates=(gates, "b t h 3"),
         )  # fmt: skip
-        if self.k_win is not None and found["t"] > (at_once := self.k_win.shape[1] - config.window_size + 1):
+        ring = None if self.k_win is None or self.window_table is not None else self.k_win.shape[1]
+        if ring is not None and found["t"] > (at_once := ring - config.window_size + 1):
             raise ValueError(f"decode_attention: expected at most {at_once} queries, got {found['t']}")
         if q.dtype != self.k.dtype:
             raise ValueError(_wrong_dtype("decode_attention", "q", q, self))

@@ -15,13 +15,14 @@ TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS), str(TESTS / "gpu")]
 
 from decode_checks import check_append, check_attention
-from decoding import DecodeCase, Scene, append_arguments
+from decoding import DecodeCase, Scene, append_arguments, window_in_pages
 from poison import poisoned_memory
 
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.decoding import append_tokens, decode_attention
 from nsa.kernels import decode
+from nsa.ops import decode as ops
 
 SMALL = NSAConfig(
     compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6,
@@ -60,6 +61,17 @@ def test_many_splits_and_steps_of_the_top_n(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(decode, "PLAN", plan)
     config = replace(SMALL, num_selected_blocks=5)
     check_attention(DecodeCase(lengths=(600, 299), config=config, h=2, g=1, d=8, e=8), "cpu")
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_window_in_pages_is_one_in_rings_bit_by_bit(page_size: int | None) -> None:
+    case = DecodeCase(lengths=(70, 0, 9, 33, 2), t=2, config=SMALL, page_size=page_size, h=6, g=2, d=8, e=16)
+    scene = Scene(case)
+    rings = scene.cache(case.lengths)
+    pages = window_in_pages(rings)
+    for attend in (decode.decode_attention, ops.decode_attention):
+        expected = attend(scene.q, scene.gates, rings, SMALL, scale=scene.scale)
+        assert torch.equal(attend(scene.q, scene.gates, pages, SMALL, scale=scene.scale), expected)
 
 
 @pytest.mark.parametrize("together", [2, 4])

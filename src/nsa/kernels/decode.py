@@ -107,12 +107,12 @@ class Workspace:
 @torch.library.custom_op("nsa::decode_attention", mutates_args=("arrivals",))
 def _decode_attention(
     q: Tensor, gates: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor | None,
-    v_win: Tensor | None, block_table: Tensor, lengths: Tensor, arrivals: Tensor, counts: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, sizes: list[int], scale: float,
+    v_win: Tensor | None, block_table: Tensor, window_table: Tensor | None, lengths: Tensor, arrivals: Tensor,
+    counts: Tensor | None, cos: Tensor | None, sin: Tensor | None, sizes: list[int], scale: float,
 ) -> Tensor:  # fmt: skip
     from nsa.kernels.library import _config, _serving  # a module that imports every kernel
 
-    tensors = CacheTensors(k, v, k_cmp, v_cmp, k_win, v_win, k, v, block_table, lengths, arrivals)
+    tensors = CacheTensors(k, v, k_cmp, v_cmp, k_win, v_win, k, v, block_table, lengths, arrivals, window_table)
     with _serving(q, k, v, k_cmp, v_cmp, scale=scale):
         return attend(q, gates, tensors, _config(sizes), scale, counts, cos, sin)[0]
 
@@ -150,7 +150,8 @@ def decode_attention(
             return attend(q, gates, tensors, config, scale, counts, cos, sin)[0]
     return _decode_attention(
         q, gates, tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win,
-        tensors.block_table, tensors.lengths, tensors.arrivals, counts, cos, sin, sizes_of(config), scale,
+        tensors.block_table, tensors.window_table, tensors.lengths, tensors.arrivals, counts, cos, sin,
+        sizes_of(config), scale,
     )  # fmt: skip
 
 
@@ -197,6 +198,9 @@ def attend(
     )  # fmt: skip
     shared = tensors.k_win is None
     k_win, v_win = (tensors.k, tensors.v) if shared else (tensors.k_win, tensors.v_win)
+    window_table = tensors.block_table if tensors.window_table is None else tensors.window_table
+    is_ring = not shared and tensors.window_table is None
+    window_pages = window_table.shape[1]
     common = {
         "D": heads.d, "DP": heads.padded_d, "E": heads.e, "EP": heads.padded_e, "G": heads.per_group,
         "STRIDE": stride, "SELECT": select, "N": n, "NP": padded_n,
@@ -217,16 +221,16 @@ def attend(
     is_small = parts * heads.g * b * tiles <= at_once
     chunk = max(PLAN.chunk * (2 // slots), padded_n, tile_blocks)
     decode_split_kernel[(parts * heads.g * b * tiles,)](
-        q, cos, sin, tensors.k_cmp, tensors.v_cmp, k_win, v_win, tensors.block_table, tensors.lengths,
+        q, cos, sin, tensors.k_cmp, tensors.v_cmp, k_win, v_win, tensors.block_table, window_table, tensors.lengths,
         tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.sums, work.tops,
-        work.scores, work.picks, work.bits, t, heads.g, b * tiles, pages, config.window_size, runs,
+        work.scores, work.picks, work.bits, t, heads.g, b * tiles, pages, window_pages, config.window_size, runs,
         int(is_small), num_blocks, num_tops, scale * LOG2E,
         *q.stride()[:3], *(x.stride(i) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win) for i in (0, 2)),
         *(x.stride(1) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win)), GP=group,
         REACH=config.compress_block_size // stride, PER_BLOCK=per_block,
         PER_BLOCK_PADDED=per_block_padded, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
-        PAGE_STRIDES=0 if pages == 1 else page_size // stride, RING=0 if shared else k_win.shape[1],
-        TILES=tiles, WINDOW_TILES=PLAN.window_tiles,
+        PAGE_STRIDES=0 if pages == 1 else page_size // stride, RING=k_win.shape[1] if is_ring else 0,
+        WINDOW_TOKENS=0 if window_pages == 1 else k_win.shape[1], TILES=tiles, WINDOW_TILES=PLAN.window_tiles,
         CHUNK=chunk, BLOCKS=max(PLAN.select_blocks, chunk), BLOCK_N=keys, STAGES=stages, num_warps=PLAN.warps,
         **common, **launch_pdl, **registers,
     )  # fmt: skip

@@ -145,21 +145,25 @@ def _select(
                         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["row_tiles", "pages_per_row", "window", "runs", "is_small", "num_blocks", "num_tops"])
+@triton.jit(
+    do_not_specialize=[
+        "row_tiles", "pages_per_row", "window_pages", "window", "runs", "is_small", "num_blocks", "num_tops",
+    ]
+)  # fmt: skip
 def decode_split_kernel(
-    q, cos, sin, k_cmp, v_cmp, k_win, v_win, block_table, lengths, arrivals,
+    q, cos, sin, k_cmp, v_cmp, k_win, v_win, block_table, window_table, lengths, arrivals,
     part_acc, part_top, part_total, sums, tops, scores, picks, bits,
-    t, groups, row_tiles, pages_per_row, window, runs, is_small, num_blocks, num_tops, scale_log2,
+    t, groups, row_tiles, pages_per_row, window_pages, window, runs, is_small, num_blocks, num_tops, scale_log2,
     stride_qb, stride_qt, stride_qh,
     stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg,
     KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     REACH: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr,
     PER_BLOCK_PADDED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    PAGE_STRIDES: tl.constexpr, RING: tl.constexpr, PAGE_TOKENS: tl.constexpr, ROTATE: tl.constexpr,
-    TILES: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, LEAST_TILES: tl.constexpr,
-    WINDOW_SPLITS: tl.constexpr, WINDOW_TILES: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
-    HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr,
+    PAGE_STRIDES: tl.constexpr, RING: tl.constexpr, PAGE_TOKENS: tl.constexpr, WINDOW_TOKENS: tl.constexpr,
+    ROTATE: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    LEAST_TILES: tl.constexpr, WINDOW_SPLITS: tl.constexpr, WINDOW_TILES: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr, HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # All runs over compressed keys come first, so that the selections have ended when the window's have.
@@ -277,6 +281,8 @@ def decode_split_kernel(
                 BLOCKS,
             )  # fmt: skip
     else:
+        # Without a ring the window is in pages, its own or those of the selection branch.
+        only_window_page = tl.load(window_table + wide(row) * window_pages, cache_modifier=".cg")
         k_head = k_win + wide(group) * stride_kwg
         v_head = v_win + wide(group) * stride_vwg
         begin_key = low + (split - runs) * WINDOW_KEYS
@@ -286,8 +292,8 @@ def decode_split_kernel(
             there = key < end_key
             if RING == 0:
                 k_rows, v_rows = page_rows(
-                    k_head, v_head, block_table, only_page, row, start, offsets, there, pages_per_row,
-                    stride_kwp, stride_vwp, KW_TOKEN, VW_TOKEN, PAGE_TOKENS,
+                    k_head, v_head, window_table, only_window_page, row, start, offsets, there, window_pages,
+                    stride_kwp, stride_vwp, KW_TOKEN, VW_TOKEN, WINDOW_TOKENS,
                 )  # fmt: skip
             else:
                 k_rows, v_rows = ring_rows(

@@ -144,8 +144,10 @@ def decode_attention(
         row = torch.arange(len(q), device=q.device)[:, None]
         k_win, v_win = (x[row, position.clamp(max=max(0, longest - 1))] for x in (k, v))
     else:
-        row, slot = torch.arange(len(q), device=q.device)[:, None], position % tensors.k_win.shape[1]
-        k_win, v_win = (x[row, slot] for x in (tensors.k_win, tensors.v_win))
+        row, size = torch.arange(len(q), device=q.device)[:, None], tensors.k_win.shape[1]
+        if tensors.window_table is not None:
+            row = tensors.window_table[row, (position // size).clamp(max=tensors.window_table.shape[1] - 1)].long()
+        k_win, v_win = (x[row, position % size] for x in (tensors.k_win, tensors.v_win))
 
     where = (None, None, lengths, lengths_win)
     branches = Branches.of(config, (k_cmp, v_cmp, k, v, k_win, v_win), where)
