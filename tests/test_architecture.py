@@ -40,7 +40,7 @@ THIRD_PARTY = {
     "training": CORE | HUGGING_FACE | COMMAND_LINE,
     "report": {"jinja2", "markupsafe", "matplotlib", "rich"},
     "eval": CORE | HUGGING_FACE | COMMAND_LINE | {"markupsafe"},
-    "serving": CORE | HUGGING_FACE,
+    "serving": CORE | HUGGING_FACE | COMMAND_LINE | {"httpx", "vllm"},  # the plug-in is loaded by vLLM
     "adapting": CORE | HUGGING_FACE | COMMAND_LINE,
     "bench": CORE | HUGGING_FACE | COMMAND_LINE,
     "commands": COMMAND_LINE,

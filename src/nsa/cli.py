@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a language model from scratch, NSA or one of its twins",
     "generate": "continue a prompt with a trained model",
     "info": "memory, keys read and decoding time of a model, planned",
+    "serve": "an OpenAI server for a trained model, on vLLM",
     "eval": "judge models at long context: needle, recall, perplexity",
     "compare": "attention methods side by side, at one budget",
     "convert": "make a dense checkpoint sparse: Llama, Qwen, Mistral, Phi, Gemma",
@@ -39,7 +40,7 @@ OF_FILES = (
 
 HELP = """usage: nsa COMMAND [--help] ...
 
-Native Sparse Attention: train, generate, judge.
+Native Sparse Attention: train, generate, serve, judge.
 
 {commands}
 

@@ -65,7 +65,7 @@ def test_many_splits_and_steps_of_the_top_n(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_a_window_in_pages_is_one_in_rings_bit_by_bit(page_size: int | None) -> None:
-    case = DecodeCase(lengths=(70, 0, 9, 33, 2), t=2, config=SMALL, page_size=page_size, h=6, g=2, d=8, e=16)
+    case = DecodeCase(lengths=(40, 0, 9), config=SMALL, page_size=page_size, h=2, g=1, d=8, e=8)
     scene = Scene(case)
     rings = scene.cache(case.lengths)
     pages = window_in_pages(rings)

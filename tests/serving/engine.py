@@ -20,7 +20,7 @@ from nsa.testing import brute_force
 
 CONFIG = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=10)
 PHI = {"mean": phi_mean, "linear": phi_linear, "mlp": phi_mlp}
-H, G, D, E = 4, 2, 6, 4
+H, G, D, E = 4, 2, 8, 16
 
 
 class Text:
@@ -100,14 +100,17 @@ class Row:
 class Engine:
     """Blocks of `size` tokens of one layer, NaN wherever nothing was written; block 0 is nobody's."""
 
-    def __init__(self, config: NSAConfig = CONFIG, size: int = 16, num_blocks: int = 64) -> None:
-        self.config, self.size = config, size
+    def __init__(
+        self, config: NSAConfig = CONFIG, size: int = 16, num_blocks: int = 64, dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.config, self.size, self.dtype, self.device = config, size, dtype, device
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(5)) + 1
         self.free = order.tolist()
         self.uses = [0] * num_blocks
 
         def pair(places: int) -> tuple[Tensor, Tensor]:  # heads before tokens in memory, keys beside values
-            both = torch.full((num_blocks, G, places, D + E), torch.nan, dtype=torch.float64).transpose(1, 2)
+            both = torch.full((num_blocks, G, places, D + E), torch.nan, dtype=dtype, device=device).transpose(1, 2)
             return both[..., :D], both[..., D:]
 
         window = (None, None) if config.shared_kv else pair(size)
@@ -167,8 +170,9 @@ class Engine:
                 packed[name].append(text.rotated(x[run], first=row.computed) if rotates else x[run])
             row.computed += new
             starts.append(starts[-1] + new)
-        given = {name: torch.cat([*xs, xs[0].new_full((padding, *xs[0].shape[1:]), torch.nan)])
-                 for name, xs in packed.items()}  # fmt: skip
+        for xs in packed.values():
+            xs.append(xs[0].new_full((padding, *xs[0].shape[1:]), torch.nan))
+        given = {name: torch.cat(xs).to(self.device, self.dtype) for name, xs in packed.items()}
         if self.config.shared_kv:
             given["k_win"] = given["v_win"] = None
         step = Step(
@@ -178,20 +182,25 @@ class Engine:
         )  # fmt: skip
         null = [x[0].clone() for x in vars(self.memory).values() if x is not None]
         q, gates = given.pop("q"), given.pop("gates")
-        append(self.memory, step, **given, compress_k=work[0][0].text.phi[0], compress_v=work[0][0].text.phi[1],
-               **dict(zip(("cos_cmp", "sin_cmp"), rotary(step.block_positions), strict=True)))  # fmt: skip
+        cos, sin = (x.to(self.device, self.dtype) for x in rotary(step.block_positions.cpu()))
+        phi_k, phi_v = (moved(phi, self.device, self.dtype) for phi in work[0][0].text.phi)
+        append(self.memory, step, **given, compress_k=phi_k, compress_v=phi_v, cos_cmp=cos, sin_cmp=sin)
         out = attend(q, gates, self.memory, step)
         after = [x[0] for x in vars(self.memory).values() if x is not None]
         assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(null, after, strict=True)), "wrote block 0"
         assert not out[starts[-1] :].any(), "padding is 0"
         for (row, _), start, stop in zip(work, starts, starts[1:], strict=False):
-            row.out += out[start:stop].unbind()
+            row.out += out[start:stop].cpu().unbind()
 
     def _table(self, work: list[tuple[Row, int]], name: str, padding: int) -> Tensor:
         """As wide as the widest, and a column more; 0 where a row has no block."""
         widest = max(len(row.tables[name]) for row, _ in work) + 1
         rows = [row.tables[name] + [0] * (widest - len(row.tables[name])) for row, _ in work]
-        return torch.tensor(rows + [[0] * widest] * padding, dtype=torch.int32)
+        return torch.tensor(rows + [[0] * widest] * padding, dtype=torch.int32, device=self.device)
+
+
+def moved(phi: partial, device: str, dtype: torch.dtype) -> partial:
+    return partial(phi.func, **{name: x.to(device, dtype) for name, x in phi.keywords.items()})
 
 
 def finished(row: Row) -> None:

@@ -83,10 +83,10 @@ def test_a_row_of_no_tokens_has_no_places_and_writes_nothing():
     step = Step(CONFIG, 16, [0, 0], [0], table, table, table)
     assert not len(step.token_slots)
     assert not len(step.compressed_slots)
-    x = torch.zeros(1, 16, 2, 6)
+    x = torch.zeros(1, 16, 2, 8)
     memory = LayerBlocks(x, x, x[:, :4], x[:, :4], x, x, x, x)
-    out = attend_few(torch.zeros(0, 4, 6), torch.zeros(0, 4, 3), memory, step, step.rows, step.positions)
-    assert out.shape == (0, 4, 6)
+    out = attend_few(torch.zeros(0, 4, 8), torch.zeros(0, 4, 3), memory, step, step.rows, step.positions)
+    assert out.shape == (0, 4, 8)
 
 
 TABLE = torch.zeros(1, 1, dtype=torch.int32)

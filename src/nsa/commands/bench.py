@@ -15,6 +15,7 @@ from nsa.bench.arguments import (
     StepArguments,
     TrainArguments,
 )  # fmt: skip
+from nsa.bench.serve_arguments import ServeArguments
 
 
 def _subcommand(name: str, arguments: type) -> Any:
@@ -32,6 +33,7 @@ class Arguments:
         nsa bench train --models small --lengths 4096
         nsa bench decode --lengths 65536 --batches 1 32
         nsa bench generate --lengths 65536 --batches 8
+        nsa bench serve http://127.0.0.1:8000/v1
         nsa bench kernels --help
     """
 
@@ -42,6 +44,7 @@ class Arguments:
         | Annotated[TrainArguments, _subcommand("train", TrainArguments)]
         | Annotated[DecodeArguments, _subcommand("decode", DecodeArguments)]
         | Annotated[GenerateArguments, _subcommand("generate", GenerateArguments)]
+        | Annotated[ServeArguments, _subcommand("serve", ServeArguments)]
         | Annotated[ShowArguments, _subcommand("show", ShowArguments)],
         tyro.conf.arg(name=""),
     ]
@@ -52,6 +55,10 @@ def run(arguments: Arguments) -> None:
         from nsa.bench.show import show
 
         show(arguments.what)
+    elif isinstance(arguments.what, ServeArguments):
+        from nsa.bench.serve import measure
+
+        measure(arguments.what)
     else:
         from nsa.bench.run import run
 

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsa.ops.compress import Phi
+from nsa.ops.rotary import rotated
 from nsa.serving.blocks import LayerBlocks, read, write
 from nsa.serving.step import Step
 
@@ -53,11 +54,5 @@ def append(
     if not len(step.compressed_slots):
         return
     blocks_k, blocks_v = (read(x, step.block_slots).transpose(1, 2) for x in (memory.k_raw, memory.v_raw))
-    write(memory.k_cmp, step.compressed_slots, _rotate(compress_k(blocks_k), cos_cmp, sin_cmp))
+    write(memory.k_cmp, step.compressed_slots, rotated(compress_k(blocks_k), cos_cmp, sin_cmp))
     write(memory.v_cmp, step.compressed_slots, compress_v(blocks_v))
-
-
-def _rotate(x: Float[Tensor, "n g d"], cos: Float[Tensor, "n d"], sin: Float[Tensor, "n d"]) -> Tensor:
-    """The pairs (i, i + d/2) of x, as Llama does."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat([-high, low], dim=-1) * sin.unsqueeze(1)

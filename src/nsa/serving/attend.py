@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nsa.backend import resolve
 from nsa.functional import native_sparse_attention
-from nsa.serving.attend_few import attend_few
+from nsa.serving import attend_few
 from nsa.serving.blocks import LayerBlocks, read, slots
 from nsa.serving.step import Step
 
@@ -45,12 +46,14 @@ def attend(
             out[tokens] = _chunk(q[tokens], gates[tokens], memory, step, row, scale)
         else:
             few += range(step.starts[row], step.starts[row] + count)
+    if not few:
+        return out
+    on_kernels = resolve(q[:, None], memory.k, memory.v, memory.k_cmp, memory.v_cmp, scale=scale) == "triton"
+    attend_them = attend_few.on_kernels if on_kernels else attend_few.attend_few
     if len(few) == len(q):
-        return attend_few(q, gates, memory, step, step.rows, step.positions, scale=scale)
-    if few:
-        index = torch.tensor(few, device=q.device)
-        rows, positions = step.rows[index], step.positions[index]
-        out[index] = attend_few(q[index], gates[index], memory, step, rows, positions, scale=scale)
+        return attend_them(q, gates, memory, step, step.rows, step.positions, scale=scale)
+    index = torch.tensor(few, device=q.device)
+    out[index] = attend_them(q[index], gates[index], memory, step, step.rows[index], step.positions[index], scale=scale)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Attention of a few tokens a row over block tables, all of them at once: a decoding step in PyTorch.
+"""Attention of a few tokens a row over block tables, all of them at once: a decoding step, in PyTorch or on kernels.
 
 Of the selection branch only what a query selects is read, so that a step's work does not grow with l', as the paper
 has it: s/d + n l' + w keys a query.
@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nsa.cache_tensors import CacheTensors
+from nsa.decoding import MAX_QUERIES
 from nsa.ops.selection import sum_into_blocks, top_blocks
 from nsa.ops.tiles import accumulation_dtype
 from nsa.serving.blocks import LayerBlocks, slots
@@ -46,6 +48,29 @@ def attend_few(
     for some in order.split(max(1, GATHERED // (keys * width))):
         out[some] = _attend(q[some], gates[some], memory, step, rows[some], positions[some], scale)
     return out
+
+
+def on_kernels(
+    q: Float[Tensor, "n h d"],
+    gates: Float[Tensor, "n h 3"],
+    memory: LayerBlocks,
+    step: Step,
+    rows: Int[Tensor, " n"],
+    positions: Int[Tensor, " n"],
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "n h e"]:
+    """The same on the decoding kernels, each query a row of a paged cache whose window is in pages too."""
+    from nsa.kernels.decode import decode_attention  # only where triton is installed
+
+    table, table_win = step.tables_without_null
+    tensors = CacheTensors(
+        memory.k, memory.v, memory.k_cmp, memory.v_cmp, memory.k_win, memory.v_win, memory.k_raw, memory.v_raw,
+        table[rows], (positions + 1).int(),
+        torch.zeros(len(q), memory.k.shape[2], MAX_QUERIES, dtype=torch.int32, device=q.device),
+        None if table_win is None else table_win[rows],
+    )  # fmt: skip
+    return decode_attention(q[:, None], gates[:, None], tensors, step.config, scale=scale)[:, 0]
 
 
 def _attend(

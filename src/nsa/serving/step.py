@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.serving.blocks import slots
+from nsa.serving.blocks import NULL_BLOCK, slots
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ class Step:
     @property
     def num_tokens(self) -> int:
         return self.starts[-1]
+
+    @cached_property
+    def tables_without_null(self) -> tuple[Int[Tensor, "rows n"], Int[Tensor, "rows n_win"] | None]:
+        """table and table_win as the kernels have them: -1 where there is no block."""
+        table, win = self.table, self.table_win
+        return _without_null(table), None if win is None else _without_null(win)
 
     # ---- where the new tokens go ------------------------------------------------------------------------------
 
@@ -133,6 +139,10 @@ class Step:
         begins = first - (count.cumsum(0) - count)
         index = torch.arange(len(row)) + begins[row]
         return row.to(self.device), index.to(self.device)
+
+
+def _without_null(table: Int[Tensor, "rows n"]) -> Int[Tensor, "rows n"]:
+    return table.where(table > NULL_BLOCK, -1).int().contiguous()
 
 
 def check_block_size(size: int, config: NSAConfig) -> None:

@@ -1,0 +1,33 @@
+"""transformers' own OpenAI server, for machines without vLLM: every request is a `generate()` of its own."""
+
+import importlib.util
+from typing import Any
+
+from nsa.serving.arguments import ServeArguments
+
+NEEDS = ("fastapi", "uvicorn", "pydantic", "openai")
+
+
+def run(arguments: ServeArguments, name: str) -> None:
+    """Until interrupted.
+
+    Raises:
+        ValueError: packages of `transformers[serving]` are missing.
+    """
+    missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"transformers' server needs {', '.join(missing)}, not installed here; expected vLLM, or "
+            "pip install 'transformers[serving]'"
+        )
+    import transformers
+    from transformers.cli.serve import Serve
+
+    from nsa.models import NSALlamaForCausalLM
+
+    # The server looks the class up by its name in the package.
+    found: Any = transformers
+    found.NSALlamaForCausalLM = NSALlamaForCausalLM
+    Serve(
+        force_model=str(arguments.model.resolve()), host=arguments.host, port=arguments.port, dtype=arguments.dtype,
+    )  # fmt: skip
