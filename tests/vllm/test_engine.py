@@ -1,7 +1,7 @@
 """vLLM writes the tokens that generate() writes, whatever it does with requests and blocks."""
 
 import pytest
-from vllm_models import engine, expected, greedy, pool, prompts, written
+from vllm_models import CONTEXT, engine, expected, greedy, pool, prompts, save, written
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +75,34 @@ def test_aborted_requests_leave_all_blocks_free(llm):
 def test_the_twins_write_what_generate_writes(attention, folders):
     given = prompts(5, 40, 300)
     assert written(greedy(engine(folders[attention]), given, 12)) == expected(folders[attention], given, 12)
+
+
+VARIANTS = {
+    "shared": {
+        "nsa": {"shared_kv": True, "compression": "linear"}, "attention_bias": True, "tie_word_embeddings": True,
+    },
+    "odd": {
+        "nsa": {"compression": "mean", "compress_block_size": 16, "select_block_size": 32, "window_size": 7},
+        "head_dim": 8, "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_kinds_of_nsa_models(variant, tmp_path):
+    folder, given = save(tmp_path / variant, "nsa", **VARIANTS[variant]), prompts(6, 40, 290)
+    assert written(greedy(engine(folder), given, 12)) == expected(folder, given, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"block_size": 96}, r"block size: expected a multiple of select_block_size=64 \(l'\), got 96"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: NSA's caches have the model's, expected 'auto', got 'fp8'"),
+        ({"max_model_len": 2 * CONTEXT}, "max_model_len"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_are_refused(options, said, folders):
+    with pytest.raises(ValueError, match=said):
+        engine(folders["nsa"], **options)

@@ -13,14 +13,16 @@ VOCABULARY = 64
 CONTEXT = 2048
 
 
-def save(folder: Path, attention: str, **nsa) -> Path:
+def save(folder: Path, attention: str, nsa: dict[str, object] | None = None, **options) -> Path:
     """Two layers in fp32, far from their initialisation, so that what they write depends on all they read."""
     torch.manual_seed(0)
-    config = NSALlamaConfig(
-        attention=attention, vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT, bos_token_id=1,
-        eos_token_id=None, pad_token_id=0, nsa={"window_size": 64, "num_selected_blocks": 4, **nsa},
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    nsa = {"window_size": 64, "num_selected_blocks": 4, **(nsa or {})}
+    config = NSALlamaConfig(attention=attention, nsa=nsa, **{**sizes, **options})
     model = NSALlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
