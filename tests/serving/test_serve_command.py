@@ -80,6 +80,15 @@ def test_another_vllm_is_refused_and_none_falls_back(capsys, folder, monkeypatch
     assert said(capsys, folder, "--api-key", "x").startswith("api_key: transformers' server asks for none; expected")
 
 
+def test_layers_without_caches_on_vllm(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "vllm_version", lambda: "0.32.0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = said(capsys, write(tmp_path / "model", attention="nsa", dense_layers=[0]), "--port", port)
+    assert told.startswith("serving on vLLM: expected attention of ('nsa', 'dense', 'window') in all layers, got 'nsa'")
+
+
 def test_one_minor_version_serves():
     assert why_not("0.32.0") is None
     assert why_not("0.32.4+cpu") is None

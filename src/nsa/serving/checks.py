@@ -12,6 +12,7 @@ from nsa.serving.step import check_block_size
 from nsa.serving.vllm_plugin import INSTALL, VLLM, why_not
 
 MODEL_TYPE = "nsa_llama"
+SERVED = ("nsa", "dense", "window")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -29,6 +30,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"{folder} has no tokenizer: expected tokenizer.json beside config.json")
     return config
+
+
+def check_served(attention: Any, dense_layers: Any) -> None:
+    """ValueError where vLLM has no caches here for a model's layers."""
+    if attention not in SERVED or dense_layers:
+        raise ValueError(
+            f"serving on vLLM: expected attention of {SERVED} in all layers, got {attention!r} with "
+            f"dense_layers={dense_layers}; --engine transformers serves it"
+        )
 
 
 def check_sizes(arguments: ServeArguments, config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from nsa.serving.checks import check_served
 from nsa.serving.step import check_block_size
 from nsa.serving.vllm_plugin import BLOCK_SIZE
 
@@ -16,10 +17,9 @@ class NSAModelConfig(VerifyAndUpdateConfig):
         """ValueError in one line where an option is set that these caches do not have."""
         model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
         config = model.hf_config
-        if config.attention != "nsa":
+        if config.attention in ("dense", "window"):
             return  # the twins are vLLM's own Llama
-        if config.dense_layers:
-            raise ValueError(f"serving: expected NSA in every layer, got dense_layers={config.dense_layers}")
+        check_served(config.attention, config.dense_layers)
         if not cache.user_specified_block_size:
             # As if asked for: a platform would put its own in its place.
             cache.block_size, cache.user_specified_block_size = BLOCK_SIZE, True

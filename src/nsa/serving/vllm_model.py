@@ -80,9 +80,10 @@ class NSAAttention(nn.Module):
         cos, sin = shared["tokens"]
         k, v, *rest = pairs
         new_k_win, new_v_win, k_raw, v_raw = rest or (None, None, k, v)
+        new_k_win = None if new_k_win is None else rotated(new_k_win, cos, sin)
         append(
-            memory, step, rotated(k, cos, sin), v, None if new_k_win is None else rotated(new_k_win, cos, sin), new_v_win,
-            k_raw, v_raw, self.compress_k, self.compress_v, *shared["blocks"],
+            memory, step, rotated(k, cos, sin), v, new_k_win, new_v_win, k_raw, v_raw, self.compress_k,
+            self.compress_v, *shared["blocks"],
         )  # fmt: skip
         return attend(rotated(q, cos, sin), gates, memory, step)
 
