@@ -25,7 +25,7 @@ def test_every_split_into_chunks_and_steps_is_the_whole(config, chunks):
 
 
 def test_rows_of_all_lengths_come_and_go_together(cases):
-    for seed in range(cases(8)):
+    for seed in cases(8):
         draw = random.Random(seed)
         config = draw.choice(variants())
         rows = [Row(Text(draw.randint(1, 60), config, seed=i)) for i in range(draw.randint(1, 4))]
