@@ -17,12 +17,15 @@ sys.path += [str(TESTS), str(TESTS / "gpu")]
 from decode_checks import check_append, check_attention
 from decoding import DecodeCase, Scene, append_arguments, window_in_pages
 from poison import poisoned_memory
+from serving.engine import Engine, Row, Text
 
+from nsa.backend import Backend, use_backend
 from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.decoding import append_tokens, decode_attention
 from nsa.kernels import decode
 from nsa.ops import decode as ops
+from nsa.testing import assert_close_to_fp64
 
 SMALL = NSAConfig(
     compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=6,
@@ -72,6 +75,23 @@ def test_a_window_in_pages_is_one_in_rings_bit_by_bit(page_size: int | None) -> 
     for attend in (decode.decode_attention, ops.decode_attention):
         expected = attend(scene.q, scene.gates, rings, SMALL, scale=scene.scale)
         assert torch.equal(attend(scene.q, scene.gates, pages, SMALL, scale=scene.scale), expected)
+
+
+def test_an_engine_s_steps_are_within_the_budget() -> None:
+    found, plain = (engine_rows(backend) for backend in ("triton", "torch"))
+    for row, other in zip(found, plain, strict=True):
+        actual, reference = (torch.stack(x.out) for x in (row, other))
+        assert_close_to_fp64(actual, reference, row.text.truth(), largest_score=20.0)
+
+
+def engine_rows(backend: Backend) -> list[Row]:
+    """Two rows over shuffled blocks, NaN where nothing was written; steps of few tokens, so on the decoding kernels."""
+    rows = [Row(Text(34)), Row(Text(26, seed=1))]
+    engine = Engine(dtype=torch.float32)
+    with use_backend(backend):
+        for counts in ((16, 9), (16, 0), (1, 16), (1, 1)):
+            engine.step(list(zip(rows, counts, strict=True)), padding=1)
+    return rows
 
 
 @pytest.mark.parametrize("together", [2, 4])

@@ -77,6 +77,16 @@ def test_queries_are_attended_in_parts_where_they_gather_much(monkeypatch):
         finished(row)
 
 
+def test_places_that_hold_nothing_are_0_for_kernels_that_load_them():
+    engine, row = Engine(), Row(Text(20))
+    for count in (2, 5, 13):  # the first stride is whole with the second step
+        engine.step([(row, count)])
+    block = row.tables["main"][0]
+    for x in (engine.memory.k_cmp, engine.memory.v_cmp):
+        assert not x[block, 0].any()
+        assert x[block, 1:].isfinite().all()
+
+
 def test_a_row_of_no_tokens_has_no_places_and_writes_nothing():
     table = torch.zeros(1, 2, dtype=torch.int32)
     assert slots(table, torch.zeros(3, dtype=torch.long), torch.tensor([-1, 0, 40]), 16).tolist() == [-1, -1, -1]

@@ -51,6 +51,10 @@ def append(
         write(memory.v_win, step.window_slots, v_win[:n])
     write(memory.k_raw, step.raw_slots, k_raw[:n])
     write(memory.v_raw, step.raw_slots, v_raw[:n])
+    if len(step.empty_slots):
+        # Kernels load them and give them no weight, but what another row left there may be NaN.
+        for x in (memory.k_cmp, memory.v_cmp):
+            write(x, step.empty_slots, x.new_zeros(len(step.empty_slots), *x.shape[2:]))
     if not len(step.compressed_slots):
         return
     blocks_k, blocks_v = (read(x, step.block_slots).transpose(1, 2) for x in (memory.k_raw, memory.v_raw))

@@ -114,6 +114,16 @@ class Step:
             [length // stride for length in self.lengths],
         )
 
+    @cached_property
+    def empty_slots(self) -> Int[Tensor, " empty"]:
+        """The places of the strides before those with which rows' first blocks end: they hold nothing."""
+        stride, first = self.config.compress_stride, self.config.compress_block_size // self.config.compress_stride - 1
+        before = [length - new for length, new in zip(self.lengths, self.counts, strict=True)]
+        run = self._runs(
+            [length // stride for length in before], [min(first, length // stride) for length in self.lengths]
+        )
+        return slots(self.table, *run, self.size // stride)
+
     @property
     def block_positions(self) -> Int[Tensor, " completed"]:
         """Position of the first token of each block that is completed."""
