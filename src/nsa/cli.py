@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "judge models at long context: needle, recall, perplexity",
     "compare": "attention methods side by side, at one budget",
     "convert": "make a dense checkpoint sparse: Llama, Qwen, Mistral, Phi, Gemma",
+    "adapt": "train a converted model beside the dense one it came from",
     "corpus": "build a training corpus from packages, by name",
     "fetch": "fetch a real model to try things on",
     "bench": "time kernels, a layer, a training step or decoding on a GPU",

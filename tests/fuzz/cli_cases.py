@@ -29,6 +29,7 @@ JSON_VALUES = [None, True, -1, 0, 1, 3, 1.5, float("nan"), float("inf"), "", "x"
 
 EVAL = split("--tasks needle --lengths 64 --depths 0.5 --samples 1")
 COMPARE = split("--methods full --tasks needle --lengths 64 --depths 0.5 --samples 1")
+ADAPT = split("--first 32x1 --second 32x1 --batch-tokens 32 --eval-tokens 64 --max-bytes 4000 --quiet --device cpu")
 CONVERT = split(
     "--nsa.compress-block-size 8 --nsa.compress-stride 4 --nsa.select-block-size 8 --nsa.num-selected-blocks 4 "
     "--nsa.window-size 16"
@@ -58,6 +59,10 @@ def lines_of(folder: Path) -> dict[str, list[list[str]]]:
             [at["llama"], *EVAL, "--output", at["out"]],
         ],
         "compare": [[at["llama"], *COMPARE, *text, "--output", at["rows"]]],
+        "adapt": [
+            [at["nsa"], "--dense", at["llama"], "--out", at["out"], "--data", str(folder / "text"), *ADAPT, *more]
+            for more in (["--second"], ["--first"], ["--lora", "1"])
+        ],
         "convert": [
             [at["llama"], at["out"], *CONVERT, "--tokens", "0"],
             [at["llama"], at["out"], *CONVERT, *text, "--tokens", "64", "--layers", "0", "--gate-bias", "30"],

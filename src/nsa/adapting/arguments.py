@@ -73,3 +73,80 @@ def layer_numbers(given: tuple[str, ...]) -> list[int] | None:
         if len(numbers) > 10_000:
             raise ValueError(f"--layers: {part} are more layers than any model has")
     return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptArguments:
+    """Win back what a converted model lost, by training beside the dense model that it came from.
+
+    Stage 1 trains what is new alone (gates, phi, keys and values of compression and window), layer by layer: each
+    layer's output for the dense model's input to it should be the dense layer's, and blocks should be scored by the
+    dense attention they get. Stage 2 trains all weights by the text and by the dense model's predictions. The dense
+    model is trained on the same tokens as stage 2 as a yardstick. Every stage is a run as `nsa train` makes it.
+
+    Examples:
+        nsa adapt models/qwen3-nsa --out runs/qwen3 --data ~/texts
+        nsa adapt models/qwen3-nsa --out runs/qwen3 --data ~/texts --resume
+        nsa adapt models/smollm2-nsa --first 2048x500 --second 2048x500 8192x200 --batch-tokens 65536 --dtype bfloat16
+        nsa adapt models/qwen3-nsa --first 2048x500 --second --lora 16
+    """
+
+    sparse: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SPARSE")]
+    """Folder that `nsa convert` wrote."""
+    dense: Annotated[Path | None, tyro.conf.arg(metavar="DENSE")] = None
+    """Folder of the dense model; by default the one that it was converted from."""
+    out: Path = Path("runs/adapted")
+    """Folder for the runs stage-1, stage-2 and dense, and adapt.json: new, empty, or that of a run with --resume."""
+    first: tuple[str, ...] = ("2048x300",)
+    """Stage 1's curriculum, LENGTHxSTEPS as in `nsa train`; none: it is left out."""
+    second: tuple[str, ...] = ("2048x300",)
+    """Stage 2's curriculum; none: it is left out, and the dense model is not trained."""
+    twin: bool = True
+    """Train the dense model on stage 2's tokens, in the same way but without a teacher."""
+    resume: bool = False
+    """Go on where a run was stopped."""
+
+    # Data
+    data: str = "python"
+    """As in `nsa train`: python (sources on this machine), or a file or folder of text."""
+    text_field: str = "text"
+    """Where the text is in a line of .jsonl, or a row of a table."""
+    max_bytes: int = 50_000_000
+    """How much text to take for training; a tenth as much is held out."""
+    cache_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Where tokenized text is kept for the next start; by default ~/.cache/nsa."""
+    batch_tokens: int = 16384
+    """Tokens in one forward pass."""
+    accumulation: int = 1
+    """Forward passes in one step of the optimizer."""
+
+    # Optimisation
+    first_rate: float = 1e-3
+    """Stage 1's learning rate."""
+    second_rate: float = 3e-5
+    """Stage 2's, and that of the dense model."""
+    blocks_weight: float = 0.1
+    """Of the divergence of block scores, beside the layers' errors, in stage 1; 0: only errors."""
+    teacher_weight: float = 1.0
+    """Of the divergence from the dense model's predictions, beside the text's loss, in stage 2; 0: no teacher."""
+    lora: int = 0
+    """Rank of what stage 2 trains of each linear map, beside gates and phi; 0: all weights."""
+    warmup_steps: int = 20
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: fp32 weights, computation under autocast."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+    # Records
+    eval_every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    eval_tokens: int = 32768
+    """Tokens of held-out text in an evaluation."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    log_every: int = 10
+    quiet: bool = False
+    """No progress bar."""

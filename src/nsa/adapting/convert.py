@@ -46,8 +46,12 @@ def convert(arguments: ConvertArguments) -> None:
     dense, tokenizer = load_model(source, dtype=dtype)
     ids = _text(arguments, tokenizer, config.max_position_embeddings)
     dense.eval()
-    record: dict[str, Any] = {"dense": str(source), "method": arguments.method, "layers": planned.sparse_layers,
-                              "gate_bias": arguments.gate_bias}  # fmt: skip
+    record: dict[str, Any] = {
+        "dense": str(source.absolute()),
+        "method": arguments.method,
+        "layers": planned.sparse_layers,
+        "gate_bias": arguments.gate_bias,
+    }
     if ids is not None:
         before = _losses(dense, ids, device)
     model = swap_attention(dense, arguments.method, layers=layers, nsa=sizes, gate_bias=arguments.gate_bias)
@@ -103,7 +107,8 @@ def _say_what_is_new(model: Any, dense: Any, needed: int, output: Path) -> None:
         f"{sum(every.values()):,} parameters, of which {copies:,} are copies of k and v for compression and window and "
         f"{sum(new.values()) - copies:,} are new (phi and gates)"
     )
-    print(f"wrote {output} ({needed / 1e9:.2f} GB); it generates:\n  nsa generate {output} --prompt 'Once'")
+    print(f"wrote {output} ({needed / 1e9:.2f} GB); it generates, and wins its quality back:")
+    print(f"  nsa generate {output} --prompt 'Once'\n  nsa adapt {output} --out runs/{output.name}")
 
 
 @contextmanager

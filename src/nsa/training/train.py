@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
-from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
+from nsa.models import NSALlamaConfig
 from nsa.training.cache import Cache
 from nsa.training.clock import Clock
 from nsa.training.compiling import compile_parts
@@ -45,10 +45,19 @@ from nsa.training.trainer import WholeCheckpointTrainer
 from nsa.training.world import World, joined, launched, mesh_shape
 
 
-def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> NSALlamaForCausalLM:
+def train(
+    config: TrainConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    make: Callable[..., Any] = make_model,
+    trainer: Callable[..., WholeCheckpointTrainer] = WholeCheckpointTrainer,
+    finish: Callable[[Any], None] | None = None,
+) -> Any:
     """Train as configured; returns the model, which is also in `config.out` with its tokenizer and configuration.
 
-    `callbacks` are transformers' own, beside those for metrics and progress.
+    `callbacks` are transformers' own, beside those for metrics and progress. `make` gives the model to begin with, of
+    the configuration and the tokenizer, and `trainer` the Trainer, in one process; `finish` is called with the model
+    before it is saved for good.
 
     Raises:
         ValueError: a configuration, data or checkpoint that does not fit, or a loss that is no number any more, in
@@ -62,14 +71,19 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> NSA
         config.validate()
         mesh_shape(config, 1)
         with claimed(config.out):
-            return _train(config, callbacks)
+            return _train(config, callbacks, None, make, trainer, finish)
     with joined(config) as world, claimed(config.out) if world.is_main else nullcontext():
         return _train(config, callbacks, world)
 
 
 def _train(
-    config: TrainConfig, callbacks: Sequence[TrainerCallback], world: World | None = None
-) -> NSALlamaForCausalLM:
+    config: TrainConfig,
+    callbacks: Sequence[TrainerCallback],
+    world: World | None = None,
+    make: Callable[..., Any] = make_model,
+    make_trainer: Callable[..., WholeCheckpointTrainer] = WholeCheckpointTrainer,
+    finish: Callable[[Any], None] | None = None,
+) -> Any:
     is_main, say = world is None or world.is_main, _say if world is None or world.is_main else _say_nothing
     checkpoint = _checkpoint(config) if world is None else world.from_main(lambda: _checkpoint(config, sharded=True))
     arguments = _arguments(config, 1 if world is None else world.dp)
@@ -92,7 +106,7 @@ def _train(
         check_same_data(config.out, data, resume=checkpoint is not None)
     if world is not None:
         world.agree("data", data, lambda theirs: "other data, or another tokenizer, than rank 0")
-    model = make_model(config, tokenizer)
+    model = make(config, tokenizer)
     if world is not None:
         distribute(model, world, compiled=config.compile, on_cpu=arguments.use_cpu)
     elif config.compile:
@@ -102,13 +116,14 @@ def _train(
 
     on_gpu = not arguments.use_cpu
     peak = peak_of(torch.cuda.get_device_name()) if on_gpu and config.dtype == "bfloat16" else None
+    counted = isinstance(model.config, NSALlamaConfig) and not model.config.dense_layers
     clock = Clock(None if peak is None else peak * (1 if world is None else world.size))
     metrics, progress = MetricsFiles(config.out, clock), Progress()
     stop = StopOnCtrlC(quiet=config.quiet or not is_main, any_rank=None if world is None else world.any)
     records = [metrics, *([] if config.quiet else [progress])] if is_main else []
     options: dict[str, Any] = {
         "clock": clock,
-        "flops_of_token": _flops_of_token(model.config, train_set, config.accumulation) if peak else None,
+        "flops_of_token": _flops_of_token(model.config, train_set, config.accumulation) if peak and counted else None,
         "workers": config.workers if on_gpu else 0,
         "model": model,
         "args": arguments,
@@ -122,7 +137,7 @@ def _train(
         trainer = ShardedTrainer(world=world, **options)
     else:
         in_cuda_graphs = config.compile and config.cuda_graphs and on_gpu
-        trainer = WholeCheckpointTrainer(in_cuda_graphs=in_cuda_graphs, **options)
+        trainer = make_trainer(in_cuda_graphs=in_cuda_graphs, **options)
     if checkpoint is not None and is_main:
         metrics.forget_after(step_of(checkpoint))
     try:
@@ -130,6 +145,8 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < config.total_steps:
             raise KeyboardInterrupt
+        if finish is not None:
+            finish(model)
         trainer.save_final(config.out)
     except KeyboardInterrupt:
         last = last_checkpoint(config.out)

@@ -1,0 +1,199 @@
+"""`nsa adapt`: its stages one after another, each a run as `nsa train` makes it, and what came of them."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa.adapting.arguments import AdaptArguments
+from nsa.adapting.convert import RECORD
+from nsa.adapting.layers import train_what_is_new
+from nsa.adapting.low_rank import add_low_rank, merge
+from nsa.adapting.source import find_model, read_config
+from nsa.adapting.trainers import LayerTrainer, TaughtTrainer
+from nsa.eval.models import device_of
+from nsa.eval.scoring import token_losses
+from nsa.eval.tasks.perplexity import Perplexity
+from nsa.eval.text import HELD_OUT
+from nsa.training.config import TrainConfig
+from nsa.training.folder import at_home, is_trained, last_checkpoint
+from nsa.training.loading import load_model
+from nsa.training.train import train
+from nsa.training.trainer import WholeCheckpointTrainer
+from nsa.training.world import launched
+
+RESULT, OPTIONS = "adapt.json", "adapt_options.json"
+# What may differ when a run goes on.
+FREE = ("out", "resume", "quiet", "log_every", "save_every", "cache_dir", "threads")
+ROWS = 8  # of held-out text that the models are compared on, at most
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run: its configuration, the model it begins with (of the configuration and the tokenizer), and its Trainer."""
+
+    config: TrainConfig
+    make: Callable[..., Any]
+    trainer: Callable[..., WholeCheckpointTrainer]
+
+
+def adapt(arguments: AdaptArguments) -> None:
+    """As `AdaptArguments` says."""
+    if launched() > 1:
+        raise ValueError("nsa adapt runs in one process; start it without torchrun or accelerate launch")
+    out, dense = at_home(arguments.out), _dense_folder(arguments)
+    stages = _stages(arguments, out, dense)
+    if not stages:
+        raise ValueError("nothing to do: expected a curriculum in --first or in --second")
+    for stage in stages.values():
+        stage.config.validate()
+    _check_models(arguments, dense, max(stage.config.context for stage in stages.values()))
+    _claim(arguments, out)
+    for name, stage in stages.items():
+        if is_trained(stage.config.out):
+            _say(f"{name} is done")
+            continue
+        _say(f"{name}: {stage.config.total_steps} steps")
+        train(stage.config, make=stage.make, trainer=stage.trainer, finish=merge)
+    _report(arguments, out, {"dense": dense, "converted": arguments.sparse} | {n: out / n for n in stages})
+
+
+def _stages(arguments: AdaptArguments, out: Path, dense: Path) -> dict[str, Stage]:
+    stages = {}
+    trainer: Callable[..., WholeCheckpointTrainer]
+    if arguments.first:
+        config = _config(arguments, out / "stage-1", arguments.first, arguments.first_rate)
+        trainer = _taught(LayerTrainer, dense, arguments.blocks_weight)
+        stages["stage-1"] = Stage(config, partial(_new_alone, arguments.sparse), trainer)
+    if arguments.second:
+        config = _config(arguments, out / "stage-2", arguments.second, arguments.second_rate)
+        start = out / "stage-1" if arguments.first else arguments.sparse
+        trainer = WholeCheckpointTrainer
+        if arguments.teacher_weight:
+            trainer = _taught(TaughtTrainer, dense, arguments.teacher_weight)
+        stages["stage-2"] = Stage(config, partial(_all, start, arguments.lora), trainer)
+    if arguments.second and arguments.twin:
+        config = _config(arguments, out / "dense-trained", arguments.second, arguments.second_rate)
+        stages["dense-trained"] = Stage(config, partial(_all, dense, arguments.lora), WholeCheckpointTrainer)
+    return stages
+
+
+def _config(arguments: AdaptArguments, folder: Path, curriculum: tuple[str, ...], rate: float) -> TrainConfig:
+    """A training run's configuration; what it says of the model itself is for nobody here."""
+    shared = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(AdaptArguments)}
+    values = {name: getattr(arguments, name) for name in shared - {"out", "resume"}}
+    return TrainConfig(
+        out=folder, curriculum=curriculum, learning_rate=rate, tokenizer=str(arguments.sparse), compile=False,
+        resume=last_checkpoint(folder) is not None, weight_decay=0.0, **values,
+    )  # fmt: skip
+
+
+def _new_alone(folder: Path, config: TrainConfig, tokenizer: Any) -> Any:
+    model, _ = load_model(folder, dtype=torch.float32)
+    train_what_is_new(model)
+    return model
+
+
+def _all(folder: Path, rank: int, config: TrainConfig, tokenizer: Any) -> Any:
+    model, _ = load_model(folder, dtype=torch.float32)
+    model.requires_grad_(True)
+    if rank:
+        torch.manual_seed(config.seed)
+        add_low_rank(model, rank)
+    return model
+
+
+def _taught(trainer: Callable[..., Any], dense: Path, weight: float) -> Callable[..., Any]:
+    """The Trainer beside the dense model, which is loaded when it begins."""
+
+    def made(**options: Any) -> Any:
+        teacher, _ = load_model(dense, dtype=torch.bfloat16 if options["args"].bf16 else torch.float32)
+        return trainer(dense=teacher.eval().requires_grad_(False), weight=weight, **options)
+
+    return made
+
+
+def _dense_folder(arguments: AdaptArguments) -> Path:
+    if arguments.dense is not None:
+        return find_model(arguments.dense)
+    try:
+        return find_model(Path(json.loads((arguments.sparse / RECORD).read_text(encoding="utf-8"))["dense"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{arguments.sparse} names no dense model that is still there; expected its folder as --dense"
+        ) from error
+
+
+def _check_models(arguments: AdaptArguments, dense: Path, context: int) -> None:
+    """ValueError in one line where the two are not a converted model and the one it came from."""
+    sparse, other = read_config(find_model(arguments.sparse)), read_config(dense)
+    layers = getattr(sparse, "sparse_layers", [])
+    if getattr(sparse, "attention", None) != "nsa" or not layers:
+        raise ValueError(f"{arguments.sparse} is not a model that nsa convert made: it has no layer with NSA")
+    if getattr(other, "attention", "dense") != "dense":
+        raise ValueError(f"--dense: {dense} has attention={other.attention!r}; expected the dense model")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        if getattr(sparse, name) != getattr(other, name):
+            raise ValueError(
+                f"--dense: {dense} has {name}={getattr(other, name)}, the converted model {getattr(sparse, name)}"
+            )
+    if context > sparse.max_position_embeddings:
+        raise ValueError(f"rows of {context} tokens: the model has {sparse.max_position_embeddings} positions")
+    for name in ("blocks_weight", "teacher_weight", "lora"):
+        if not 0 <= getattr(arguments, name) < float("inf"):
+            raise ValueError(f"{name} should be 0 or more, got {getattr(arguments, name)}")
+
+
+def _claim(arguments: AdaptArguments, out: Path) -> None:
+    """Keep the options beside a new run; ValueError in one line where those of a continued one are others."""
+    now = {name: value for name, value in vars(arguments).items() if name not in FREE}
+    text, path = json.dumps(now, indent=2, default=str) + "\n", out / OPTIONS
+    if arguments.resume:
+        if not path.is_file():
+            raise ValueError(f"--resume: there is no run in {out}")
+        saved, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        changed = [f"{name}: {saved.get(name)!r}, now {now[name]!r}" for name in now if saved.get(name) != now[name]]
+        if changed:
+            raise ValueError(f"--resume: the run in {out} has other options ({'; '.join(changed)})")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there and not empty; go on with --resume or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def _report(arguments: AdaptArguments, out: Path, folders: dict[str, Path]) -> None:
+    """Losses of every model on the same held-out rows, of all positions and of their later half."""
+    length = max(stage.config.context for stage in _stages(arguments, out, folders["dense"]).values())
+    source = arguments.data if arguments.data == "python" else arguments.data + HELD_OUT
+    device, found = device_of(arguments.device), {}
+    print(f"loss on held-out rows of {length:,} tokens: all, after {length // 2:,}")
+    for name, folder in folders.items():
+        model, tokenizer = load_model(folder, dtype=torch.float32)
+        losses = token_losses(model.to(device).eval(), _rows(source, length, tokenizer)).double()
+        found[name] = [round(part.mean().item(), 4) for part in (losses, losses[:, length // 2 :])]
+        print(f"  {name:<14}{found[name][0]:8.4f}{found[name][1]:8.4f}", flush=True)
+    (out / RESULT).write_text(json.dumps({"length": length, "loss": found}, indent=2) + "\n", encoding="utf-8")
+    last = [folder for name, folder in folders.items() if name.startswith("stage")][-1]
+    print(f"The model lies in {last}:\n  nsa generate {shlex.quote(str(last))} --prompt 'Once'")
+
+
+def _rows(source: str, length: int, tokenizer: Any) -> torch.Tensor:
+    """As many as there are, up to ROWS."""
+    for samples in range(ROWS, 1, -1):
+        try:
+            return Perplexity(length=length, samples=samples, text=source).sequences(tokenizer)
+        except ValueError:
+            continue
+    return Perplexity(length=length, samples=1, text=source).sequences(tokenizer)
+
+
+def _say(line: str) -> None:
+    print(f"nsa adapt: {line}", file=sys.stderr, flush=True)

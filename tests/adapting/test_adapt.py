@@ -1,0 +1,114 @@
+"""`nsa adapt`: a dense twin of `nsa train`, converted at step 0, and what its two stages make of it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from nsa.adapting import adapt as module
+from nsa.adapting.layers import is_new
+from nsa.cli import main
+from nsa.training.train import train
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+from runs import tiny
+
+FLAGS = ["--batch-tokens", "256", "--eval-tokens", "256", "--device", "cpu", "--quiet", "--save-every", "3",
+         "--log-every", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The text, a dense twin trained on it, and its conversion, whose queries read few blocks."""
+    folder = tmp_path_factory.mktemp("twins")
+    (folder / "code.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(300)))
+    config = replace(tiny(folder / "code.txt", folder), attention="dense", curriculum=("128x40",), learning_rate=3e-3)
+    train(replace(config, batch_tokens=512, eval_every=0, save_every=0))
+    flags = ["--nsa.num-selected-blocks", "3", "--nsa.window-size", "8", "--tokens", "0"]
+    assert main(["convert", str(folder / "run"), str(folder / "sparse"), *flags]) == 0
+    return folder
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C in the fifth step."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def call(folders, out, *more):
+    data = ["--data", str(folders / "code.txt"), "--cache-dir", str(folders / "cache")]
+    return main(["adapt", str(folders / "sparse"), "--out", str(out), *data, *FLAGS, *more])
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_the_stages_win_back_what_conversion_lost(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    stages = ["--first", "128x20", "--second", "128x6", "--first-rate", "0.01", "--second-rate", "0.001"]
+    assert call(folders, out, *stages) == 0
+    result = json.loads((out / "adapt.json").read_text())
+    loss = {name: losses[0] for name, losses in result["loss"].items()}
+    assert list(loss) == ["dense", "converted", "stage-1", "stage-2", "dense-trained"]
+    assert loss["converted"] > loss["stage-1"] > loss["stage-2"]
+    assert f"{loss['stage-2']:.4f}" in capsys.readouterr().out
+    before, first, second = (weights(path) for path in (folders / "sparse", out / "stage-1", out / "stage-2"))
+    assert all(torch.equal(first[name], weight) != is_new(f".{name}") for name, weight in before.items()
+               if "position" not in name)  # fmt: skip
+    assert all(not torch.equal(second[name], weight) for name, weight in before.items() if "q_proj" in name)
+    lines = [json.loads(line) for line in (out / "stage-1" / "metrics.jsonl").read_text().splitlines()]
+    errors = [line["loss"] for line in lines if "loss" in line]
+    assert errors[-1] < errors[0]
+    assert main(["generate", str(out / "stage-2"), "--prompt", "def", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folders, tmp_path, monkeypatch, capsys):
+    stages = ["--first", "64x4", "--second", "64x6", "--no-twin", "--lora", "2"]
+    assert call(folders, tmp_path / "whole", *stages) == 0
+
+    def stop(config, **more):
+        if config.out.name == "stage-2" and not config.resume:
+            more["callbacks"] = [Stop()]
+        return train(config, **more)
+
+    monkeypatch.setattr(module, "train", stop)
+    assert call(folders, tmp_path / "cut", *stages) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert call(folders, tmp_path / "cut", *stages, "--resume") == 0
+    assert "stage-1 is done" in capsys.readouterr().err
+    whole, cut = (weights(tmp_path / name / "stage-2") for name in ("whole", "cut"))
+    assert all(torch.equal(cut[name], weight) for name, weight in whole.items())
+    assert not any("parametrizations" in name for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--first", "512x3"], "rows of 512 tokens: the model has 128 positions"),
+        (["--first", "64"], "curriculum stage '64': expected LENGTHxSTEPS"),
+        (["--first"], "nothing to do: expected a curriculum in --first or in --second"),
+        (["--lora", "-1"], "lora should be 0 or more, got -1"),
+        (["--dense", "/nowhere"], "/nowhere holds no model"),
+        (["--resume"], "--resume: there is no run in"),
+        (["--first-rate", "nan"], "learning_rate"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_trains_nothing(folders, tmp_path, flags, said, capsys):
+    assert call(folders, tmp_path / "out", "--first", "64x1", "--second", *flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_pair_of_models_is_one_line(folders, tmp_path, capsys):
+    assert main(["adapt", str(folders / "run"), "--dense", str(folders / "run"), "--out", str(tmp_path / "out")]) == 2
+    assert "is not a model that nsa convert made" in capsys.readouterr().err
+    assert call(folders, tmp_path / "out", "--dense", str(folders / "sparse")) == 2
+    assert "attention='nsa'; expected the dense model" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""The losses of both stages, against loops and full logits; and what each stage trains."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nsa.adapting import layers
+from nsa.adapting.layers import block_divergence, layer_loss, train_what_is_new
+from nsa.adapting.low_rank import add_low_rank, merge
+from nsa.adapting.predictions import taught_loss
+from nsa.models import swap_attention
+from nsa.modules.token_layout import TokenLayout
+from nsa.testing import brute_force_selection
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from dense_families import FITS, NSA, dense, tokens
+
+FAMILIES = ["the dense twin", "qwen3", "gemma3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_every_block_fits_no_layer_errs(family):
+    teacher = dense(family)
+    ids = tokens(2, FITS)
+    assert layer_loss(swap_attention(teacher, nsa=NSA, gate_bias=40.0), teacher, ids, 0.0) < 1e-12
+    assert layer_loss(swap_attention(teacher, nsa=NSA, gate_bias=0.0), teacher, ids, 0.0) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_error_of_layers_is_that_of_their_outputs_one_by_one(family):
+    teacher = dense(family)
+    model, ids = swap_attention(teacher, nsa=NSA), tokens(2, 60)
+    errors, states = [], teacher(ids, output_hidden_states=True).hidden_states
+    for number in model.config.sparse_layers:
+        x = teacher.model.layers[number].input_layernorm(states[number])
+        with layers.inputs_and_outputs(teacher, [number]) as seen:
+            teacher(ids)
+        given, wanted = seen[number]
+        torch.testing.assert_close(given, x)
+        out = model.model.layers[number].self_attn(x)[0]
+        errors.append((out - wanted).square().sum() / wanted.square().sum())
+    loss = layer_loss(model, teacher, ids, 0.0)
+    torch.testing.assert_close(loss, torch.stack(errors).mean().float())
+
+
+def test_the_divergence_of_blocks_is_that_of_loops():
+    teacher = dense("qwen3")
+    model, t = swap_attention(teacher, nsa=NSA), 60
+    attention, config = model.model.layers[1].self_attn, model.config.nsa_config
+    x = torch.randn(1, t, 24, dtype=torch.float64)
+    layout = TokenLayout.of(x, model.model.rotary, config)
+    q, k, _, _, _, k_raw, v_raw, _ = attention._inputs(x, layout.cos, layout.sin)
+    k_cmp, _ = attention._compress(k_raw, v_raw, layout)
+    scores = brute_force_selection.block_scores(q[0], k_cmp[0], t, config, None)
+    each = []
+    for position in torch.linspace(t // 2, t - 1, t - 24).long().tolist():
+        free = [block for block in range(t // 8 + 1) if 1 <= block <= position // 8 - 2]
+        for group in range(2):
+            mass = torch.zeros(t // 8 + 1, dtype=torch.float64)
+            for head in (2 * group, 2 * group + 1):
+                p = (k[0, : position + 1, group] @ q[0, position, head] * 8**-0.5).softmax(0)
+                for key in range(position + 1):
+                    mass[key // 8] += p[key]
+            wanted, said = mass[free] / mass[free].sum(), scores[position, group][free]
+            each.append((wanted * (wanted / (said / said.sum())).log()).sum())
+    loss = block_divergence(attention, x, layout)
+    torch.testing.assert_close(loss, torch.stack(each).mean().float(), rtol=1e-4, atol=1e-5)
+    assert block_divergence(attention, x[:, :24], TokenLayout.of(x[:, :24], model.model.rotary, config)) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stage_1_trains_what_is_new_and_all_of_it(family):
+    teacher = dense(family)
+    model = swap_attention(teacher, nsa=NSA, gate_bias=0.5)
+    train_what_is_new(model)
+    before = {id(parameter) for parameter in teacher.parameters()}
+    layer_loss(model, teacher, tokens(2, 60), 0.1).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (id(parameter) not in before), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stage_2_is_the_loss_of_the_text_and_the_divergence_from_the_dense_model(family, monkeypatch):
+    monkeypatch.setattr("nsa.adapting.predictions.LOGITS", 48 * 7)  # chunks of seven tokens
+    teacher, ids = dense(family), tokens(2, 60)
+    model = swap_attention(teacher, nsa=NSA)
+    said, wanted = (F.log_softmax(one(ids).logits[:, :-1].float(), -1) for one in (model, teacher))
+    text = F.nll_loss(said.flatten(0, 1), ids[:, 1:].flatten())
+    divergence = (wanted.exp() * (wanted - said)).sum(-1).mean()
+    loss = taught_loss(model, teacher, ids, 0.7)
+    torch.testing.assert_close(loss, text + 0.7 * divergence)
+    loss.backward()
+    mine = model.model.layers[1].self_attn.g_proj.weight.grad
+    model.zero_grad()
+    (text + 0.7 * divergence).backward()
+    torch.testing.assert_close(mine, model.model.layers[1].self_attn.g_proj.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_low_ranks_begin_as_nothing_train_alone_and_merge_to_the_same():
+    ids = tokens(2, 50)
+    model = swap_attention(dense("qwen3"), nsa=NSA)
+    with torch.no_grad():
+        start = model(ids).logits
+    add_low_rank(model, 3)
+    torch.testing.assert_close(model(ids).logits, start)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.rsplit(".", 1)[1] for name in trained if not layers.is_new(name)} == {"a", "b"}
+    assert sum(name.endswith(".a") for name in trained) == 2 * 7
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01)
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        moved = model(ids).logits
+        merge(model)
+        torch.testing.assert_close(model(ids).logits, moved)
+    assert not torch.allclose(moved, start)
+    assert set(model.state_dict()) == set(swap_attention(dense("qwen3"), nsa=NSA).state_dict())
