@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_llama import TWINS, config, model, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
-from transformers.distributed import DistributedConfig
 
 from nsa.models import NSALlamaForCausalLM, NSALlamaModel
 
@@ -140,11 +139,3 @@ def test_dropout_is_refused_where_there_is_none():
             config(attention, attention_dropout=0.5)
     built, ids = model("dense", attention_dropout=0.5).train(), tokens(1, 20)
     assert not torch.equal(built(ids).logits, built(ids).logits)
-
-
-def test_a_tensor_parallel_plan_is_refused_until_there_is_one(tmp_path):
-    model().save_pretrained(tmp_path)
-    with refused("tp_plan='auto': attention='nsa' has no tensor-parallel plan yet; expected None"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(tp_plan="auto"))
-    assert not model().supports_tp_plan
-    assert model("dense").supports_tp_plan

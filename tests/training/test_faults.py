@@ -149,8 +149,9 @@ def test_a_users_files_are_not_written_over(config):
     }
 
 
-def test_several_processes_are_refused(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process"):
-        train(config)
+def test_flags_of_several_processes_are_refused_where_one_was_started(config):
+    with pytest.raises(
+        ValueError, match=r"--cp 2 --tp 1 need a multiple of 2 processes, got 1; start them with torchrun"
+    ):
+        train(replace(config, cp=2))
     assert not config.out.exists()

@@ -1,4 +1,4 @@
-"""Native Sparse Attention over several devices: context parallelism, one sequence held by many."""
+"""Native Sparse Attention over several devices: sequences (context parallelism) or heads (tensor) held by many."""
 
 from torch import nn
 from torch.distributed import DeviceMesh, ProcessGroup
@@ -6,11 +6,12 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from nsa.distributed.attention import context_parallel_attention
 from nsa.distributed.context import ContextParallel
 from nsa.distributed.layout import ContextLayout, boundaries, check_shard
+from nsa.distributed.tensor import check_heads, share_phi, tensor_parallel
 from nsa.distributed.zigzag import ZigZag
 
 __all__ = [
-    "ContextLayout", "ContextParallel", "ZigZag", "boundaries", "check_shard", "context_parallel",
-    "context_parallel_attention",
+    "ContextLayout", "ContextParallel", "ZigZag", "boundaries", "check_heads", "check_shard", "context_parallel",
+    "context_parallel_attention", "share_phi", "tensor_parallel",
 ]  # fmt: skip
 
 

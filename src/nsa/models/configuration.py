@@ -50,8 +50,7 @@ class NSALlamaConfig(LlamaConfig):
             self.infllm_v2 = InfLLMv2Config.from_sparse_config(self.infllm_v2 or {}).to_dict()
         super().__post_init__(**kwargs)
         check_dense_layers(self)
-        if self.attention in SPARSE:
-            self.base_model_tp_plan = None  # Llama's does not know of NSA's projections
+        self.base_model_tp_plan = tp_plan(self)
         self.refuse_ignored()
 
     @property
@@ -114,3 +113,14 @@ def check_dense_layers(config: Any) -> None:
         raise ValueError(f"dense_layers: expected none with attention={config.attention!r}, got {given}")
     if given and (len(set(given)) < len(given) or not set(given) < set(range(layers))):
         raise ValueError(f"dense_layers: expected some of the layers 0 to {layers - 1}, each once, got {given}")
+
+
+def tp_plan(config: Any) -> dict[str, str] | None:
+    """The family's plan of tensor parallelism, and NSA's own projections, cut by KV heads like the others."""
+    family = type(config).base_model_tp_plan
+    if family is None or config.attention not in SPARSE:
+        return family
+    if config.attention != "nsa":
+        return None
+    own = ("g_proj",) if config.nsa["shared_kv"] else ("g_proj", "k_proj_cmp", "v_proj_cmp", "k_proj_win", "v_proj_win")
+    return {**family, **{f"layers.*.self_attn.{name}": "colwise" for name in own}}

@@ -51,6 +51,8 @@ def forward_arguments(
         raise ValueError(f"context parallelism: expected no dense_layers, got {decoder.config.dense_layers}")
     if decoder.config.attention == "infllm_v2":
         raise ValueError("context parallelism: attention='infllm_v2' has none yet; expected 'nsa', 'dense' or 'window'")
+    if decoder.config.attention not in ("nsa", "dense", "window"):
+        raise ValueError(f"context parallelism: attention={decoder.config.attention!r} has none yet; expected 'nsa'")
     if decoder.config.attention == "nsa":
         layout = ContextLayout.of(
             embeds, decoder.rotary, decoder.nsa_config, context,

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, Llama
 from transformers.utils import can_return_tuple
 
 from nsa.decode_step import DecodeStep
-from nsa.distributed import ContextLayout, ContextParallel
+from nsa.distributed import ContextLayout, ContextParallel, check_heads, share_phi
 from nsa.models.auto_map import write_auto_map
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import SPARSE, NSALlamaConfig
@@ -164,14 +164,21 @@ class SparsePreTrained(Transformers):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, device_mesh: Any) -> Any:
-        """transformers', where there is a plan."""
-        tp_plan = getattr(distributed_config, "tp_plan", None)
-        attention = model.config.attention
-        if tp_plan is not None and attention in SPARSE:
+        """transformers', where there is a plan; phi's gradient is then that of the heads of all ranks."""
+        tp_plan, ranks = (getattr(distributed_config, name, None) for name in ("tp_plan", "tp_size"))
+        config = model.config
+        if tp_plan is not None and config.attention in SPARSE and config.base_model_tp_plan is None:
             raise ValueError(
-                f"tp_plan={tp_plan!r}: attention={attention!r} has no tensor-parallel plan yet; expected None"
+                f"tp_plan={tp_plan!r}: attention={config.attention!r} of {type(config).__name__} has no "
+                "tensor-parallel plan yet; expected None"
             )
-        return super().maybe_distribute_model(model, distributed_config, device_mesh)
+        is_shared = ranks is not None and ranks > 1
+        if is_shared:
+            check_heads(ranks, config.num_key_value_heads)
+        model = super().maybe_distribute_model(model, distributed_config, device_mesh)
+        if is_shared:
+            share_phi(model, device_mesh["tp"] if device_mesh.ndim > 1 else device_mesh)
+        return model
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Llama's, and: phi starts as the block mean, gates at 1/2."""

@@ -289,14 +289,13 @@ class NativeSparseAttention(nn.Module):
         return q, rotated, v, rotate(k_win, cos, sin), v_win, k_raw, v_raw, gates
 
     def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
-        """Queries, keys and values [b, t, heads, d] of what `input_projections` give."""
-        q, *rest = projected
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        return [q, *(part.unflatten(-1, (self.num_kv_heads, -1)) for part in rest)]
+        """Queries, keys and values [b, t, heads, d] of what `input_projections` give: all heads, or a rank's own."""
+        dims = (self.head_dim, *(self.head_dim, self.v_head_dim) * (len(projected) // 2))
+        return [part.unflatten(-1, (-1, dim)) for part, dim in zip(projected, dims, strict=True)]
 
     def _gates(self, x: Float[Tensor, "b t h3"]) -> Float[Tensor, "b t h 3"]:
         """Scalars in (0, 1) for each query head: compressed, selected, window."""
-        return x.sigmoid().unflatten(-1, (self.num_heads, 3))
+        return x.sigmoid().unflatten(-1, (-1, 3))
 
     def _compress(self, k_raw: Tensor, v_raw: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """The compressed keys, rotated, and values of whole sequences."""

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from nsa.config import NSAConfig
+from nsa.distributed.tensor import summed_gradient
 from nsa.modules.projections import StartingLinear, is_plain
 from nsa.ops.compress import PHI, phi_mean
 
@@ -21,7 +23,12 @@ class Compression(nn.Module):
     mlp     mean(block) + MLP(flatten(block + position encoding)), the MLP's last layer zero at the start
 
     Its maps are ordinary `nn.Linear`s and are called as modules wherever they are more than their weights.
+
+    Attributes:
+        heads_of: the ranks that have the other KV heads, whose gradients are added to this one's.
     """
+
+    heads_of: ProcessGroup | None = None
 
     def __init__(self, dim: int, config: NSAConfig) -> None:
         super().__init__()
@@ -46,12 +53,19 @@ class Compression(nn.Module):
                 part.reset_parameters()
 
     def forward(self, blocks: Float[Tensor, "*blocks l d"]) -> Float[Tensor, "*blocks d"]:
+        if self.heads_of is not None:
+            return self._of_some_heads(blocks, self.heads_of)
         if self.is_plain():
             return PHI[self.kind](blocks, *self.weights())
         if self.kind == "linear":
             return self.out(blocks.flatten(-2))
         hidden = F.gelu(self.hidden((blocks + self.position_encoding).flatten(-2)))
         return phi_mean(blocks) + self.out(hidden)
+
+    def _of_some_heads(self, blocks: Tensor, group: ProcessGroup) -> Tensor:
+        if not self.is_plain():
+            raise ValueError("Compression: under tensor parallelism phi is its weights, without adapters and hooks")
+        return PHI[self.kind](blocks, *(summed_gradient(weight, group) for weight in self.weights()))
 
     def weights(self) -> tuple[Tensor, ...]:
         """In the order in which `nsa.ops.compress` takes them after the blocks."""

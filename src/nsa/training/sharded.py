@@ -1,6 +1,6 @@
 """A run of several processes: the model sharded over them, its batches divided, its checkpoints written by all.
 
-    mesh: parameters over dp_shard x cp (FSDP2), copies of them over dp_replicate
+    mesh: parameters over dp_shard x cp (FSDP2), copies of them over dp_replicate, heads over tp
     batches: pass i of a step belongs to rank i modulo dp; within it each rank of cp has its part of every sequence
 
 A checkpoint holds the whole model and optimizer in pieces (torch.distributed.checkpoint), which any number of processes
@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from nsa.distributed import ZigZag, context_parallel
+from nsa.distributed import ZigZag, context_parallel, tensor_parallel
 from nsa.models import NSALlamaForCausalLM
 from nsa.training.compiling import compile_layers
 from nsa.training.folder import MODEL_FILE, SHARDS, checkpoints
@@ -41,6 +41,9 @@ from nsa.training.writing import Partial, put_in_place, reading
 
 def distribute(model: NSALlamaForCausalLM, world: World, *, compiled: bool, on_cpu: bool) -> None:
     """Shard the model in place; it takes this rank's parts of sequences from then on, where there are parts."""
+    if (tp := world.mesh["tp"]).size() > 1:
+        plan: dict[str, str] = model.config.base_model_tp_plan or {}
+        tensor_parallel(model.model, tp, plan, model.config.num_key_value_heads)
     if world.zigzag is not None:
         context_parallel(model, world.contexts["cp"])
     model.to("cpu" if on_cpu else "cuda")
@@ -93,6 +96,13 @@ class ShardedTrainer(WholeCheckpointTrainer):
         return self._prepared(DataLoader(dataset, collate_fn=self.data_collator))
 
     # Passes
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args)
+        if self.world.mesh["tp"].size() > 1:  # weights lie on meshes of their own, which no fused step takes together
+            for group in optimizer.param_groups:
+                group.update(fused=False, foreach=False)
+        return optimizer
 
     def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
         """accelerate's place in the model's forward is not taken."""

@@ -1,0 +1,96 @@
+"""Models whose heads several ranks share, beside the same in one process, in fp64."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from groups import sizes
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from nsa.distributed import context_parallel, tensor_parallel
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from tiny_llama import model, tokens
+
+CLOSE = {"atol": 1e-10, "rtol": 1e-10}
+
+
+def batch_of(length=44):
+    ids = tokens(1, length)
+    return {"input_ids": ids, "labels": ids}
+
+
+def gradients(one, batch):
+    """Of two passes that add up."""
+    for _ in range(2):
+        loss = one(**batch).loss
+        loss.backward()
+    whole = {}
+    for name, parameter in one.named_parameters():
+        grad = parameter.grad
+        whole[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return loss.detach(), whole
+
+
+def check(one, wanted, batch):
+    loss, grads = gradients(one, batch)
+    torch.testing.assert_close(loss, wanted[0], **CLOSE)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[1][name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def heads_shared(one, mesh):
+    tensor_parallel(one.model, mesh, one.config.base_model_tp_plan, one.config.num_key_value_heads)
+    return one
+
+
+@sizes(2)
+def case_heads_shared_by_two():
+    batch, mesh = batch_of(), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    for options in ({}, {"attention_bias": True}):
+        wanted = gradients(model("nsa", **options).train(), batch)
+        check(heads_shared(model("nsa", **options).train(), mesh), wanted, batch)
+
+
+@sizes(4)
+def case_heads_and_sequences_shared_and_weights_sharded():
+    batch = batch_of(45)
+    wanted = gradients(model("nsa").train(), batch)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    one = heads_shared(model("nsa").train(), mesh["tp"])
+    one.gradient_checkpointing_enable()
+    context = context_parallel(one, mesh["cp"])
+    for layer in one.model.layers:
+        fully_shard(layer, mesh=mesh["cp"])
+    fully_shard(one, mesh=mesh["cp"])
+    one.set_gradient_divide_factor(1.0)  # each rank's loss is its part of the mean
+    part = context.zigzag.shard_batch(batch)
+    loss, grads = gradients(one, part)
+    dist.all_reduce(loss, group=mesh["cp"].get_group())
+    torch.testing.assert_close(loss, wanted[0], **CLOSE)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[1][name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@sizes(2)
+def case_transformers_plan_trains_and_generates():
+    whole, batch = model("nsa"), batch_of()
+    wanted = gradients(whole.train(), batch)
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder[0])
+    dist.barrier()
+    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2"}
+    one = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.double)
+    check(one.train(), wanted, batch)
+    ids = tokens(2, 21)
+    for options in ({"do_sample": False}, {"num_beams": 2}):
+        got = one.eval().generate(ids, max_new_tokens=9, **options)
+        assert torch.equal(got, whole.eval().generate(ids, max_new_tokens=9, **options))
