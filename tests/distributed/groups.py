@@ -35,11 +35,16 @@ def cases_of(module):
     return {f"{name}/{size}": (case, size) for name, case in found.items() for size in case.sizes}
 
 
-def run(module):
-    """{"name/size": error} of all cases of a module beside this file."""
+def run(module, **environment):
+    """{"name/size": error} of all cases of a module, in an environment with these variables besides."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)])}
+        environment = {
+            **os.environ,
+            **environment,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)]),
+        }
         command = [sys.executable, "-W", "ignore", str(HERE / "groups.py"), module, str(results)]
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert results.exists(), finished.stderr
@@ -51,8 +56,10 @@ def _work(rank, size, cases, folder):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = f"file://{folder}/store-{size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    store, backend = f"file://{folder}/store-{size}", os.environ.get("NSA_TEST_BACKEND", "gloo")
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     for name, case in cases.items():
         log = Path(folder) / f"{name.replace('/', '-')}-{rank}"
         try:

@@ -66,12 +66,10 @@ def case_heads_and_sequences_shared_and_weights_sharded():
     one = heads_shared(model("nsa").train(), mesh["tp"])
     one.gradient_checkpointing_enable()
     context = context_parallel(one, mesh["cp"])
-    for layer in one.model.layers:
-        fully_shard(layer, mesh=mesh["cp"])
-    fully_shard(one, mesh=mesh["cp"])
-    one.set_gradient_divide_factor(1.0)  # each rank's loss is its part of the mean
-    part = context.zigzag.shard_batch(batch)
-    loss, grads = gradients(one, part)
+    for part in (*one.model.layers, one):
+        fully_shard(part, mesh=mesh["cp"])
+        part.set_gradient_divide_factor(1.0)  # each rank's loss is its part of the mean
+    loss, grads = gradients(one, context.zigzag.shard_batch(batch))
     dist.all_reduce(loss, group=mesh["cp"].get_group())
     torch.testing.assert_close(loss, wanted[0], **CLOSE)
     for name, grad in grads.items():
@@ -89,6 +87,7 @@ def case_transformers_plan_trains_and_generates():
     dist.barrier()
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2"}
     one = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.double)
+    assert isinstance(one.model.layers[0].self_attn.k_proj_win.weight, DTensor)
     check(one.train(), wanted, batch)
     ids = tokens(2, 21)
     for options in ({"do_sample": False}, {"num_beams": 2}):

@@ -34,7 +34,9 @@ RUNS = [
     one("flags", 2, "--cp", "3"),
     one("batches", 2, "--accumulation", "3"),
     one("other-flags", 2, of_rank={"1": ["--hidden-size", "64"]}),
-    one("other-layout", 2, "--resume", copy=["alone", "other-layout"]),
+    one("stopped", 1, kill=[0, 5]),
+    one("other-layout", 2, "--resume", copy=["stopped", "other-layout"]),
+    one("heads", 2, "--tp", "2"),
 ]
 
 
@@ -83,6 +85,11 @@ def test_a_run_goes_on_by_another_number_of_processes_as_if_one_had_done_it_all(
         torch.testing.assert_close(got, wanted)
 
 
+def test_ranks_that_share_heads_train_as_one_process(results, folder):
+    assert [rank["code"] for rank in results["heads"]] == [0, 0], results["heads"]
+    assert_same_curve(folder / "heads", folder / "alone")
+
+
 def test_a_killed_rank_ends_the_run_with_one_line_and_leaves_the_last_checkpoint_whole(results, folder):
     codes = [rank["code"] for rank in results["halves"]]
     assert codes == [2, -9], results["halves"]
@@ -105,7 +112,7 @@ def test_weights_of_one_rank_that_are_nan_end_all_before_the_next_checkpoint(res
         ("flags", "--dp-replicate 1 --dp-shard any --cp 3 --tp 1 need a multiple of 3 processes, got 2"),
         ("batches", "--accumulation: a step's forward passes are divided among 2 ranks of data parallelism"),
         ("other-flags", "rank 1 was started with another configuration than rank 0 (hidden_size: 64, there 32)"),
-        ("other-layout", "checkpoint-8 was written by one process, which alone continues it: without torchrun"),
+        ("other-layout", "checkpoint-4 was written by one process, which alone continues it: without torchrun"),
     ],
 )
 def test_what_does_not_fit_is_one_line_of_one_rank(results, name, message):

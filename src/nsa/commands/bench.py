@@ -15,6 +15,7 @@ from nsa.bench.arguments import (
     StepArguments,
     TrainArguments,
 )  # fmt: skip
+from nsa.bench.scale_arguments import ScaleArguments
 from nsa.bench.serve_arguments import ServeArguments
 
 
@@ -34,6 +35,7 @@ class Arguments:
         nsa bench decode --lengths 65536 --batches 1 32
         nsa bench generate --lengths 65536 --batches 8
         nsa bench serve http://127.0.0.1:8000/v1
+        torchrun --nproc-per-node 2 -m nsa bench scale
         nsa bench kernels --help
     """
 
@@ -45,6 +47,7 @@ class Arguments:
         | Annotated[DecodeArguments, _subcommand("decode", DecodeArguments)]
         | Annotated[GenerateArguments, _subcommand("generate", GenerateArguments)]
         | Annotated[ServeArguments, _subcommand("serve", ServeArguments)]
+        | Annotated[ScaleArguments, _subcommand("scale", ScaleArguments)]
         | Annotated[ShowArguments, _subcommand("show", ShowArguments)],
         tyro.conf.arg(name=""),
     ]
@@ -59,6 +62,10 @@ def run(arguments: Arguments) -> None:
         from nsa.bench.serve import measure
 
         measure(arguments.what)
+    elif isinstance(arguments.what, ScaleArguments):
+        from nsa.bench.scale import run as run_scale
+
+        run_scale(arguments.what)
     else:
         from nsa.bench.run import run
 

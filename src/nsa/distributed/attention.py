@@ -17,6 +17,7 @@ from nsa.functional import native_sparse_attention
 Compress = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@torch.compiler.disable  # what ranks say to each other is not traced
 def context_parallel_attention(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b t g d"],
@@ -39,11 +40,11 @@ def context_parallel_attention(
         compress: phi of keys and of values.
     """
     windows, config = layout.context.windows, layout.config
+    on_their_way = [layout.context.start(x) for x in (k, v)]  # while blocks are compressed
     k_cmp, v_cmp = _compressed(k_raw, v_raw, layout, compress)
     keys = tuple(chunk.keys for chunk in layout.chunks)
-    is_shared = k_win is k and v_win is v
-    ks, vs = windows(k, keys), windows(v, keys)
-    if is_shared:
+    ks, vs = (windows(x, keys, started=started) for x, started in zip((k, v), on_their_way, strict=True))
+    if k_win is k and v_win is v:
         ks_win, vs_win = ks, vs
     else:
         # Packed sequences want all keys of the window's branch, too.

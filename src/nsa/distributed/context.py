@@ -45,12 +45,17 @@ class ContextParallel:
     def zigzag(self) -> ZigZag:
         return ZigZag(dist.get_rank(self.group), self.size)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def start(self, x: Tensor) -> "Gathering":
+        """Begin to gather x; the device may do something else meanwhile."""
+        x = x.detach().contiguous()
+        parts = x.new_empty(self.size * len(x), *x.shape[1:])
+        return Gathering(x, parts, dist.all_gather_into_tensor(parts, x, group=self.group, async_op=True))
+
+    def gather(self, x: Tensor, started: "Gathering | None" = None) -> Tensor:
         """[b, 2 m, ...] of every rank -> [b, 2 m P, ...], chunks in their order; without gradients."""
         if self.size == 1:
             return x
-        parts = x.new_empty(self.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
+        parts = (started or self.start(x)).wait()
         low, high = parts.unflatten(0, (self.size, -1)).unflatten(2, (2, -1)).unbind(2)  # [P, b, m, ...]
         return torch.cat([low, high.flip(0)]).transpose(0, 1).flatten(1, 2)
 
@@ -64,21 +69,60 @@ class ContextParallel:
         dist.reduce_scatter_tensor(own, parts.contiguous(), group=self.group)
         return own
 
-    def windows(self, x: Tensor, windows: tuple[Window, ...], order: Order | None = None) -> tuple[Tensor, ...]:
+    def windows(
+        self, x: Tensor, windows: tuple[Window, ...], order: Order | None = None, started: "Gathering | None" = None
+    ) -> tuple[Tensor, ...]:
         """Runs [:, start:stop] of all of x, of which every rank holds a part [b, 2 m, ...].
 
-        Gradients from all ranks and windows are added up in fp32 (fp64 for fp64).
+        Gradients from all ranks and windows are added up in fp32 (fp64 for fp64). Where the runs are the rank's chunks
+        and no more tokens before them than a chunk has, only those are sent.
         """
-        return _Windows.apply(x, self, windows, order)
+        if order is None and started is None:
+            spans = self.zigzag.spans(x.shape[1] * self.size)
+            halo = spans[1][0] - windows[-1][0]
+            if halo <= x.shape[1] // 2 and windows == tuple((max(0, start - halo), stop) for start, stop in spans):
+                return _Halo.apply(x, self, halo)
+        return _Windows.apply(x, self, windows, order, started)
+
+    def swap(self, before: Tensor | None, after: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Send one tensor to the rank before this one, one to the next; what they send to this one comes back.
+
+        The first rank has none before it; the next one of the last is itself, which holds both middle chunks.
+        """
+        rank = self.zigzag.rank
+        peers = [rank - 1] * (before is not None) + [min(rank + 1, self.size - 1)]
+        x = torch.stack([after] if before is None else [before, after])
+        counts = [peers.count(peer) for peer in range(self.size)]
+        got = torch.empty_like(x)
+        dist.all_to_all_single(got, x, counts, counts, group=self.group)
+        return (None if before is None else got[0]), got[-1]
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What is on its way from all ranks."""
+
+    source: Tensor
+    parts: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.parts
 
 
 class _Windows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, context: ContextParallel, windows: tuple[Window, ...], order: Order | None
+        ctx: Any,
+        x: Tensor,
+        context: ContextParallel,
+        windows: tuple[Window, ...],
+        order: Order | None,
+        started: Gathering | None,
     ) -> tuple[Tensor, ...]:
         ctx.context, ctx.windows, ctx.order, ctx.dtype = context, windows, order, x.dtype
-        everything = context.gather(x)
+        everything = context.gather(x, started)
         if order is not None:
             everything = everything.index_select(1, order.of) if len(order.of) else everything[:, :0]
         ctx.shape = everything.shape
@@ -96,4 +140,33 @@ class _Windows(torch.autograd.Function):
             total = total.index_select(1, ctx.order.at).where(exists, 0)
         elif ctx.order is not None:
             total = total.new_zeros(len(total), len(ctx.order.at), *total.shape[2:])
-        return ctx.context.reduce_scatter(total).to(ctx.dtype), None, None, None
+        return ctx.context.reduce_scatter(total).to(ctx.dtype), None, None, None, None
+
+
+class _Halo(torch.autograd.Function):
+    """Each chunk with the `halo` tokens before it: the tails of low chunks go to the next rank, of high ones back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ContextParallel, halo: int) -> tuple[Tensor, ...]:
+        ctx.context, ctx.halo = context, halo
+        low, high = x.chunk(2, 1)
+        if halo == 0:
+            return low.clone(), high.clone()
+        first = context.zigzag.rank == 0
+        before_low, before_high = context.swap(None if first else high[:, -halo:], low[:, -halo:])
+        return low.clone() if before_low is None else torch.cat([before_low, low], 1), torch.cat([before_high, high], 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_low: Tensor, d_high: Tensor) -> tuple[Tensor | None, ...]:
+        halo, first, dtype = ctx.halo, ctx.context.zigzag.rank == 0, d_low.dtype
+        if halo == 0:
+            return torch.cat([d_low, d_high], 1), None, None
+        wide = torch.promote_types(dtype, torch.float32)
+        tail_high, tail_low = ctx.context.swap(None if first else d_low[:, :halo], d_high[:, :halo])
+        grad = torch.cat([d_low if first else d_low[:, halo:], d_high[:, halo:]], 1).to(wide)
+        low, high = grad.chunk(2, 1)
+        low[:, -halo:] += tail_low
+        if tail_high is not None:
+            high[:, -halo:] += tail_high
+        return grad.to(dtype), None, None

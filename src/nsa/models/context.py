@@ -87,6 +87,7 @@ def whole_count(context: ContextParallel, arguments: Mapping[str, Any]) -> Tenso
     return count
 
 
+@torch.compiler.disable
 def attend_in_context(
     query: Float[Tensor, "b h t d"],
     key: Float[Tensor, "b g t d"],

@@ -456,4 +456,4 @@ class NSALlamaForCausalLM(SparseCausalLM, NSALlamaPreTrainedModel, LlamaForCausa
         self.chunked_loss = ChunkedLoss()
         self.post_init()
         if config.attention in SPARSE:
-            self._tp_plan: dict[str, str] = {}  # Llama's class has one of the head
+            self._tp_plan.pop("lm_head", None)  # whole on every rank: the loss takes hidden states

@@ -64,7 +64,8 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        with torch.enable_grad():
+        # Its own graph keeps what it needs: layers that are computed again in backward would be once more for it.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             ctx.inputs, ctx.out, ctx.scale = (q, k, v), _by_kernel(q, k, v, scale), scale
         return ctx.out.detach()
@@ -78,6 +79,10 @@ class _Causal(torch.autograd.Function):
                 q, k, v = ctx.inputs
                 out = _by_tiles(q, k, v, ctx.scale)
         return *torch.autograd.grad(out, ctx.inputs, d_out, retain_graph=True), None
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 @without_autocast

@@ -138,6 +138,8 @@ class ShardedTrainer(WholeCheckpointTrainer):
         self._require_numbers()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)
+        for name in self.model.all_tied_weights_keys:  # which a file holds under one name
+            weights.pop(name, None)
         with self._partial(run) as parent:
             if self.world.is_main:
                 self._save(str(parent / "model"), state_dict=weights)

@@ -105,7 +105,7 @@ def _train(
     if is_main:
         check_same_data(config.out, data, resume=checkpoint is not None)
     if world is not None:
-        world.agree("data", data, lambda theirs: "other data, or another tokenizer, than rank 0")
+        world.agree("data", data, lambda theirs, own: "other data, or another tokenizer, than rank 0")
     model = make(config, tokenizer)
     if world is not None:
         distribute(model, world, compiled=config.compile, on_cpu=arguments.use_cpu)

@@ -123,9 +123,9 @@ class World:
         self.wait()
         return made if is_first else make()  # type: ignore[return-value]
 
-    def agree(self, name: str, value: Any, what: Callable[[Any], str]) -> None:
-        """ValueError where this rank has another value than the main one; `what` says how that one's differs."""
-        _agree(self.store, self.rank, name, value, what)
+    def agree(self, name: str, value: Any, what: Callable[[Any, Any], str]) -> None:
+        """ValueError, on all, where a rank has another value than the main one; `what` says of both how they differ."""
+        _agree(self.store, self.rank, self.size, name, value, what)
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def joined(config: TrainConfig) -> Iterator[World]:
             config.validate()
             replicate, shard, cp, tp = mesh_shape(config, size)
             values = {name: value for name, value in config.to_dict().items() if name not in OWN}
-            _agree(store, rank, "flags", values, lambda theirs: _other_flags(theirs, values))
+            _agree(store, rank, size, "flags", values, _other_flags)
             # CPU tensors too: flags and objects do not wait for the device.
             backend, device = ("cpu:gloo,cuda:nccl", "cuda") if on_gpu else ("gloo", "cpu")
             group = dist.PrefixStore("nsa", store)
@@ -194,14 +194,16 @@ def _is_of_others(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _agree(store: dist.Store, rank: int, name: str, value: Any, what: Callable[[Any], str]) -> None:
+def _agree(store: dist.Store, rank: int, size: int, name: str, value: Any, what: Callable[[Any, Any], str]) -> None:
+    store.set(f"{name}/{rank}", json.dumps(value))
     if rank == 0:
-        store.set(name, json.dumps(value))
-    theirs = json.loads(store.get(name))
-    if theirs != json.loads(json.dumps(value)):
-        raise ValueError(f"rank {rank} was started with {what(theirs)}")
+        others = (json.loads(store.get(f"{name}/{other}")) for other in range(size))
+        told = (f"rank {other} was started with {what(x, value)}" for other, x in enumerate(others) if x != value)
+        store.set(name, next(told, ""))
+    if verdict := store.get(name).decode():
+        raise ValueError(verdict)
 
 
 def _other_flags(theirs: dict[str, Any], own: dict[str, Any]) -> str:
-    changed = [f"{name}: {own[name]!r}, there {theirs.get(name)!r}" for name in own if own[name] != theirs.get(name)]
+    changed = [f"{name}: {theirs.get(name)!r}, there {own[name]!r}" for name in own if own[name] != theirs.get(name)]
     return f"another configuration than rank 0 ({'; '.join(changed)})"

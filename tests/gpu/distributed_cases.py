@@ -1,0 +1,101 @@
+"""Context parallelism and FSDP2 over NCCL: as one GPU, and the same bits every time."""
+
+import torch
+import torch.distributed as dist
+from groups import sizes
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from nsa import NativeSparseAttention, NSAConfig
+from nsa.backend import use_backend
+from nsa.distributed import context_parallel
+from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
+from nsa.testing import assert_close_to_fp64
+
+NAMES = ("out", "dx")
+
+
+def passes(layer, x, d_out, **sequences):
+    """Output, and gradients of x and of the parameters."""
+    x = x.detach().requires_grad_()
+    out = layer(x, **sequences)
+    return [out.detach(), *torch.autograd.grad(out, [x, *layer.parameters()], d_out)]
+
+
+def check_layer(bounds):
+    torch.manual_seed(0)
+    t = 4133
+    layer = NativeSparseAttention(256, 16, 2, 64, config=NSAConfig(num_selected_blocks=8)).cuda().bfloat16()
+    x, d_out = (torch.randn(1, t, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    sequences = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device="cuda")}
+    plain = passes(layer, x, d_out, **sequences)
+    with use_backend("torch"):
+        truth = passes(layer.double(), x.double(), d_out.double(), **sequences)
+    layer.bfloat16()
+
+    context = context_parallel(layer, dist.group.WORLD)
+    zigzag = context.zigzag
+    given = {"input_ids": x[..., 0]} | ({} if bounds is None else {"cu_seq_lens_q": sequences["cu_seqlens"]})
+    own = {} if bounds is None else {"cu_seqlens": zigzag.shard_batch(given)["cu_seq_lens_q"]}
+    first, second = (passes(layer, zigzag.shard(x), zigzag.shard(d_out), **own) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other), "two runs of the same differ"
+    whole = [context.gather(y)[:, :t] for y in first[:2]]
+    for grad in first[2:]:
+        total = grad.float()
+        dist.all_reduce(total)
+        whole.append(total)
+    names = (*NAMES, *(name for name, _ in layer.named_parameters()))
+    for name, got, exact, usual in zip(names, whole, truth, plain, strict=True):
+        assert_close_to_fp64(got.to(usual.dtype), usual, exact, name)
+
+
+@sizes(2)
+def case_layer_rows():
+    check_layer(None)
+
+
+@sizes(2)
+def case_layer_packed_documents_across_ranks():
+    check_layer([0, 700, 705, 720, 2100, 2100, 4000, 4133])
+
+
+def losses(attention, *, shared):
+    """Of three steps of a small model, packed rows, bf16 autocast; and a weight at their end."""
+    torch.manual_seed(0)
+    config = NSALlamaConfig(
+        attention=attention, vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+    )  # fmt: skip
+    model = NSALlamaForCausalLM(config).cuda().train()
+    ids = torch.randint(512, (1, 3001), device="cuda")
+    bounds = torch.tensor([0, 800, 810, 2500, 3001], dtype=torch.int32, device="cuda")
+    batch = {"input_ids": ids, "labels": ids, "cu_seq_lens_q": bounds, "max_length_q": 2048}
+    if shared:
+        batch = context_parallel(model, init_device_mesh("cuda", (dist.get_world_size(),))).zigzag.shard_batch(batch)
+        for part in (*model.model.layers, model):
+            fully_shard(part)
+            part.set_gradient_divide_factor(1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    found = []
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        if shared:
+            dist.all_reduce(total)
+        found.append(total)
+    weight = model.model.norm.weight
+    return torch.stack(found), weight.full_tensor() if shared else weight.detach()
+
+
+@sizes(2)
+def case_models_train_sharded_as_on_one_gpu_and_repeat_their_bits():
+    for attention in ("nsa", "dense", "window"):
+        first, second = (losses(attention, shared=True) for _ in range(2))
+        assert all(map(torch.equal, first, second)), f"{attention}: two runs of the same differ"
+        alone = losses(attention, shared=False)
+        torch.testing.assert_close(first[0], alone[0], atol=0, rtol=torch.finfo(torch.bfloat16).eps, msg=attention)
