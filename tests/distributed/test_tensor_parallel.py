@@ -4,7 +4,7 @@ import groups
 import pytest
 import tensor_cases
 
-from nsa.distributed import check_heads
+from nsa.distributed.tensor import check_heads
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,11 @@
 from torch import nn
 from torch.distributed import DeviceMesh, ProcessGroup
 
-from nsa.distributed.attention import context_parallel_attention
 from nsa.distributed.context import ContextParallel
-from nsa.distributed.layout import ContextLayout, boundaries, check_shard
-from nsa.distributed.tensor import check_heads, share_phi, tensor_parallel
+from nsa.distributed.tensor import tensor_parallel
 from nsa.distributed.zigzag import ZigZag
 
-__all__ = [
-    "ContextLayout", "ContextParallel", "ZigZag", "boundaries", "check_heads", "check_shard", "context_parallel",
-    "context_parallel_attention", "share_phi", "tensor_parallel",
-]  # fmt: skip
+__all__ = ["ContextParallel", "ZigZag", "context_parallel", "tensor_parallel"]
 
 
 def context_parallel(model: nn.Module, mesh: DeviceMesh | ProcessGroup) -> ContextParallel:

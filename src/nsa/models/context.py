@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.distributed import ContextLayout, ContextParallel, boundaries, check_shard
+from nsa.distributed import ContextParallel
+from nsa.distributed.layout import ContextLayout, boundaries, check_shard
 
 TILE = 128  # queries that share a mask
 

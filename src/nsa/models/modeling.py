@@ -22,7 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel, Llama
 from transformers.utils import can_return_tuple
 
 from nsa.decode_step import DecodeStep
-from nsa.distributed import ContextLayout, ContextParallel, check_heads, share_phi
+from nsa.distributed import ContextParallel
+from nsa.distributed.layout import ContextLayout
+from nsa.distributed.tensor import check_heads, share_phi
 from nsa.models.auto_map import write_auto_map
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import SPARSE, NSALlamaConfig
@@ -165,18 +167,17 @@ class SparsePreTrained(Transformers):
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, device_mesh: Any) -> Any:
         """transformers', where there is a plan; phi's gradient is then that of the heads of all ranks."""
-        tp_plan, ranks = (getattr(distributed_config, name, None) for name in ("tp_plan", "tp_size"))
+        tp_plan, ranks = getattr(distributed_config, "tp_plan", None), getattr(distributed_config, "tp_size", None) or 1
         config = model.config
         if tp_plan is not None and config.attention in SPARSE and config.base_model_tp_plan is None:
             raise ValueError(
                 f"tp_plan={tp_plan!r}: attention={config.attention!r} of {type(config).__name__} has no "
                 "tensor-parallel plan yet; expected None"
             )
-        is_shared = ranks is not None and ranks > 1
-        if is_shared:
+        if ranks > 1:
             check_heads(ranks, config.num_key_value_heads)
         model = super().maybe_distribute_model(model, distributed_config, device_mesh)
-        if is_shared:
+        if ranks > 1:
             share_phi(model, device_mesh["tp"] if device_mesh.ndim > 1 else device_mesh)
         return model
 

@@ -13,7 +13,9 @@ from nsa.cache_tensors import CacheTensors
 from nsa.config import NSAConfig
 from nsa.decode_step import DecodeStep
 from nsa.decoding import append_tokens, decode_attention
-from nsa.distributed import ContextLayout, ContextParallel, context_parallel_attention
+from nsa.distributed import ContextParallel
+from nsa.distributed.attention import context_parallel_attention
+from nsa.distributed.layout import ContextLayout
 from nsa.functional import native_sparse_attention
 from nsa.modules.compression import Compression
 from nsa.modules.projections import StartingLinear, project

@@ -73,6 +73,8 @@ def train(
         with claimed(config.out):
             return _train(config, callbacks, None, make, trainer, finish)
     with joined(config) as world, claimed(config.out) if world.is_main else nullcontext():
+        if (make, trainer, finish) != (make_model, WholeCheckpointTrainer, None):
+            raise ValueError("several processes train from scratch (nsa train); start this one without torchrun")
         return _train(config, callbacks, world)
 
 
