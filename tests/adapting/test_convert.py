@@ -103,6 +103,19 @@ def test_a_dense_twin_is_converted_with_its_own_sizes(tmp_path):
     assert (loaded.config.attention, loaded.config.nsa["window_size"]) == ("nsa", 12)
 
 
+def test_infllm_v2_adds_no_weight(folder, tmp_path, capsys):
+    flags = ["--method", "infllm_v2", "--infllm-v2.topk", "4", "--tokens", "0"]
+    assert main(["convert", str(folder), str(tmp_path / "out"), *flags]) == 0
+    dense, sparse = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, tmp_path / "out"))
+    assert dense.keys() == sparse.keys()
+    assert all(torch.equal(sparse[name], weight) for name, weight in dense.items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.infllm_v2["topk"] == 4
+    assert main(["convert", str(folder), str(tmp_path / "other"), *flags, "--gate-bias", "3"]) == 2
+    assert "--gate-bias: --method infllm_v2 has no gates" in capsys.readouterr().err
+    assert main(["adapt", str(tmp_path / "out"), "--out", str(tmp_path / "run"), "--first", "64x1"]) == 2
+    assert "--first: attention='infllm_v2' has no new weights to train" in capsys.readouterr().err
+
+
 def broken(folder, **values):
     """The folder with other values in its config.json."""
     config = json.loads((folder / "config.json").read_text())

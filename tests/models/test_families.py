@@ -149,6 +149,23 @@ def test_saved_it_is_loaded_by_the_auto_classes_as_it_was(pair, tmp_path):
         close(loaded.eval()(ids).logits, after(ids).logits)
 
 
+INFLLM = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "window_size": 8, "topk": 3, "dense_len": 20}
+
+
+def test_infllm_v2_is_the_dense_model_with_its_weights_as_far_as_it_reads_all(name):
+    """Past that its blocks count, and a cache gives what none gives."""
+    before, ids = dense(name), tokens(2, 60)
+    after = swap_attention(before, "infllm_v2", infllm_v2=INFLLM)
+    all_read = after.config.infllm_v2_config.sees_all
+    assert {n for n, _ in after.named_parameters()} >= {n for n, _ in before.named_parameters() if "qkv" not in n}
+    assert sum(x.numel() for x in after.parameters()) == sum(x.numel() for x in before.parameters())
+    with torch.no_grad():
+        close(after(ids[:, :all_read]).logits, before(ids[:, :all_read]).logits)
+        assert (after(ids).logits - before(ids).logits).abs().max() > 1e-3
+    ends = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(after.generate(ids, **ends), after.generate(ids, use_cache=False, **ends))
+
+
 @pytest.mark.parametrize("layers", [[1], {"dense": [0]}])
 def test_layers_that_stay_dense_are_the_familys_own(layers):
     before = dense("qwen3")

@@ -49,7 +49,7 @@ def with_adapters():
         (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8)), {},
          r"no row for model type 'gpt2' in nsa.models.families.FAMILIES, which has llama, .*; docs/convert.md"),
         (lambda: LlamaForQuestionAnswering(LLAMA), {}, "expected one of transformers' Llama models, got LlamaForQ"),
-        (DENSE["llama"], {"method": "quest"}, "method should be one of nsa, got 'quest'"),
+        (DENSE["llama"], {"method": "quest"}, "method should be one of nsa, infllm_v2, got 'quest'"),
         (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.1)), {},
          "llama: NSA has no dropout; expected attention_dropout=0, got 0.1"),
         (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8)), {},
@@ -69,6 +69,7 @@ def with_adapters():
         (DENSE["llama"], {"layers": []}, "layers: expected some of 0 to 1"),
         (DENSE["llama"], {"layers": {"dense": [0, 1]}}, "layers: expected some of 0 to 1"),
         (DENSE["llama"], {"layers": {"sparse": [0]}}, r"layers: expected numbers, or \{'dense': numbers\}"),
+        (DENSE["llama"], {"infllm_v2": {"topk": 3}}, "sizes of another method than 'nsa' were given"),
         (DENSE["llama"], {"nsa": {"window": 3}}, r"unknown keys \['window'\]"),
     ],
 )  # fmt: skip

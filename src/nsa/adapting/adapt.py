@@ -134,8 +134,10 @@ def _check_models(arguments: AdaptArguments, dense: Path, context: int) -> None:
     """ValueError in one line where the two are not a converted model and the one it came from."""
     sparse, other = read_config(find_model(arguments.sparse)), read_config(dense)
     layers = getattr(sparse, "sparse_layers", [])
-    if getattr(sparse, "attention", None) != "nsa" or not layers:
-        raise ValueError(f"{arguments.sparse} is not a model that nsa convert made: it has no layer with NSA")
+    if not layers:
+        raise ValueError(f"{arguments.sparse} is not a model that nsa convert made: it has no sparse layer")
+    if arguments.first and sparse.attention != "nsa":
+        raise ValueError(f"--first: attention={sparse.attention!r} has no new weights to train; give it no curriculum")
     if getattr(other, "attention", "dense") != "dense":
         raise ValueError(f"--dense: {dense} has attention={other.attention!r}; expected the dense model")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):

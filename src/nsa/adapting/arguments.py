@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 
+GATE_BIAS = 6.0
 Device = Annotated[str, tyro.conf.arg(metavar="DEVICE")]
 
 
@@ -24,21 +26,24 @@ class ConvertArguments:
         nsa convert models/Qwen3-0.6B models/qwen3-nsa
         nsa convert models/smollm2 models/smollm2-nsa --nsa.window-size 256 --text novel.txt
         nsa convert models/llama models/llama-nsa --layers 2-29
+        nsa convert models/llama models/llama-infllm --method infllm_v2 --infllm-v2.dense-len 4096
     """
 
     dense: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DENSE")]
     """Folder of the dense model, as save_pretrained, a hub's download or a hub's cache has it; sharded or not."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the sparse one: new or empty."""
-    method: Literal["nsa"] = "nsa"
-    """What takes the place of dense attention."""
+    method: Literal["nsa", "infllm_v2"] = "nsa"
+    """What takes the place of dense attention: NSA; or InfLLM-V2, which adds no weight."""
     layers: tuple[str, ...] = ()
     """Numbers of the layers that become sparse, such as 0 3 8-29. Default: all without a sliding window."""
     nsa: NSAConfig = field(default_factory=NSAConfig)
     """NSA's block sizes and counts; those of a dense twin are its own by default."""
-    gate_bias: float = 6.0
-    """Gates start at sigmoid(bias) for the selected branch, sigmoid(-bias) for the others: 6 lets .25% of them through;
-    30 keeps the function to rounding where every block fits, with gates that do not learn."""
+    infllm_v2: InfLLMv2Config = field(default_factory=InfLLMv2Config)
+    """InfLLM-V2's, in the same way."""
+    gate_bias: float = GATE_BIAS
+    """Of NSA: gates start at sigmoid(bias) for the selected branch, sigmoid(-bias) for the others: 6 lets .25% of
+    these through; 30 keeps the function to rounding where every block fits, with gates that do not learn."""
     text: Annotated[str, tyro.conf.arg(metavar="PATH")] = "python"
     """A text to measure the loss on before and after: a file or folder, or Python sources of this machine."""
     tokens: int = 4096
@@ -49,15 +54,20 @@ class ConvertArguments:
     """Where the losses are computed: auto (CUDA if there is a GPU), cpu, cuda."""
 
 
-def default_sizes(arguments: list[str]) -> NSAConfig:
-    """NSA's sizes that other flags then change: those of a model of the command line that has some, or the paper's."""
-    for argument in arguments:
+def default_sizes(arguments: list[str]) -> dict[str, NSAConfig | InfLLMv2Config]:
+    """The sizes that other flags then change: those of a model of the command line that has some, or the papers'."""
+    found: dict[str, NSAConfig | InfLLMv2Config] = {}
+    kinds: tuple[tuple[str, type[NSAConfig | InfLLMv2Config]], ...] = (
+        ("nsa", NSAConfig),
+        ("infllm_v2", InfLLMv2Config),
+    )
+    for argument, (name, kind) in product(arguments, kinds):
         try:
             values: Any = json.loads((Path(argument).expanduser() / "config.json").read_text(encoding="utf-8"))
-            return NSAConfig.from_dict(values["nsa"])
+            found.setdefault(name, kind.from_dict(values[name]))
         except (OSError, ValueError, TypeError, KeyError, RuntimeError):
             continue
-    return NSAConfig()
+    return found
 
 
 def layer_numbers(given: tuple[str, ...]) -> list[int] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from nsa.adapting.arguments import ConvertArguments, layer_numbers
+from nsa.adapting.arguments import GATE_BIAS, ConvertArguments, layer_numbers
 from nsa.adapting.source import check_room, find_model, plan, read_config
 from nsa.eval.models import device_of
 from nsa.eval.scoring import token_losses
@@ -38,7 +38,9 @@ def convert(arguments: ConvertArguments) -> None:
     if arguments.tokens < 0:
         raise ValueError(f"--tokens: expected 0 or more, got {arguments.tokens}")
     config, layers = read_config(source), layer_numbers(arguments.layers)
-    sizes = arguments.nsa.to_dict()
+    if arguments.method != "nsa" and arguments.gate_bias != GATE_BIAS:
+        raise ValueError(f"--gate-bias: --method {arguments.method} has no gates")
+    sizes = getattr(arguments, arguments.method).to_dict()
     family, planned = plan(config, arguments.method, layers, sizes)
     dtype = config.dtype or torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     needed = check_room(family, planned, dtype, output)
@@ -50,11 +52,12 @@ def convert(arguments: ConvertArguments) -> None:
         "dense": str(source.absolute()),
         "method": arguments.method,
         "layers": planned.sparse_layers,
-        "gate_bias": arguments.gate_bias,
+        **({"gate_bias": arguments.gate_bias} if arguments.method == "nsa" else {}),
     }
     if ids is not None:
         before = _losses(dense, ids, device)
-    model = swap_attention(dense, arguments.method, layers=layers, nsa=sizes, gate_bias=arguments.gate_bias)
+    given: dict[str, Any] = {arguments.method: sizes, "gate_bias": arguments.gate_bias}
+    model = swap_attention(dense, arguments.method, layers=layers, **given)
     if ids is not None:
         record["loss"] = _say_losses(arguments.text, before, _losses(model, ids, device))
         model.cpu()

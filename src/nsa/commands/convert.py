@@ -1,5 +1,8 @@
 """`nsa convert`: a dense checkpoint made sparse."""
 
+from dataclasses import replace
+from typing import Any
+
 import tyro
 
 from nsa.adapting.arguments import ConvertArguments as Arguments
@@ -7,7 +10,8 @@ from nsa.adapting.arguments import default_sizes
 
 
 def default_for(arguments: list[str]) -> Arguments:
-    return Arguments(tyro.MISSING, tyro.MISSING, nsa=default_sizes(arguments))
+    sizes: dict[str, Any] = default_sizes(arguments)
+    return replace(Arguments(tyro.MISSING, tyro.MISSING), **sizes)
 
 
 def run(arguments: Arguments) -> None:

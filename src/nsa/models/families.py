@@ -18,10 +18,10 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.models.auto_map import AUTO
-from nsa.models.configuration import NSALlamaConfig, check_dense_layers, sparse_layers
-from nsa.models.family_attention import FamilyAttention
+from nsa.models.configuration import SPARSE, NSALlamaConfig, check_dense_layers, sparse_layers
+from nsa.models.family_attention import FamilyAttention, FamilyInfLLMv2Attention
 from nsa.models.loss import ChunkedLoss
 from nsa.models.modeling import (
     NSALlamaForCausalLM,
@@ -32,8 +32,6 @@ from nsa.models.modeling import (
     SparsePreTrained,
 )
 from nsa.modules.rotary import Rotary
-
-METHODS = ("nsa",)
 
 
 @dataclass(frozen=True)
@@ -75,19 +73,23 @@ FAMILIES = {
 class SparseOptions:
     """What a family's configuration has beside transformers' fields.
 
-    attention: the method, "nsa".
+    attention: the method, "nsa" or "infllm_v2".
     nsa: fields of `nsa.NSAConfig`; those left out have its defaults, unknown ones are an error.
+    infllm_v2: fields of `nsa.config.InfLLMv2Config`, in the same way.
     dense_layers: numbers of the layers that keep the family's own attention; by default none.
     """
 
     attention: str
     nsa: dict[str, Any] | None
+    infllm_v2: dict[str, Any] | None
     dense_layers: list[int] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.attention not in METHODS:
-            raise ValueError(f"{type(self).__name__}: attention should be one of {METHODS}, got {self.attention!r}")
+        if self.attention not in SPARSE:
+            raise ValueError(f"{type(self).__name__}: attention should be one of {SPARSE}, got {self.attention!r}")
         self.nsa = NSAConfig.from_dict(self.nsa or {}).to_dict()
+        if self.infllm_v2 or self.attention == "infllm_v2":
+            self.infllm_v2 = InfLLMv2Config.from_sparse_config(self.infllm_v2 or {}).to_dict()
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.base_model_tp_plan = None  # the family's does not know of NSA's projections
         check_dense_layers(self)
@@ -95,7 +97,12 @@ class SparseOptions:
 
     @property
     def nsa_config(self) -> NSAConfig:
-        return NSAConfig.from_dict(self.nsa or {})
+        """NSA's sizes; for "infllm_v2" those of its blocks in NSA's names, by which caches and layouts go."""
+        return self.infllm_v2_config.blocks if self.attention == "infllm_v2" else NSAConfig.from_dict(self.nsa or {})
+
+    @property
+    def infllm_v2_config(self) -> InfLLMv2Config:
+        return InfLLMv2Config.from_dict(self.infllm_v2 or {})
 
     @property
     def sparse_layers(self) -> list[int]:
@@ -201,11 +208,15 @@ def rotary_of_full(rotary: Any) -> Any:
 
 
 def swap_layers(decoder: Any, config: Any) -> None:
-    """Put `FamilyAttention` where a decoder of transformers has the attention of the sparse layers."""
-    decoder.nsa_config = nsa = config.nsa_config
+    """Put a layer of the method where a decoder of transformers has the attention of the sparse layers."""
+    decoder.nsa_config = config.nsa_config
     for number in config.sparse_layers:
         layer = decoder.layers[number]
-        layer.self_attn = FamilyAttention(layer.self_attn, nsa, own_rotary(decoder), number)
+        given = (layer.self_attn, own_rotary(decoder), number)
+        if config.attention == "infllm_v2":
+            layer.self_attn = FamilyInfLLMv2Attention(config.infllm_v2_config, *given)
+        else:
+            layer.self_attn = FamilyAttention(config.nsa_config, *given)
 
 
 def own_rotary(decoder: Any) -> nn.Module:
@@ -231,7 +242,7 @@ LLAMA = {"Config": NSALlamaConfig, "Model": NSALlamaModel, "ForCausalLM": NSALla
 def _make(family: Family) -> None:
     """The classes of a row, as names of this module, and known to the Auto classes."""
     if family.model_type != "llama":
-        options = {"attention": "nsa", "nsa": None, "dense_layers": None}
+        options = {"attention": "nsa", "nsa": None, "infllm_v2": None, "dense_layers": None}
         made = type(
             f"NSA{family.name}Config",
             (SparseOptions, family.theirs("Config")),

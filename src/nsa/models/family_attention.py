@@ -1,4 +1,4 @@
-"""An NSA layer that takes over the projections of a trained attention layer, of any family in the table."""
+"""Layers that take over the projections of a trained attention layer, of any family in the table."""
 
 import copy
 import math
@@ -8,49 +8,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa.config import NSAConfig
-from nsa.models.modeling import NSALlamaAttention
+from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.models.modeling import LlamaSignature
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
+from nsa.modules.infllm_v2 import InfLLMv2Attention
 
 FUSED = ("q_proj", "k_proj", "v_proj")
 
 
-class FamilyAttention(NSALlamaAttention):
-    """`NativeSparseAttention` that continues a dense layer.
+class _TakesOver(LlamaSignature):
+    """A layer of this library that continues a dense one of transformers; a mixin that stands before the layer's class.
 
     The projections of q, k, v and the output are the dense layer's own modules; a fused one is taken apart. Normed
-    queries and keys stay normed, before rotation and before compression, by the same norms in every branch; a factor
-    of the scores other than 1 / sqrt(d) goes to the queries.
+    queries and keys stay normed, before rotation, by the same norms everywhere; a factor of the scores other than
+    1 / sqrt(d) goes to the queries.
 
     Args:
-        dense: the layer's attention as transformers made it; it must not be used afterwards.
         config: the sizes.
+        dense: the layer's attention as transformers made it; it must not be used afterwards.
         rotary: cos and sin of (x, positions), for calls of this layer alone.
         layer_idx: its number.
     """
 
-    def __init__(self, dense: Any, config: NSAConfig, rotary: nn.Module, layer_idx: int) -> None:
+    def __init__(self, config: NSAConfig | InfLLMv2Config, dense: Any, rotary: nn.Module, layer_idx: int) -> None:
         width, maps = dense.head_dim, projections(dense)
         hidden, groups = maps["k_proj"].in_features, maps["k_proj"].out_features // width
         heads, like = maps["q_proj"].out_features // width, maps["k_proj"].weight
         with like.device:
-            NativeSparseAttention.__init__(self, hidden, heads, groups, width, config=config, rotary=rotary)
+            super().__init__(hidden, heads, groups, width, config=config, rotary=rotary)
         factor = float(dense.scaling) * math.sqrt(width)
         self.layer_idx, self.query_factor = layer_idx, 1.0 if math.isclose(factor, 1.0) else factor
         self.q_norm, self.k_norm = getattr(dense, "q_norm", None), getattr(dense, "k_norm", None)
         for name, one in maps.items():
             setattr(self, name, one)
+
+    def _normed(self, q: Tensor, *keys: Tensor) -> list[Tensor]:
+        """Queries with their factor, and keys, [b, t, heads, d], after the family's norms."""
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        return [
+            q if self.query_factor == 1.0 else q * self.query_factor,
+            *(k if self.k_norm is None else self.k_norm(k) for k in keys),
+        ]
+
+
+class FamilyAttention(_TakesOver, NativeSparseAttention):  # type: ignore[misc]
+    """`NativeSparseAttention` in the place of a family's attention; keys are normed before compression."""
+
+    def __init__(self, config: NSAConfig, dense: Any, rotary: nn.Module, layer_idx: int) -> None:
+        super().__init__(config, dense, rotary, layer_idx)
         for name, branch in own_branches(self):
-            setattr(self, branch, copy.deepcopy(maps[name]))
+            setattr(self, branch, copy.deepcopy(getattr(self, name)))
 
     def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
         q, *rest = super()._heads(projected)
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        if self.k_norm is not None:
-            rest[::2] = [self.k_norm(k) for k in rest[::2]]
-        return [q if self.query_factor == 1.0 else q * self.query_factor, *rest]
+        q, *rest[::2] = self._normed(q, *rest[::2])
+        return [q, *rest]
+
+
+class FamilyInfLLMv2Attention(_TakesOver, InfLLMv2Attention):  # type: ignore[misc]
+    """`InfLLMv2Attention` in the place of a family's attention."""
+
+    def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        q, k, v = super()._heads(projected)
+        return [*self._normed(q, k), v]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A loaded dense model with NSA in the place of its attention: `swap_attention`."""
+"""A loaded dense model with a sparse method in the place of its attention: `swap_attention`."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsa.config import NSAConfig
-from nsa.models.families import FAMILIES, METHODS, Family, own_rotary, sparse_class, why_not, window_of
+from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.models.configuration import SPARSE
+from nsa.models.families import FAMILIES, Family, own_rotary, sparse_class, why_not, window_of
 from nsa.models.family_attention import FUSED, split_fused, start
 from nsa.modules.attention import NativeSparseAttention
 
 GATE_BIAS = 6.0
 Layers = Sequence[int] | Mapping[str, Sequence[int]] | None
 # What every configuration of transformers has and says nothing of the model.
-NOT_KEPT = ("model_type", "architectures", "auto_map", "transformers_version", "attention", "nsa", "dense_layers")
+NOT_KEPT = ("model_type", "architectures", "auto_map", "transformers_version", "attention", *SPARSE, "dense_layers")
 
 
 def swap_attention(
@@ -24,9 +25,10 @@ def swap_attention(
     *,
     layers: Layers = None,
     nsa: NSAConfig | Mapping[str, Any] | None = None,
+    infllm_v2: InfLLMv2Config | Mapping[str, Any] | None = None,
     gate_bias: float = GATE_BIAS,
 ) -> Any:
-    """The model with NSA in place of its own attention, which computes nearly the same.
+    """The model with another method in place of its own attention, which computes nearly the same.
 
     The new model is of the family's class with NSA (`nsa.models.families`) and shares every weight that the dense one
     has: what is trained or loaded in one is so in both. New are each layer's gates, phi, and, unless `nsa.shared_kv`,
@@ -36,10 +38,11 @@ def swap_attention(
 
     Args:
         model: a model of transformers, for language or classification, of a family in `FAMILIES`, or the dense twin.
-        method: "nsa".
+        method: "nsa" or "infllm_v2".
         layers: numbers of those that become sparse, or {"dense": numbers of those that do not}; by default all whose
             attention is not restricted to a window.
-        nsa: sizes, or some of their fields; by default the paper's, those of the configuration for the dense twin.
+        nsa, infllm_v2: sizes of the method, or some of their fields; by default its paper's, and for a dense twin
+            those of its configuration.
         gate_bias: where the gates start. Far from 0 they are shut, and with large values (30) the function is kept to
             rounding where every block fits, but gates that are shut do not learn.
 
@@ -59,7 +62,13 @@ def swap_attention(
             f"swap_attention: expected one of transformers' {family.name} models, got {type(model).__name__}"
         )
     _check_weights(model)
-    sizes = nsa.to_dict() if isinstance(nsa, NSAConfig) else {**(getattr(config, "nsa", None) or {}), **(nsa or {})}
+    given, other = (nsa, infllm_v2) if method == "nsa" else (infllm_v2, nsa)
+    if other is not None:
+        raise ValueError(f"swap_attention: sizes of another method than {method!r} were given: {other}")
+    if isinstance(given, NSAConfig | InfLLMv2Config):
+        sizes = given.to_dict()
+    else:
+        sizes = {**(getattr(config, method, None) or {}), **(given or {})}
     new_config = sparse_config(config, family, method, sparse, sizes)
     with torch.device("meta"):
         new = sparse_class(family, what)(new_config)
@@ -77,8 +86,8 @@ KINDS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassific
 
 def check_config(config: Any, method: str = "nsa") -> Family:
     """The family of a dense configuration; ValueError in one line where it has none, or NSA already."""
-    if method not in METHODS:
-        raise ValueError(f"swap_attention: method should be one of {', '.join(METHODS)}, got {method!r}")
+    if method not in SPARSE:
+        raise ValueError(f"swap_attention: method should be one of {', '.join(SPARSE)}, got {method!r}")
     kind = config.model_type
     if getattr(config, "attention", "dense") != "dense" or getattr(config, "dense_layers", None):
         raise ValueError(f"swap_attention: the model has attention={config.attention!r} already; expected a dense one")
@@ -122,7 +131,9 @@ def sparse_config(config: Any, family: Family, method: str, sparse: list[int], s
     ):
         values["sliding_window"] = None  # one that no position reaches
     dense = [number for number in range(config.num_hidden_layers) if number not in sparse]
-    made = sparse_class(family, "Config")(**values, attention=method, nsa=dict(sizes), dense_layers=dense or None)
+    made = sparse_class(family, "Config")(
+        **values, attention=method, dense_layers=dense or None, **{method: dict(sizes)}
+    )
     made._name_or_path = config._name_or_path
     if dense:
         made._attn_implementation = config._attn_implementation

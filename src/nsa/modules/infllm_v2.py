@@ -1,6 +1,6 @@
 """The InfLLM-V2 layer: a dense layer's projections and no others, with or without a cache."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -163,7 +163,10 @@ class InfLLMv2Attention(nn.Module):
 
     def _inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k rotated, and v."""
-        parts: list[Any] = project(x, self.input_projections())
-        q = parts[0].unflatten(-1, (self.num_heads, -1))
-        k, v = (part.unflatten(-1, (self.num_kv_heads, -1)) for part in parts[1:])
+        q, k, v = self._heads(project(x, self.input_projections()))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        """Queries, keys and values [b, t, heads, d] of what `input_projections` give."""
+        q, *rest = projected
+        return [q.unflatten(-1, (self.num_heads, -1)), *(part.unflatten(-1, (self.num_kv_heads, -1)) for part in rest)]
