@@ -12,12 +12,14 @@ from test_functional import SMALL, inputs
 from torch import Tensor
 
 from nsa import NativeSparseAttention
+from nsa.config import InfLLMv2Config
 from nsa.functional import native_sparse_attention
 from nsa.methods.nsa import composed_attention
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.ops.causal_attention import causal_attention
 from nsa.ops.compress import compress, phi_mean
 from nsa.ops.compressed_attention import compressed_attention
+from nsa.ops.pooled_selection import pooled_scores
 from nsa.ops.selected_attention import selected_attention
 from nsa.ops.selection import compressed_attention_and_selection
 from nsa.ops.window_attention import window_attention
@@ -135,3 +137,16 @@ def test_of_a_branch_by_itself(branch) -> None:
             found.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_of_pooled_scores_by_themselves() -> None:
+    config = InfLLMv2Config(
+        kernel_size=4, kernel_stride=2, block_size=8, init_blocks=1, window_size=16, topk=4, dense_len=0
+    )
+    q, k, _, _ = (x.float() for x in inputs(LAYOUTS["whole"], d=8, e=8))
+    k_pool = compress(k, phi_mean, config.blocks)
+    found = []
+    for inside in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(pooled_scores(q, k_pool, config, num_keys=45))
+    assert torch.equal(*found)

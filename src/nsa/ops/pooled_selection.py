@@ -13,7 +13,7 @@ from torch import Tensor
 from nsa.config import InfLLMv2Config
 from nsa.ops.compressed_attention import compressed_stream, parts_of
 from nsa.ops.selection import top_blocks
-from nsa.ops.tiles import accumulation_dtype, tile_elements
+from nsa.ops.tiles import accumulation_dtype, tile_elements, without_autocast
 from nsa.shapes import UNIFORM, Part, Sequences, bind
 
 # Queries that are scored together; more would mostly add keys that the first of them do not see.
@@ -150,6 +150,7 @@ def _weights(q: Tensor, fine: Tensor, positions: Tensor, config: InfLLMv2Config)
     return weights.sum(3).nan_to_num(0.0)
 
 
+@without_autocast
 def _visible_scores(q: Tensor, keys: Tensor, positions: Tensor, config: InfLLMv2Config, times: int) -> Tensor:
     """[b, g, queries, heads, c], -inf for keys, pooled `times` as coarsely, that end after the query."""
     scores = (q.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, q.shape[2:4])
