@@ -61,6 +61,10 @@ def measure(arguments: ServeArguments) -> None:
 ENDS = (".json", ".md")
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _table(arguments: ServeArguments, lines: list[dict[str, Any]]) -> Table:
     title = f"{arguments.requests} requests of {arguments.prompt_length} + {arguments.new_tokens} tokens"
     header = ["model", "arrivals/s", "requests/s", "tokens/s", "first token ms", "p99", "between tokens ms", "p99",
@@ -68,7 +72,7 @@ def _table(arguments: ServeArguments, lines: list[dict[str, Any]]) -> Table:
     names = ("requests_per_s", "tokens_per_s", "first_token_ms_median", "first_token_ms_p99",
              "between_tokens_ms_median", "between_tokens_ms_p99")  # fmt: skip
     rows = [
-        [line["model"], f"{line['rate']:g}" if line["rate"] else "at once", *(f"{line[name]:.3g}" for name in names),
+        [line["model"], f"{line['rate']:g}" if line["rate"] else "at once", *(_number(line[name]) for name in names),
          str(line["failed"])]
         for line in lines
     ]  # fmt: skip
