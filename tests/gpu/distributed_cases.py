@@ -75,13 +75,12 @@ def losses(attention, *, shared):
         batch = context_parallel(model, init_device_mesh("cuda", (dist.get_world_size(),))).zigzag.shard_batch(batch)
         for part in (*model.model.layers, model):
             fully_shard(part)
-            part.set_gradient_divide_factor(1.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     found = []
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(**batch).loss
-        loss.backward()
+        (loss * dist.get_world_size() if shared else loss).backward()  # FSDP averages
         optimizer.step()
         optimizer.zero_grad()
         total = loss.detach().clone()

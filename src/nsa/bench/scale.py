@@ -38,7 +38,7 @@ def run(arguments: ScaleArguments) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ValueError("nsa bench scale measures several GPUs; torchrun --nproc-per-node 2 -m nsa bench scale")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    dist.init_process_group("cpu:gloo,cuda:nccl")
     try:
         is_main = dist.get_rank() == 0
         rate = matrix_rate() if is_main else 0.0
