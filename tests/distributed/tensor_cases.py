@@ -53,9 +53,9 @@ def heads_shared(one, mesh):
 @sizes(2)
 def case_heads_shared_by_two():
     batch, mesh = batch_of(), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    for options in ({}, {"attention_bias": True}):
-        wanted = gradients(model("nsa", **options).train(), batch)
-        check(heads_shared(model("nsa", **options).train(), mesh), wanted, batch)
+    for attention, options in (("nsa", {}), ("nsa", {"attention_bias": True}), ("infllm_v2", {})):
+        wanted = gradients(model(attention, **options).train(), batch)
+        check(heads_shared(model(attention, **options).train(), mesh), wanted, batch)
 
 
 @sizes(4)

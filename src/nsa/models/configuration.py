@@ -118,9 +118,7 @@ def check_dense_layers(config: Any) -> None:
 def tp_plan(config: Any) -> dict[str, str] | None:
     """The family's plan of tensor parallelism, and NSA's own projections, cut by KV heads like the others."""
     family = type(config).base_model_tp_plan
-    if family is None or config.attention not in SPARSE:
-        return family
-    if config.attention != "nsa":
-        return None
+    if family is None or config.attention != "nsa":
+        return family  # InfLLM-V2 has no projections but the family's, and chooses for each KV head by itself
     own = ("g_proj",) if config.nsa["shared_kv"] else ("g_proj", "k_proj_cmp", "v_proj_cmp", "k_proj_win", "v_proj_win")
     return {**family, **{f"layers.*.self_attn.{name}": "colwise" for name in own}}

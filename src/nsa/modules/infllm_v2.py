@@ -168,5 +168,5 @@ class InfLLMv2Attention(nn.Module):
 
     def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """Queries, keys and values [b, t, heads, d] of what `input_projections` give."""
-        q, *rest = projected
-        return [q.unflatten(-1, (self.num_heads, -1)), *(part.unflatten(-1, (self.num_kv_heads, -1)) for part in rest)]
+        widths = (self.head_dim, self.head_dim, self.v_head_dim)
+        return [part.unflatten(-1, (-1, width)) for part, width in zip(projected, widths, strict=True)]
