@@ -24,6 +24,12 @@ def write(folder, **config):
     return folder
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def said(capsys, *arguments) -> str:
     assert main(["serve", *map(str, arguments)]) == 2
     line = capsys.readouterr().err
@@ -78,14 +84,14 @@ def test_another_vllm_is_refused_and_none_falls_back(capsys, folder, monkeypatch
     assert checks.choose_engine("auto") == "transformers"
     assert said(capsys, folder, "--engine", "vllm").startswith("engine='vllm': vLLM is not installed here; expected")
     assert said(capsys, folder, "--api-key", "x").startswith("api_key: transformers' server asks for none; expected")
+    assert said(capsys, folder, "--name", "x").startswith(
+        "name: transformers' server calls a model by its path; expected"
+    )
 
 
 def test_layers_without_caches_on_vllm(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "vllm_version", lambda: "0.32.0")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    told = said(capsys, write(tmp_path / "model", attention="nsa", dense_layers=[0]), "--port", port)
+    told = said(capsys, write(tmp_path / "model", attention="nsa", dense_layers=[0]), "--port", free_port())
     assert told.startswith("serving on vLLM: expected attention of ('nsa', 'dense', 'window') in all layers, got 'nsa'")
 
 

@@ -36,7 +36,7 @@ class ServeArguments:
     api_key: Words = None
     """Clients have to show it. Default: the environment's VLLM_API_KEY, else none is asked for."""
     name: Words = None
-    """By which clients call the model. Default: the folder's name."""
+    """By which clients call the model. Default: the folder's name; on transformers' server its path."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """auto takes vLLM where it is installed."""
 

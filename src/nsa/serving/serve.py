@@ -31,8 +31,13 @@ def serve(arguments: ServeArguments) -> None:
 
         if key:
             raise ValueError("api_key: transformers' server asks for none; expected vLLM for it, or no api_key")
-        _say(arguments, name, "transformers' own server: vLLM is not installed; a request at a time")
-        run(arguments, name)
+        if arguments.name:
+            raise ValueError(
+                f"name: transformers' server calls a model by its path; expected none, got {arguments.name!r}"
+            )
+        why = "vLLM is not installed; " if vllm_version() is None else ""
+        _say(arguments, str(arguments.model.resolve()), f"transformers' own server: {why}a request at a time")
+        run(arguments)
         return
     check_served(config.get("attention", "nsa"), config.get("dense_layers"))
     words, environment = vllm_command(arguments, name, config)

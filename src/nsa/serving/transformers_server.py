@@ -8,7 +8,7 @@ from nsa.serving.arguments import ServeArguments
 NEEDS = ("fastapi", "uvicorn", "pydantic", "openai")
 
 
-def run(arguments: ServeArguments, name: str) -> None:
+def run(arguments: ServeArguments) -> None:
     """Until interrupted.
 
     Raises:
