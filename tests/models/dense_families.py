@@ -1,4 +1,4 @@
-"""Tiny dense models of every family, in fp64, far from their initialisation."""
+"""Tiny dense models of every family, in fp64, far from their initialisation; between them what Llamas differ in."""
 
 import torch
 from transformers import (
@@ -60,16 +60,15 @@ def gemma2(**more):
 
 
 DENSE = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)),
-    "llama, llama3": lambda: LlamaForCausalLM(
+    "llama": lambda: LlamaForCausalLM(
         LlamaConfig(
             **SIZES,
+            attention_bias=True,
             rope_parameters=scaled(
                 "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
             ),
         )
     ),
-    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "the dense twin": lambda: NSALlamaForCausalLM(NSALlamaConfig(**SIZES, attention="dense", nsa=NSA)),
     "mistral": lambda: MistralForCausalLM(
         MistralConfig(**SIZES, head_dim=8, sliding_window=None, rope_parameters=scaled("linear"))
@@ -77,7 +76,7 @@ DENSE = {
     "qwen2, yarn": lambda: Qwen2ForCausalLM(
         Qwen2Config(**SIZES, rope_parameters=scaled("yarn", original_max_position_embeddings=64))
     ),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, sliding_window=None)),
     "gemma2": gemma2,
     "gemma3": lambda: Gemma3ForCausalLM(
