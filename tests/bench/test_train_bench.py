@@ -11,9 +11,10 @@ from nsa.bench.arguments import TrainArguments
 from nsa.bench.result import Entry, Result
 from nsa.bench.show import markdown, tables, write
 from nsa.cli import main, parse
+from nsa.config import InfLLMv2Config
 from nsa.models.loss import ChunkedLoss
 from nsa.training.presets import preset
-from nsa.training.sizes import vocabulary
+from nsa.training.sizes import model_config, vocabulary
 
 TINY = replace(preset("demo"), hidden_size=32, num_layers=1, intermediate_size=48)
 ARGUMENTS = TrainArguments(
@@ -92,6 +93,13 @@ def test_models_that_do_not_fit_together_take_turns_and_what_fits_nowhere_is_nam
     assert alive == [[], [], [], []]
     assert list(entry.ms) == ["NSA, eager", "window, eager"]
     assert entry.facts["dense: out of memory"] == 1
+
+
+def test_infllm_v2_is_measured_with_the_presets_own_sizes():
+    arguments = replace(ARGUMENTS, attentions=("infllm_v2",))
+    entry = train.cell(arguments, "demo", "rows", 64, {}, "cpu")
+    assert list(entry.ms) == ["InfLLM-V2, eager"]
+    assert model_config(TINY, attention="infllm_v2").infllm_v2_config == TINY.infllm_v2 != InfLLMv2Config()
 
 
 def canned() -> Result:

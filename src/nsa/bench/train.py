@@ -33,7 +33,7 @@ from nsa.training.data import Documents, TrainingBatches, unwrap
 from nsa.training.presets import preset
 from nsa.training.sizes import vocabulary
 
-LABELS = {"nsa": "NSA", "dense": "dense", "window": "window"}
+LABELS = {"nsa": "NSA", "infllm_v2": "InfLLM-V2", "dense": "dense", "window": "window"}
 MODES = {"graphs": "", "compiled": ", no graphs", "eager": ", eager"}
 LAYOUTS: Any = {"rows": "rows", "packed": "flat"}  # as training calls them
 SPREAD = 1.0  # standard deviation of the logarithm of a document's length

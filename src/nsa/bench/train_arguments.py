@@ -31,8 +31,8 @@ class TrainArguments:
     """Tokens in a row."""
     layouts: tuple[Literal["rows", "packed"], ...] = ("rows", "packed")
     """One document a row, or packed documents."""
-    attentions: tuple[Literal["nsa", "dense", "window"], ...] = ("nsa", "dense", "window")
-    """NSA and its twins."""
+    attentions: tuple[Literal["nsa", "infllm_v2", "dense", "window"], ...] = ("nsa", "dense", "window")
+    """NSA, InfLLM-V2 and the twins, each with the preset's sizes."""
     modes: tuple[Literal["graphs", "compiled", "eager"], ...] = ("graphs", "compiled", "eager")
     """With torch.compile and CUDA graphs (nsa train's default), with torch.compile alone, with neither."""
     tokens: int = 32768

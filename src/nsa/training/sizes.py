@@ -16,10 +16,11 @@ def model_config(config: TrainConfig, vocab_size: int | None = None, **values: A
         vocab_size: tokens of the tokenizer; None: as many as `config` asks for.
         values: fields of NSALlamaConfig to have otherwise, such as the ids of special tokens.
     """
+    attention = values.get("attention", config.attention)
     chosen: dict[str, Any] = {
-        "attention": config.attention,
+        "attention": attention,
         "nsa": config.nsa.to_dict(),
-        "infllm_v2": config.infllm_v2.to_dict() if config.attention == "infllm_v2" else None,
+        "infllm_v2": config.infllm_v2.to_dict() if attention == "infllm_v2" else None,
         "vocab_size": vocabulary(config) if vocab_size is None else vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
