@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from nsa import NSACache, NSAConfig
+from nsa.cache import CacheViews
+from nsa.streams import Branches
 
 CONFIG = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=6)
 
@@ -17,7 +19,7 @@ def mean_run(k, v, first):
 def append(cache, x, counts=None):
     """All branches hold the same tokens x [b, t], one head of width 1; values are negated."""
     k = x[:, :, None, None]
-    return cache.append(k, -k, k, -k, k, -k, mean_run, counts=counts)
+    return CacheViews.of(cache.update(Branches.of_tokens(k, -k, k, -k, k, -k), mean_run, counts=counts))
 
 
 def reference(tokens):
@@ -105,7 +107,8 @@ def test_bytes_are_those_of_the_keys_and_values_remembered():
     cache = NSACache(config, max_crop=0)
     k, v = torch.zeros(1, 4096, 2, 16), torch.zeros(1, 4096, 2, 8)
     for _ in range(2):
-        cache.append(k, v, k, v, k, v, lambda k, v, first: (k.unfold(1, 32, 16).mean(-1), v.unfold(1, 32, 16).mean(-1)))
+        mean = lambda k, v, first: (k.unfold(1, 32, 16).mean(-1), v.unfold(1, 32, 16).mean(-1))  # noqa: E731
+        cache.update(Branches.of_tokens(k, v, k, v, k, v), mean)
     pairs = 8192 + config.num_compressed_blocks(8192) + 511 + 31
     assert cache.num_bytes() == pairs * 2 * (16 + 8) * 4
 
@@ -123,3 +126,12 @@ def test_another_number_of_rows_is_an_error():
     append(cache, torch.zeros(2, 3))
     with pytest.raises(ValueError, match="expected 2 rows as before, got 3"):
         append(cache, torch.zeros(3, 1))
+
+
+def test_append_answers_for_one_more_release():
+    k = torch.randn(1, 12, 1, 1)
+    old, new = NSACache(CONFIG), NSACache(CONFIG)
+    with pytest.warns(DeprecationWarning, match="call update"):
+        found = old.append(k, -k, k, -k, k, -k, mean_run)
+    for name, x in vars(append(new, k[..., 0, 0])).items():
+        assert x is None or torch.equal(getattr(found, name), x)

@@ -9,6 +9,7 @@ from decoding import DecodeCase, Scene, append_arguments, same_memory
 from nsa import NativeSparseAttention, NSACache, NSAConfig
 from nsa.cache import PagedNSACache, StaticNSACache
 from nsa.decoding import append_tokens, decode_attention
+from nsa.streams import Branches, Stream
 
 CONFIG = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=12)
 LAYOUTS = {
@@ -166,18 +167,19 @@ def test_a_layer_of_other_heads_rows_or_dtype_is_refused(layout, t, without_shap
         assert cache.lengths == [20, 20]
 
 
-def pairs(t: int = 3, rows: int = 2) -> list[torch.Tensor]:
-    return [torch.zeros(rows, t, 2, 4) for _ in range(6)]
+def pairs(t: int = 3, rows: int = 2, **change: torch.Tensor) -> Branches:
+    win = Stream(*(torch.zeros(rows, t, 2, 4) for _ in range(2)))
+    return Branches(win, win, win._replace(**change))
 
 
 @layouts
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda c: c.append(*pairs(), None, counts=[3, 4]), "counts should be b=2 numbers between 0 and t=3"),
-    (lambda c: c.append(*pairs(), None, counts=[-1, 3]), "counts should be b=2 numbers between 0 and t=3"),
-    (lambda c: c.append(*pairs(), None, counts=[3]), "counts should be b=2 numbers between 0 and t=3"),
-    (lambda c: c.append(*pairs()[:5], torch.zeros(2, 2, 2, 4), None), "v_raw should have shape"),
-    (lambda c: c.append(*pairs()[:5], pairs()[5].half(), None), "of dtype torch.float32, got torch.float16, torch.f"),
-    (lambda c: c.append(*pairs(rows=0), None), "at least one row"),
+    (lambda c: c.update(pairs(), None, counts=[3, 4]), "counts should be b=2 numbers between 0 and t=3"),
+    (lambda c: c.update(pairs(), None, counts=[-1, 3]), "counts should be b=2 numbers between 0 and t=3"),
+    (lambda c: c.update(pairs(), None, counts=[3]), "counts should be b=2 numbers between 0 and t=3"),
+    (lambda c: c.update(pairs(v=torch.zeros(2, 2, 2, 4)), None), "v_win should have shape"),
+    (lambda c: c.update(pairs(v=torch.zeros(2, 3, 2, 4).half()), None), "of dtype torch.float32, got torch.float16, t"),
+    (lambda c: c.update(pairs(rows=0), None), "at least one row"),
     (lambda c: c.reorder(torch.tensor([0, 2])), r"rows between -1 and 1, got \[0, 2\]"),
     (lambda c: c.reorder(torch.tensor([-2])), r"rows between -1 and 1, got \[-2\]"),
     (lambda c: c.reorder(torch.tensor([], dtype=torch.long)), "at least one int32 or int64"),
@@ -189,7 +191,7 @@ def test_what_cannot_be_appended_reordered_or_cropped_is_one_line_and_changes_no
     layout, call, message, without_shape_checks
 ):
     cache = LAYOUTS[layout](CONFIG)
-    cache.append(*pairs(5), None)
+    cache.update(pairs(5), None)
     with pytest.raises(ValueError, match=message) as error:
         call(cache)
     assert "\n" not in str(error.value)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nsa import NSACache, NSAConfig
-from nsa.cache import LayerCache, PagedNSACache, StaticNSACache, convert
+from nsa.cache import CacheViews, LayerCache, PagedNSACache, StaticNSACache, convert
+from nsa.streams import Branches
 
 CONFIG = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=6)
 SHARED = NSAConfig.from_dict({**CONFIG.to_dict(), "shared_kv": True})
@@ -29,7 +30,7 @@ def mean_run(k, v, first):
 def append(cache, x, counts=None):
     """All branches hold the same tokens x [b, t], two heads of width 1; values are negated."""
     k = torch.stack([x, x * 3], dim=-1)[..., None]
-    return cache.append(k, -k, k, -k, k, -k, mean_run, counts=counts)
+    return CacheViews.of(cache.update(Branches.of_tokens(k, -k, k, -k, k, -k), mean_run, counts=counts))
 
 
 def assert_remembers(cache, views, tokens: list[list[float]], new: list[int]) -> None:
@@ -299,7 +300,8 @@ def test_bytes_are_those_of_the_memory_taken():
     )
     for cache in (static, paged):
         assert cache.num_bytes() == 0
-        cache.append(k, v, k, v, k, v, lambda k, v, first: (k.unfold(1, 32, 16).mean(-1), v.unfold(1, 32, 16).mean(-1)))
+        mean = lambda k, v, first: (k.unfold(1, 32, 16).mean(-1), v.unfold(1, 32, 16).mean(-1))  # noqa: E731
+        cache.update(Branches.of_tokens(k, v, k, v, k, v), mean)
     pair = 2 * (16 + 8) * 4
     assert static.num_bytes() == pair * (8192 + 512 + 512 + 32)
     assert paged.num_bytes() == pair * (4096 + 256 + 512 + 32)

@@ -149,6 +149,28 @@ def test_gradients_over_a_cache_are_those_of_the_same_tokens_in_one_call(frozen)
         torch.testing.assert_close(one, other)
 
 
+def test_a_call_that_raised_leaves_what_a_graph_holds_as_it_was():
+    """The memory that a failed call gave back is one that the graph of the call before may hold."""
+    attention, x, cache = layer().double(), torch.randn(2, 30, 32, dtype=torch.float64), NSACache(CONFIG)
+    for name, parameter in attention.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    with torch.no_grad():
+        for part in x[:, :21].split([20, 1], 1):  # leaves room to grow
+            attention(part, cache=cache)
+    out = attention(x[:, 21:22], cache=cache)
+
+    def fails(*_):
+        raise RuntimeError("no")
+
+    with attention.compress_v.register_forward_pre_hook(fails), pytest.raises(RuntimeError, match="no"):
+        attention(x[:, 22:24], cache=cache)  # completes a block
+    with torch.no_grad():
+        attention(x[:, 22:23], cache=cache)
+    (found,) = torch.autograd.grad(out.square().sum(), [attention.q_proj.weight])
+    (expected,) = torch.autograd.grad(attention(x[:, :22])[:, 21:].square().sum(), [attention.q_proj.weight])
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("layout", ["static", "paged"])
 def test_a_fixed_cache_refuses_a_graph_and_is_what_it_was(layout):
     attention, x, cache = layer(), torch.randn(2, 30, 32), LAYOUTS[layout](CONFIG)

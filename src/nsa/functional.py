@@ -121,6 +121,25 @@ def native_sparse_attention(
         )
 
 
+def attend_to_branches(
+    q: Float[Tensor, "b t h d"],
+    branches: Branches,
+    gates: Float[Tensor, "b t h 3"],
+    config: NSAConfig,
+    *,
+    max_seqlen_k: int | None = None,
+    nonnegative_gates: bool = False,
+) -> Float[Tensor, "b t h e"]:
+    """`native_sparse_attention` of keys and values as streams."""
+    cmp, slc, win = branches
+    where, near = slc.where, win.where
+    return native_sparse_attention(
+        q, slc.k, slc.v, gates, config, k_cmp=cmp.k, v_cmp=cmp.v, k_win=win.k, v_win=win.v,
+        cu_seqlens_q=where.cu_seqlens_q, cu_seqlens_k=where.cu_seqlens_k, seqlens_k=where.seqlens_k,
+        seqlens_win=near.seqlens_k, max_seqlen_k=max_seqlen_k, nonnegative_gates=nonnegative_gates,
+    )  # fmt: skip
+
+
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What torch.autocast does with an argument: fp64 stays."""
     return x if x.dtype == torch.float64 else x.to(dtype)

@@ -13,6 +13,7 @@ from nsa.bench.timing import interleaved, peak_gib
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.rotary import RotaryEmbedding, rotate
 from nsa.modules.token_layout import TokenLayout
+from nsa.streams import Stream
 
 # The first that serves: cuDNN's is the faster on Hopper.
 DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
@@ -83,10 +84,10 @@ def _phi(layer: NativeSparseAttention, length: int, device: str) -> tuple[Callab
 
     def forward() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return layer._compress(k, v, layout)
+            return layer._compress(Stream(k, v), layout)
 
     def both() -> object:
-        outs = layer._compress(k, v, layout)
+        outs = layer._compress(Stream(k, v), layout)
         return torch.autograd.grad(outs, parameters, [torch.ones_like(out) for out in outs])
 
     return forward, both

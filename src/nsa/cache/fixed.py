@@ -1,6 +1,6 @@
 """What static and paged caches share: tokens into their memory, views out of it, and moving what it holds.
 
-`append` takes any number of tokens and returns views, for prefill: it knows the rows' lengths on the host. A decoding
+`update` takes any number of tokens and returns views, for prefill: it knows the rows' lengths on the host. A decoding
 step goes by the device alone (`nsa.cache.fixed_memory`).
 """
 
@@ -8,13 +8,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from nsa.cache.fixed_memory import FixedMemory, rings_of, write_lengths
-from nsa.cache.layer import CacheContents, CacheViews, CompressRun
+from nsa.cache.layer import CacheContents, CompressRun
 from nsa.cache.rings import after, left_aligned, read_rings, write_ring
 from nsa.cache_tensors import CacheTensors
+from nsa.streams import Branches, Stream
 
 # A chunk of so many tokens has its keys copied side by side, one layer's at a time: the kernels for Hopper read them
 # by TMA, which does not take the heads' distance in a cache, and such a chunk is worth a copy.
@@ -36,32 +36,20 @@ class FixedNSACache(FixedMemory):
 
     # ---- tokens of a prefill ----------------------------------------------------------------------------------
 
-    def append(
-        self,
-        k: Float[Tensor, "b t g d"],
-        v: Float[Tensor, "b t g e"],
-        k_win: Float[Tensor, "b t g d"],
-        v_win: Float[Tensor, "b t g e"],
-        k_raw: Float[Tensor, "b t g d"],
-        v_raw: Float[Tensor, "b t g e"],
-        compress_run: CompressRun,
-        *,
-        counts: list[int] | None = None,
-    ) -> CacheViews:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, k_win, v_win, k_raw, v_raw)):
+    def update(self, new: Branches, compress_run: CompressRun, *, counts: list[int] | None = None) -> Branches:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in new.tensors):
             raise ValueError(f"{type(self).__name__} is for inference: expected torch.no_grad(), got a graph")
         memory = () if self._tensors is None else (self._tensors.k, self._tensors.v)
-        (k, v, k_win, v_win, k_raw, v_raw), counts = self._as_kept((k, v, k_win, v_win, k_raw, v_raw), counts, memory)
+        new, counts = self._as_kept(new, counts, memory)
         with self.transaction():
             if self._tensors is None:
-                b, _, g, d = k.shape
-                self.allocate(b, g, d, v.shape[-1], k.dtype, k.device)
-            return self._append(k, v, k_win, v_win, k_raw, v_raw, compress_run, counts)
+                b, _, g, d = new.slc.k.shape
+                self.allocate(b, g, d, new.slc.v.shape[-1], new.slc.k.dtype, new.slc.k.device)
+            return self._update(new, compress_run, counts)
 
-    def _append(
-        self, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, k_raw: Tensor, v_raw: Tensor,
-        compress_run: CompressRun, counts: list[int],
-    ) -> CacheViews:  # fmt: skip
+    def _update(self, new: Branches, compress_run: CompressRun, counts: list[int]) -> Branches:
+        cmp, slc, win = new
+        k, v = slc.k, slc.v
         starts, t = self.lengths, k.shape[1]
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         self._took_back()  # what rows took for steps that they then sat out
@@ -70,18 +58,18 @@ class FixedNSACache(FixedMemory):
 
         tensors = self.tensors
         runs = _runs(starts, counts)
-        windows = [self._window_run(tensors, run, k_win, v_win, starts, counts) for run in runs]
+        windows = [self._window_run(tensors, run, win, starts, counts) for run in runs]
         for run in runs:
             start, count = starts[run.start], counts[run.start]
-            new = slice(t - count, t)
+            at = (run, slice(t - count, t))
             if count:
-                self._write_pages(tensors.k, tensors.v, run, start, k[run, new], v[run, new])
-                self._compress(tensors, run, start, count, k_raw[run, new], v_raw[run, new], compress_run)
+                self._write_pages(tensors.k, tensors.v, run, start, k[at], v[at])
+                self._compress(tensors, run, start, Stream(cmp.k[at], cmp.v[at]), compress_run)
                 if tensors.k_win is not None and tensors.v_win is not None:
-                    write_ring(tensors.k_win, run, start, k_win[run, new])
-                    write_ring(tensors.v_win, run, start, v_win[run, new])
-                write_ring(tensors.k_raw, run, start, k_raw[run, new])
-                write_ring(tensors.v_raw, run, start, v_raw[run, new])
+                    write_ring(tensors.k_win, run, start, win.k[at])
+                    write_ring(tensors.v_win, run, start, win.v[at])
+                write_ring(tensors.k_raw, run, start, cmp.k[at])
+                write_ring(tensors.v_raw, run, start, cmp.v[at])
         write_lengths(tensors.lengths, ends)
         self.know_lengths(ends)
         self._longest = [max(pair) for pair in zip(self._longest, ends, strict=True)]
@@ -97,16 +85,19 @@ class FixedNSACache(FixedMemory):
             k_slc, v_slc = k_slc.contiguous(), v_slc.contiguous()
         k_cmp, v_cmp = self._read_compressed(tensors, longest)
         if tensors.k_win is None:
-            return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_slc, v_slc, seqlens, seqlens)
+            tensors_of = (k_cmp, v_cmp, k_slc, v_slc, k_slc, v_slc)
+            return Branches.of(self.config, tensors_of, (None, None, seqlens, seqlens))
         k_near, v_near = (left_aligned([pair[i] for pair in windows], runs) for i in (0, 1))
         near = [windows[i][0].shape[1] for i, run in enumerate(runs) for _ in range(run.start, run.stop)]
         seqlens_win = None if uniform else torch.tensor(near, device=k.device)
-        return CacheViews(k_slc, v_slc, k_cmp, v_cmp, k_near, v_near, seqlens, seqlens_win)
+        tensors_of = (k_cmp, v_cmp, k_slc, v_slc, k_near, v_near)
+        return Branches.of(self.config, tensors_of, (None, None, seqlens, seqlens_win))
 
     def _window_run(
-        self, tensors: CacheTensors, run: slice, k: Tensor, v: Tensor, starts: list[int], counts: list[int]
+        self, tensors: CacheTensors, run: slice, new: Stream, starts: list[int], counts: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Window keys and values of rows of one length: those of before, w - 1 at most, and the new ones."""
+        k, v = new.k, new.v
         start, count, t = starts[run.start], counts[run.start], k.shape[1]
         if tensors.k_win is None or tensors.v_win is None:
             return k[run, :0], v[run, :0]
@@ -116,18 +107,17 @@ class FixedNSACache(FixedMemory):
         )
         return k_near, v_near
 
-    def _compress(
-        self, tensors: CacheTensors, run: slice, start: int, count: int, k: Tensor, v: Tensor, compress_run: CompressRun
-    ) -> None:
-        """Compress the blocks of rows of one length that `count` new raw tokens after `start` complete."""
-        have, want = (self.config.num_compressed_blocks(length) for length in (start, start + count))
+    def _compress(self, tensors: CacheTensors, run: slice, start: int, new: Stream, compress_run: CompressRun) -> None:
+        """Compress the blocks of rows of one length that new raw tokens after `start` complete."""
+        ends = (start, start + new.k.shape[1])
+        have, want = (self.config.num_compressed_blocks(length) for length in ends)
         if have == want:
             return
         first = have * self.config.compress_stride
         until = (want - 1) * self.config.compress_stride + self.config.compress_block_size
         k, v = (
             after(ring, run, first, start, x)[:, : until - first]
-            for ring, x in ((tensors.k_raw, k), (tensors.v_raw, v))
+            for ring, x in ((tensors.k_raw, new.k), (tensors.v_raw, new.v))
         )
         k_cmp, v_cmp = (x.to(tensors.k.dtype) for x in compress_run(k, v, have))
         self._write_pages(tensors.k_cmp, tensors.v_cmp, run, have + self._first_place, k_cmp, v_cmp)

@@ -11,11 +11,11 @@ call, and rows may have different lengths.
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from nsa.cache.layer import CacheContents, CacheViews, CompressRun, LayerCache
+from nsa.cache.layer import CacheContents, CompressRun, LayerCache
 from nsa.config import NSAConfig
+from nsa.streams import Branches
 
 
 class NSACache(LayerCache):
@@ -39,42 +39,29 @@ class NSACache(LayerCache):
     def lengths(self) -> list[int]:
         return list(self.selection.lengths)
 
-    def append(
-        self,
-        k: Float[Tensor, "b t g d"],
-        v: Float[Tensor, "b t g e"],
-        k_win: Float[Tensor, "b t g d"],
-        v_win: Float[Tensor, "b t g e"],
-        k_raw: Float[Tensor, "b t g d"],
-        v_raw: Float[Tensor, "b t g e"],
-        compress_run: CompressRun,
-        *,
-        counts: list[int] | None = None,
-    ) -> CacheViews:
-        (k, v, k_win, v_win, k_raw, v_raw), counts = self._as_kept(
-            (k, v, k_win, v_win, k_raw, v_raw), counts, self.selection.data
-        )
+    def update(self, new: Branches, compress_run: CompressRun, *, counts: list[int] | None = None) -> Branches:
+        (cmp, slc, win), counts = self._as_kept(new, counts, self.selection.data)
         with self.transaction():
-            self.selection.append(k, v, counts)
-            self.window.append(k_win, v_win, counts)
-            self.uncompressed.append(k_raw, v_raw, counts)
+            self.selection.append(slc.k, slc.v, counts)
+            self.window.append(win.k, win.v, counts)
+            self.uncompressed.append(cmp.k, cmp.v, counts)
             self._compress_complete_blocks(compress_run)
-            views = self._views(full=min(counts) == k.shape[1])
+            views = self._views(full=min(counts) == slc.k.shape[1])
             # What later queries cannot see goes; the views live until this step's attention is done.
             self.window.keep_last(self.config.window_size - 1 + self.max_crop)
             self.uncompressed.keep_last(self.config.compress_block_size - 1 + self.max_crop)
             return views
 
-    def _views(self, full: bool) -> CacheViews:
+    def _views(self, full: bool) -> Branches:
         """`full`: no row's tokens have padding queries before them."""
-        k, v = self.selection.view()
+        tensors = (*self.compressed.view(), *self.selection.view(), *self.window.view())
         # Rows of one length may keep different parts of it: one history, not one length, makes rows uniform.
         is_uniform = full and len(set(zip(self.selection.lengths, self.window.lengths, strict=True))) == 1
         seqlens = [
-            None if is_uniform else torch.tensor(part.lengths, device=k.device)
+            None if is_uniform else torch.tensor(part.lengths, device=tensors[0].device)
             for part in (self.selection, self.window)
         ]
-        return CacheViews(k, v, *self.compressed.view(), *self.window.view(), *seqlens)
+        return Branches.of(self.config, tensors, (None, None, *seqlens))
 
     def _compress_complete_blocks(self, compress_run: CompressRun) -> None:
         k_raw, v_raw = self.uncompressed.view()
@@ -108,7 +95,7 @@ class NSACache(LayerCache):
     def _go_back(self, before: Any) -> None:
         for part, data, lengths in before:
             part.data, part.lengths = part.data if data is None else data, lengths
-            part.may_bemay_be_in_a_graph = True
+            part.may_be_in_a_graph = True
 
     def crop(self, num_tokens: int) -> None:
         seen = self.selection.lengths
@@ -156,6 +143,8 @@ class NSACache(LayerCache):
 
 class _Rows:
     """Key and value rows of different lengths, left-aligned, with room to grow."""
+
+    __slots__ = ("data", "lengths", "may_be_in_a_graph")
 
     def __init__(self) -> None:
         self.data: tuple[Tensor, ...] = ()  # k, v: [b, capacity, g, d]

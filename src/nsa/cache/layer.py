@@ -1,7 +1,8 @@
 """The interface of a layer's caches: append tokens, get what their queries may read; take back, reorder, count."""
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from nsa.cache_tensors import as_computed
 from nsa.config import NSAConfig
 from nsa.shapes import bind
+from nsa.streams import Branches
 
 # Maps raw keys and values [b, m, g, d] that begin at block `first` to the keys (rotated) and values of their blocks.
 CompressRun = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -30,6 +32,11 @@ class CacheViews:
     v_win: Float[Tensor, "b s_win g e"]
     seqlens_k: Tensor | None
     seqlens_win: Tensor | None
+
+    @classmethod
+    def of(cls, branches: Branches) -> "CacheViews":
+        cmp, slc, win = branches
+        return cls(slc.k, slc.v, cmp.k, cmp.v, win.k, win.v, slc.where.seqlens_k, win.where.seqlens_k)
 
 
 @dataclass(frozen=True)
@@ -70,28 +77,16 @@ class LayerCache(ABC):
         """Tokens seen by each row; empty before the first append."""
 
     @abstractmethod
-    def append(
-        self,
-        k: Float[Tensor, "b t g d"],
-        v: Float[Tensor, "b t g e"],
-        k_win: Float[Tensor, "b t g d"],
-        v_win: Float[Tensor, "b t g e"],
-        k_raw: Float[Tensor, "b t g d"],
-        v_raw: Float[Tensor, "b t g e"],
-        compress_run: CompressRun,
-        *,
-        counts: list[int] | None = None,
-    ) -> CacheViews:
-        """Remember new tokens and return the keys and values that their queries may read.
+    def update(self, new: Branches, compress_run: CompressRun, *, counts: list[int] | None = None) -> Branches:
+        """Remember new tokens and return the keys and values that their queries may read, rows left-aligned.
 
         The views are good until the next call. One token or four thousand are the same call. Under `torch.autocast`
         keys and values are kept in its dtype, to which attention casts them there anyway; a cache holds one dtype, that
         of its first tokens.
 
         Args:
-            k, v: rotated keys, and values, of the selection branch.
-            k_win, v_win: the same for the window branch.
-            k_raw, v_raw: keys before rotation, and values, of the compressed branch.
+            new: [b, t, g, .], the tokens' rotated keys, and values, for selection and window; for the compressed branch
+                their own keys before rotation, and values (`Branches.of_tokens`).
             compress_run: compresses a run of raw tokens that begins at block `first`, keys rotated.
             counts: how many of the t columns are tokens in each row, its last ones; by default all.
 
@@ -99,6 +94,15 @@ class LayerCache(ABC):
             ValueError: shapes, dtypes or counts that do not fit each other or the tokens before, or no room. After this
                 or any other exception, also one of compress_run, the cache is what it was.
         """
+
+    def append(
+        self, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, k_raw: Tensor, v_raw: Tensor,
+        compress_run: CompressRun, *, counts: list[int] | None = None,
+    ) -> CacheViews:  # fmt: skip
+        """`update`, as it was called before there were branches; it goes with the release after this one."""
+        warnings.warn(f"{type(self).__name__}.append: call update(Branches, ..)", DeprecationWarning, stacklevel=2)
+        new = Branches.of_tokens(k_raw, v_raw, k, v, k_win, v_win)
+        return CacheViews.of(self.update(new, compress_run, counts=counts))
 
     @abstractmethod
     def crop(self, num_tokens: int) -> None:
@@ -174,15 +178,13 @@ class LayerCache(ABC):
     def _go_back(self, before: Any) -> None:
         """Forget the tokens that have come since `before`."""
 
-    def _as_kept(
-        self, pairs: Sequence[Tensor], counts: list[int] | None, kept: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, ...], list[int]]:
-        """The arguments of `append`, checked against each other and the memory `kept` (k, v; none yet), and cast."""
+    def _as_kept(self, new: Branches, counts: list[int] | None, kept: tuple[Tensor, ...]) -> tuple[Branches, list[int]]:
+        """The arguments of `update`, checked against each other and the memory `kept` (k, v; none yet), and cast."""
         name = type(self).__name__
-        k, v, *rest = pairs
-        given = dict(zip(("k_win", "v_win", "k_raw", "v_raw"), rest, strict=True))
-        shapes = {key: (x, "b t g d" if key[0] == "k" else "b t g e") for key, x in {"k": k, "v": v, **given}.items()}
-        b, t, *_ = bind(f"{name}.append", **shapes).values()
+        k_raw, v_raw, k, v, k_win, v_win = new.tensors
+        given = {"k": k, "v": v, "k_win": k_win, "v_win": v_win, "k_raw": k_raw, "v_raw": v_raw}
+        shapes = {key: (x, "b t g d" if key[0] == "k" else "b t g e") for key, x in given.items()}
+        b, t, *_ = bind(f"{name}.update", **shapes).values()
         if not b:
             raise ValueError(f"{name}: expected at least one row, got none")
         self.check_rows(b)
@@ -190,10 +192,10 @@ class LayerCache(ABC):
             if x.shape[2:] != before.shape[2:]:
                 heads, size = before.shape[2:]
                 raise ValueError(
-                    f"{name}.append: {key} should have shape [b={b}, t={t}, g={heads}, {size}] as before, "
+                    f"{name}.update: {key} should have shape [b={b}, t={t}, g={heads}, {size}] as before, "
                     f"got {list(x.shape)}"
                 )
-        cast = as_computed(*pairs)
+        cast = as_computed(*new.tensors)
         memory = [kept[0] if kept else cast[0]]
         for what, ours, came in (
             ("dtype", memory[0].dtype, {x.dtype for x in cast}),
@@ -204,10 +206,10 @@ class LayerCache(ABC):
                 hint = " (each call over one cache under autocast, or none)" if what == "dtype" and kept else ""
                 raise ValueError(f"{name}: expected keys and values of {what} {ours}, got {got}{hint}")
         if counts is None:
-            return cast, [t] * b
+            return Branches.of_tokens(*cast), [t] * b
         if len(counts) != b or not all(0 <= count <= t for count in counts):
             raise ValueError(f"{name}: counts should be b={b} numbers between 0 and t={t}, got {counts}")
-        return cast, counts
+        return Branches.of_tokens(*cast), counts
 
     def _rows_from(self, rows: Tensor, device: torch.device) -> tuple[Tensor, list[int]]:
         """What `reorder` was given: on the device without the -1, and on the host."""

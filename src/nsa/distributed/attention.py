@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa.distributed.layout import ContextLayout
 from nsa.functional import native_sparse_attention
+from nsa.streams import Branches
 
 # Blocks of keys and of values, [b, c, g, l, d], and rotary factors -> compressed keys, rotated, and values.
 Compress = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -20,12 +21,7 @@ Compress = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 @torch.compiler.disable  # what ranks say to each other is not traced
 def context_parallel_attention(
     q: Float[Tensor, "b t h d"],
-    k: Float[Tensor, "b t g d"],
-    v: Float[Tensor, "b t g e"],
-    k_win: Float[Tensor, "b t g d"],
-    v_win: Float[Tensor, "b t g e"],
-    k_raw: Float[Tensor, "b t g d"],
-    v_raw: Float[Tensor, "b t g e"],
+    tokens: Branches,
     gates: Float[Tensor, "b t h 3"],
     layout: ContextLayout,
     compress: Compress,
@@ -33,13 +29,14 @@ def context_parallel_attention(
     """What `native_sparse_attention` of all tokens gives for this rank's.
 
     Args:
-        q, k, v, k_win, v_win: of this rank's tokens, rotated.
-        k_raw, v_raw: what is compressed, keys before rotation.
+        q: of this rank's tokens, rotated.
+        tokens: their keys and values; keys rotated, but for those of the compressed branch.
         gates: in (0, 1), one per query, head and branch.
         layout: where the tokens lie.
         compress: phi of keys and of values.
     """
     windows, config = layout.context.windows, layout.config
+    k_raw, v_raw, k, v, k_win, v_win = tokens.tensors
     on_their_way = [layout.context.start(x) for x in (k, v)]  # while blocks are compressed
     k_cmp, v_cmp = _compressed(k_raw, v_raw, layout, compress)
     keys = tuple(chunk.keys for chunk in layout.chunks)

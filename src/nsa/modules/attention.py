@@ -16,14 +16,14 @@ from nsa.decoding import append_tokens, decode_attention
 from nsa.distributed import ContextParallel
 from nsa.distributed.attention import context_parallel_attention
 from nsa.distributed.layout import ContextLayout
-from nsa.functional import native_sparse_attention
+from nsa.functional import attend_to_branches
 from nsa.modules.compression import Compression
 from nsa.modules.projections import StartingLinear, project
 from nsa.modules.rotary import Rotary, RotaryEmbedding, RotaryFactors, rotate
 from nsa.modules.token_layout import TokenLayout, padding, step_padding
 from nsa.ops.compress import blocks_of
 from nsa.ops.selection import block_scores, select_blocks
-from nsa.streams import Branches
+from nsa.streams import Branches, Stream
 
 
 class NativeSparseAttention(nn.Module):
@@ -165,15 +165,16 @@ class NativeSparseAttention(nn.Module):
                 x, self.rotary, self.config,
                 attention_mask=attention_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, position_ids=position_ids,
             )  # fmt: skip
-        q, k, v, k_win, v_win, k_raw, v_raw, gates = self._inputs(layout.sort(x), layout.cos, layout.sin)
+        q, tokens, gates = self._inputs(layout.sort(x), layout.cos, layout.sin)
         if layout.counts is not None:
-            k, v, k_win, v_win, k_raw, v_raw = map(layout.to_the_left, (k, v, k_win, v_win, k_raw, v_raw))
-        k_cmp, v_cmp = self._compress(k_raw, v_raw, layout)
-        out = native_sparse_attention(
-            q, k, v, gates, self.config, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win,
-            cu_seqlens_q=layout.cu_seqlens, seqlens_k=layout.counts, seqlens_win=layout.counts,
-            max_seqlen_k=layout.max_seqlen, nonnegative_gates=True,
-        )  # fmt: skip
+            k_raw, v_raw, *rest = tokens.tensors
+            *rest, k_raw, v_raw = map(layout.to_the_left, (*rest, k_raw, v_raw))
+            tokens = Branches.of_tokens(k_raw, v_raw, *rest)
+        compressed = self._compress(tokens.cmp, layout)
+        lengths = (layout.cu_seqlens, None, layout.counts, layout.counts)
+        branches = Branches.of(self.config, (*compressed, *tokens.tensors[2:]), lengths)
+        longest = layout.max_seqlen
+        out = attend_to_branches(q, branches, gates, self.config, max_seqlen_k=longest, nonnegative_gates=True)
         return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
 
     def _forward_in_context(
@@ -186,9 +187,8 @@ class NativeSparseAttention(nn.Module):
         if layout is None:
             layout = ContextLayout.of(x, self.rotary, self.config, context, **sequences)
         assert isinstance(layout, ContextLayout)
-        q, k, v, k_win, v_win, k_raw, v_raw, gates = self._inputs(x, layout.cos, layout.sin)
-        streams = (k, v, k_win, v_win, k_raw, v_raw)
-        out = context_parallel_attention(q, *streams, gates, layout, self._compress_blocks)
+        q, tokens, gates = self._inputs(x, layout.cos, layout.sin)
+        out = context_parallel_attention(q, tokens, gates, layout, self._compress_blocks)
         return self.o_proj(out.flatten(2))
 
     def _forward_over_cache(
@@ -206,14 +206,9 @@ class NativeSparseAttention(nn.Module):
         else:
             cos, sin = self.rotary(x, column_positions(past, counts, t, x.device))
         layout = TokenLayout(cos, sin, cos, sin, counts=counted, order=order)
-        q, k, v, k_win, v_win, k_raw, v_raw, gates = self._inputs(layout.sort(x), cos, sin)
-        compress_run = partial(self._compress_run, factors=factors)
-        views = cache.append(k, v, k_win, v_win, k_raw, v_raw, compress_run, counts=counts)
-        out = native_sparse_attention(
-            q, views.k, views.v, gates, self.config, k_cmp=views.k_cmp, v_cmp=views.v_cmp,
-            k_win=views.k_win, v_win=views.v_win, seqlens_k=views.seqlens_k, seqlens_win=views.seqlens_win,
-            nonnegative_gates=True,
-        )  # fmt: skip
+        q, tokens, gates = self._inputs(layout.sort(x), cos, sin)
+        branches = cache.update(tokens, partial(self._compress_run, factors=factors), counts=counts)
+        out = attend_to_branches(q, branches, gates, self.config, nonnegative_gates=True)
         # In a chunk, the columns before a row's tokens fall on positions of its past; they are still padding.
         return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
 
@@ -264,8 +259,8 @@ class NativeSparseAttention(nn.Module):
     def select(self, x: Float[Tensor, "b t hidden"]) -> tuple[Float[Tensor, "b t g blocks"], Int[Tensor, "b t g n"]]:
         """What this layer would read of whole sequences x: the block scores and the selected block indices."""
         layout = TokenLayout.of(x, self.rotary, self.config)
-        q, *_, k_raw, v_raw, _ = self._inputs(x, layout.cos, layout.sin)
-        k_cmp, _ = self._compress(k_raw, v_raw, layout)
+        q, tokens, _ = self._inputs(x, layout.cos, layout.sin)
+        k_cmp, _ = self._compress(tokens.cmp, layout)
         return block_scores(q, k_cmp, self.config), select_blocks(q, k_cmp, self.config)
 
     def num_parameters(self) -> int:
@@ -280,15 +275,15 @@ class NativeSparseAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.config}"
 
-    def _inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v, k_win, v_win rotated; k_raw, v_raw for compression; gates."""
+    def _inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Branches, Tensor]:
+        """q rotated; keys, rotated but for those of compression, and values; gates."""
         *projected, gates = project(x, [*self.input_projections(), self.g_proj])
         q, k, v, *rest = self._heads(projected)
         q, rotated, gates = rotate(q, cos, sin), rotate(k, cos, sin), self._gates(gates)
         if self.config.shared_kv:
-            return q, rotated, v, rotated, v, k, v, gates
+            return q, Branches.of_tokens(k, v, rotated, v, rotated, v), gates
         k_win, v_win, k_raw, v_raw = rest
-        return q, rotated, v, rotate(k_win, cos, sin), v_win, k_raw, v_raw, gates
+        return q, Branches.of_tokens(k_raw, v_raw, rotated, v, rotate(k_win, cos, sin), v_win), gates
 
     def _heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """Queries, keys and values [b, t, heads, d] of what `input_projections` give: all heads, or a rank's own."""
@@ -299,10 +294,10 @@ class NativeSparseAttention(nn.Module):
         """Scalars in (0, 1) for each query head: compressed, selected, window."""
         return x.sigmoid().unflatten(-1, (-1, 3))
 
-    def _compress(self, k_raw: Tensor, v_raw: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    def _compress(self, raw: Stream, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """The compressed keys, rotated, and values of whole sequences."""
         k_blocks, v_blocks = (
-            blocks_of(x, self.config) if layout.blocks is None else layout.blocks.gather(x) for x in (k_raw, v_raw)
+            blocks_of(x, self.config) if layout.blocks is None else layout.blocks.gather(x) for x in (raw.k, raw.v)
         )
         return self._compress_blocks(k_blocks, v_blocks, layout.cos_cmp, layout.sin_cmp)
 

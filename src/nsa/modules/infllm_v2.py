@@ -15,6 +15,7 @@ from nsa.modules.rotary import Rotary, RotaryEmbedding, RotaryFactors, rotate
 from nsa.modules.token_layout import TokenLayout, padding
 from nsa.ops.compress import blocks_of, compress, phi_mean
 from nsa.ops.pooled_selection import pooled_scores, select_by_pooled_keys
+from nsa.streams import Branches
 
 NAME = "InfLLMv2Attention"
 
@@ -123,8 +124,9 @@ class InfLLMv2Attention(nn.Module):
             cos, sin = self.rotary(x, column_positions(past, counts, t, x.device))
         layout = TokenLayout(cos, sin, cos, sin, counts=counted, order=order)
         q, k, v = self._inputs(layout.sort(x), cos, sin)
-        views = cache.append(k, v, k, v, k, v, self._pool_run, counts=counts)
-        out = infllm_v2_attention(q, views.k, views.v, self.config, k_pool=views.k_cmp, seqlens_k=views.seqlens_k)
+        pooled, raw, _ = cache.update(Branches.of_tokens(k, v, k, v, k, v), self._pool_run, counts=counts)
+        seqlens_k = raw.where.seqlens_k
+        out = infllm_v2_attention(q, raw.k, raw.v, self.config, k_pool=pooled.k, seqlens_k=seqlens_k)
         # In a chunk, the columns before a row's tokens fall on positions of its past; they are still padding.
         return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
 
