@@ -13,6 +13,7 @@ from nsa.bench.arguments import (
     TrainArguments,
 )  # fmt: skip
 from nsa.bench.checks import check
+from nsa.files import write_whole
 
 # What a bench is called in its result, and the file that has its `measure`, loaded once a GPU is known to be there.
 BENCHES: dict[type, tuple[str, str]] = {
@@ -47,7 +48,7 @@ def run(arguments: Measured) -> None:
     for entry in importlib.import_module(module).measure(arguments):
         result.entries.append(entry)
         if arguments.output:
-            there.write_text(result.to_json(), encoding="utf-8")
+            write_whole(there, result.to_json())
     if arguments.output:  # before anything is printed: a terminal may be gone by now
         write(result, arguments.output)
     if arguments.json:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from nsa.bench.arguments import ShowArguments
 from nsa.bench.result import Entry, Result
+from nsa.files import write_whole
 from nsa.report.table import Table
 
 DENSE = ("cuDNN", "FlashAttention-2", "FlexAttention", "dense")
@@ -223,7 +224,7 @@ def markdown(result: Result) -> str:
 
 def write(result: Result, stem: Path) -> None:
     """STEM.md and STEM.svg."""
-    stem.with_name(stem.name + ".md").write_text(markdown(result), encoding="utf-8")
+    write_whole(stem.with_name(stem.name + ".md"), markdown(result))
     plot(result, stem.with_name(stem.name + ".svg"))
 
 
@@ -246,7 +247,7 @@ def plot(result: Result, path: Path) -> None:
         labels = {"title": part, "x_label": "tokens", "y_label": "milliseconds"}
         if part != "kernels":
             charts.append((part, line_chart(series, **labels, log_x=True, log_y=True, named=True)))
-    path.write_text(as_file(charts), encoding="utf-8")
+    write_whole(path, as_file(charts))
 
 
 def _number(value: float | None) -> str:

@@ -25,6 +25,7 @@ from nsa.eval.result import Result
 from nsa.eval.runner import circumstances
 from nsa.eval.tasks import TASKS, Row
 from nsa.eval.tasks.lm_eval import PREFIX
+from nsa.files import write_whole
 from nsa.report.charts import as_file
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def compare(arguments: CompareArguments) -> Result:
     lead = "The same weights, the same prompts, one budget of keys read per query."
     Report(result=result, title=title, lead=lead, costs=costs).save(arguments.output / "report.html")
     charts = quality_charts(result, costs, colors_of(result))
-    (arguments.output / "tables.md").write_text(comparison_markdown(result, costs), encoding="utf-8")
-    (arguments.output / "quality.svg").write_text(as_file(charts), encoding="utf-8")
+    write_whole(arguments.output / "tables.md", comparison_markdown(result, costs))
+    write_whole(arguments.output / "quality.svg", as_file(charts))
     if arguments.json:
         print(json.dumps({**json.loads(result.to_json()), "costs": [asdict(cost) for cost in costs.rows]}, indent=1))
         return result

@@ -21,6 +21,7 @@ from nsa.eval.files import make_writable, read_object, refuse_to_lose
 from nsa.eval.regions import BEYOND, INSIDE, OUT_OF_REACH
 from nsa.eval.twins import WORK, Rows, processes_for, train_and_judge
 from nsa.eval.workers import Worker
+from nsa.files import write_whole
 from nsa.training.config import CONFIG_FILE, TrainConfig, differences
 from nsa.training.presets import preset
 
@@ -154,10 +155,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
 
 
 def save(summary: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
 
 
 def _two_lines(value: str, error: float) -> Text:

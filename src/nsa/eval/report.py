@@ -13,6 +13,7 @@ from nsa.eval.report_charts import Colors, colors_of, context_charts, curve_char
 from nsa.eval.report_pictures import needle_maps, selected_blocks
 from nsa.eval.result import Result
 from nsa.eval.table import blocks_of
+from nsa.files import write_whole
 from nsa.report.page import render
 
 
@@ -74,10 +75,7 @@ class Report:
         )
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.render(), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, self.render())
 
 
 def _costs(result: Result, costs: Costs, colors: Colors) -> dict[str, Any]:

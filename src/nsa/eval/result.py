@@ -8,6 +8,7 @@ from typing import Any
 
 from nsa.eval.scoring import mean_and_error
 from nsa.eval.tasks.task import Row
+from nsa.files import write_whole
 
 FORMAT = 1  # raised when a reader of older files would misread newer ones
 
@@ -54,11 +55,7 @@ class Result:
         return cls(models=data["models"], tasks=data["tasks"], rows=rows, run=data["run"], notes=data["notes"])
 
     def save(self, path: Path) -> None:
-        """Write beside and rename, so that a full disk or Ctrl-C leaves the file of before, not half of a new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json() + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, self.to_json() + "\n")
 
 
 def paired_difference(row: Row, other: Row) -> tuple[float, float]:

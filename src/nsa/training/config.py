@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.files import write_whole
 from nsa.training.curriculum import Stage, parse_curriculum
 from nsa.training.folder import CONFIG_FILE, at_home
 from nsa.training.limits import ANY, Limits, check_numbers
@@ -182,10 +183,7 @@ class TrainConfig:
         return json.loads(json.dumps(asdict(self), default=str))
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        part = folder / (CONFIG_FILE + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / CONFIG_FILE)
+        write_whole(folder / CONFIG_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "TrainConfig":
