@@ -86,9 +86,8 @@ class FixedMemory(LayerCache):
     def num_rows(self) -> int:
         return len(self._bounds)
 
-    def can_step(self, t: int) -> bool:
-        """Whether t new tokens are a decoding step rather than a prefill."""
-        return self.is_allocated and t <= self.max_new
+    def is_step(self, t: int) -> bool:
+        return self.is_allocated and t <= self.max_new and not torch.is_grad_enabled()
 
     @property
     def lengths(self) -> list[int]:

@@ -140,6 +140,13 @@ class LayerCache(ABC):
             ValueError: no room; the cache is then what it was.
         """
 
+    def is_step(self, t: int) -> bool:
+        """Whether t new tokens now are a decoding step, all of it on the device, rather than a prefill.
+
+        In memory at fixed addresses, for at most `max_new` tokens and without gradients; never in a growing cache.
+        """
+        return False
+
     @property
     def num_rows(self) -> int:
         """Rows of the tokens so far; 0 before the first ones. Nothing waits for the device."""

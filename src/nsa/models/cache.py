@@ -85,6 +85,10 @@ class NSALlamaCache(Cache):
             return []
         return [layer.nsa for layer in self.layers if layer.nsa.is_allocated]
 
+    def is_step(self, t: int) -> bool:
+        """`nsa.cache.LayerCache.is_step` of the layers, which are alike."""
+        return bool(self.fixed) and self.fixed[0].is_step(t)
+
     def check_config(self, config: NSALlamaConfig) -> None:
         """ValueError where a model of this configuration cannot use the cache: it was made for another one."""
         if len(self.layers) != config.num_hidden_layers:
@@ -146,7 +150,7 @@ class NSALlamaCache(Cache):
                 f"attention_mask should have t={t} columns, or {past + t} with the cached ones; "
                 f"got {list(attention_mask.shape)}"
             )
-        if attention_mask.is_cuda and self.fixed and self.fixed[0].can_step(t):
+        if attention_mask.is_cuda and self.is_step(t):
             return
         shown, held = (attention_mask[:, :past] != 0).sum(1).tolist(), self.caches[0].lengths
         if len(shown) == len(held) and shown != held:

@@ -254,8 +254,7 @@ class SparseDecoder(Transformers):
                 attention_mask=attention_mask, position_ids=position_ids, **packed,
             )  # fmt: skip
         else:
-            fixed = past_key_values.fixed
-            if fixed and fixed[0].can_step(embeds.shape[1]) and not torch.is_grad_enabled() and self.can_step():
+            if past_key_values.is_step(embeds.shape[1]) and self.can_step():
                 return self._forward_step(embeds, attention_mask, past_key_values, use_cache=use_cache, **kwargs)
             kwargs.update(factors=RotaryFactors(self.rotary), token_mask=attention_mask)
         if self.config.dense_layers:  # which take the mask, or the positions of packed sequences, as transformers does
@@ -405,11 +404,11 @@ class SparseCausalLM(GenerationPolicy):
         * `weights` [b, t] say how much each label counts in the loss.
         """
         if isinstance(past_key_values, NSALlamaCache) and past_key_values.cuda_graphs:
-            is_step = input_ids is not None and input_ids.shape[1] == 1 and bool(past_key_values.fixed)
+            is_step = input_ids is not None and input_ids.shape[1] == 1 and past_key_values.is_step(1)
             # What asks for more than logits goes through the modules.
             more = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
             more = more or self.config.output_hidden_states or not kwargs.get("return_dict", self.config.return_dict)
-            if is_step and labels is None and not more and not torch.is_grad_enabled():
+            if is_step and labels is None and not more:
                 assert input_ids is not None
                 logits = self._decoder(past_key_values, input_ids, attention_mask)(input_ids, attention_mask)
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

@@ -195,7 +195,8 @@ class NativeSparseAttention(nn.Module):
         self, x: Tensor, cache: LayerCache, attention_mask: Tensor | None, factors: RotaryFactors | None
     ) -> Tensor:
         b, t, _ = x.shape
-        if isinstance(cache, FixedNSACache) and cache.can_step(t) and not torch.is_grad_enabled() and self.can_step():
+        if cache.is_step(t) and self.can_step():
+            assert isinstance(cache, FixedNSACache)
             return self._decode_columns(x, cache, attention_mask)
         counted, order = padding(attention_mask, b, t)
         counts = None if counted is None else counted.tolist()
