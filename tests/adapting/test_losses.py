@@ -52,8 +52,8 @@ def test_the_divergence_of_blocks_is_that_of_loops():
     attention, config = model.model.layers[1].self_attn, model.config.nsa_config
     x = torch.randn(1, t, 24, dtype=torch.float64)
     layout = TokenLayout.of(x, model.model.rotary, config)
-    q, k, _, _, _, k_raw, v_raw, _ = attention._inputs(x, layout.cos, layout.sin)
-    k_cmp, _ = attention._compress(k_raw, v_raw, layout)
+    q, tokens, _ = attention._inputs(x, layout.cos, layout.sin)
+    k_cmp, _ = attention._compress(tokens.cmp, layout)
     scores = brute_force_selection.block_scores(q[0], k_cmp[0], t, config, None)
     each = []
     for position in torch.linspace(t // 2, t - 1, t - 24).long().tolist():
@@ -61,7 +61,7 @@ def test_the_divergence_of_blocks_is_that_of_loops():
         for group in range(2):
             mass = torch.zeros(t // 8 + 1, dtype=torch.float64)
             for head in (2 * group, 2 * group + 1):
-                p = (k[0, : position + 1, group] @ q[0, position, head] * 8**-0.5).softmax(0)
+                p = (tokens.slc.k[0, : position + 1, group] @ q[0, position, head] * 8**-0.5).softmax(0)
                 for key in range(position + 1):
                     mass[key // 8] += p[key]
             wanted, said = mass[free] / mass[free].sum(), scores[position, group][free]

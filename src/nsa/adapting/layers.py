@@ -82,13 +82,13 @@ def block_divergence(
     if first >= t:
         return x.new_zeros((), dtype=torch.float32)
     positions = torch.linspace(max(first, t // 2), t - 1, min(QUERIES, t - first), device=x.device).long()
-    q, k, _, _, _, k_raw, v_raw, _ = attention._inputs(x, layout.cos, layout.sin)
-    k_cmp, _ = attention._compress(k_raw, v_raw, layout)
+    q, tokens, _ = attention._inputs(x, layout.cos, layout.sin)
+    k_cmp, _ = attention._compress(tokens.cmp, layout)
     q = q[:, positions].float() * q.shape[-1] ** -0.5
     last = torch.arange(k_cmp.shape[1], device=x.device) * config.compress_stride + config.compress_block_size - 1
     blocks = config.num_selection_blocks(t)
     with torch.no_grad():
-        mass = _attended(q, k, torch.arange(t, device=x.device) <= positions[:, None])
+        mass = _attended(q, tokens.slc.k, torch.arange(t, device=x.device) <= positions[:, None])
         mass = F.pad(mass, (0, blocks * config.select_block_size - t)).unflatten(-1, (blocks, -1)).sum(-1)
     scores = sum_into_blocks(_attended(q, k_cmp, last <= positions[:, None]), config)
     scores = F.pad(scores, (0, max(0, blocks - scores.shape[-1])))[..., :blocks]

@@ -9,7 +9,7 @@ from typing import Any
 from nsa.config import NSAConfig
 from nsa.serving.arguments import ServeArguments
 from nsa.serving.step import check_block_size
-from nsa.serving.vllm_plugin import INSTALL, VLLM, why_not
+from nsa.serving.vllm_version import INSTALL, VLLM, why_not
 
 MODEL_TYPE = "nsa_llama"
 SERVED = ("nsa", "dense", "window")

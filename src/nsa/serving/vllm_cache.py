@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCache
 
 from nsa.config import NSAConfig
 from nsa.serving.step import Step
-from nsa.serving.vllm_plugin import BLOCK_SIZE
+from nsa.serving.vllm_version import BLOCK_SIZE
 
 
 @dataclass

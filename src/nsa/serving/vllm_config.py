@@ -6,7 +6,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from nsa.serving.checks import check_served
 from nsa.serving.step import check_block_size
-from nsa.serving.vllm_plugin import BLOCK_SIZE
+from nsa.serving.vllm_version import BLOCK_SIZE
 
 
 class NSAModelConfig(VerifyAndUpdateConfig):

