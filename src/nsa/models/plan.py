@@ -67,10 +67,12 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
     its worst moment, either in the attention or in the MLP, and the logits of the last token.
 
     Raises:
-        ValueError: counts that are not positive.
+        ValueError: counts that are not positive; layers that stay dense.
     """
     if min(context, batch, chunk) < 1:
         raise ValueError(f"plan: expected positive counts, got context={context}, batch={batch}, chunk={chunk}")
+    if config.dense_layers:
+        raise ValueError(f"plan: expected no dense_layers, got {config.dense_layers}: their caches are not counted")
     size, columns = dtype.itemsize, batch * min(chunk, context)
     layers, g, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     pair = 2 * g * width * size * layers  # a key and a value in every layer
