@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent / "support"))
 from decoding import DecodeCase, Scene, append_arguments
 from layouts import LAYOUTS, Layout
-from torch import Tensor
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig, native_sparse_attention
 from nsa.cache import LayerCache, PagedNSACache, StaticNSACache

@@ -77,3 +77,9 @@ def test_results_are_not_edited_after_they_landed():
     where = ("--diff-filter=M", "--name-only", "--", "benchmarks/results")
     committed = git("log", f"--since={UNEDITED_FROM}", "--format=", *where)
     assert not {*committed, *git("diff", "HEAD", *where)}
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by their bare names, and so it does what lies in tests/support."""
+    names = [Path(name).name for name in git("ls-files", "tests/*.py") if not name.endswith("conftest.py")]
+    assert not {name for name in names if names.count(name) > 1}

@@ -1,21 +1,17 @@
 """`nsa adapt`: a dense twin of `nsa train`, converted at step 0, and what its two stages make of it."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from runs import tiny
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from nsa.adapting import adapt as module
 from nsa.adapting.layers import is_new
 from nsa.cli import main
 from nsa.training.train import train
-
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-from runs import tiny
 
 FLAGS = ["--batch-tokens", "256", "--eval-tokens", "256", "--device", "cpu", "--quiet", "--save-every", "3",
          "--log-every", "1"]  # fmt: skip

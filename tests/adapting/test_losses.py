@@ -1,11 +1,9 @@
 """The losses of both stages, against loops and full logits; and what each stage trains."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_families import FITS, NSA, dense, tokens
 
 from nsa.adapting import layers
 from nsa.adapting.layers import block_divergence, layer_loss, train_what_is_new
@@ -14,9 +12,6 @@ from nsa.adapting.predictions import taught_loss
 from nsa.models import swap_attention
 from nsa.modules.token_layout import TokenLayout
 from nsa.testing import brute_force_selection
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from dense_families import FITS, NSA, dense, tokens
 
 FAMILIES = ["the dense twin", "qwen3", "gemma3"]
 

@@ -1,17 +1,12 @@
 """Layers and models over several ranks beside the same in one process, in fp64."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from groups import sizes
+from tiny_llama import model, tokens
 
 from nsa import NativeSparseAttention, NSAConfig
 from nsa.distributed import context_parallel
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_llama import model, tokens
 
 NSA = {
     "compress_block_size": 8, "compress_stride": 4, "select_block_size": 8, "num_selected_blocks": 4, "window_size": 10,

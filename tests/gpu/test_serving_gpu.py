@@ -1,14 +1,9 @@
 """A layer's step over block tables on a GPU: decoding rows and chunks of prefill on the kernels, beside fp64."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from serving.engine import CONFIG, Engine, Row, Text, variants
 
 from nsa.backend import use_backend

@@ -6,18 +6,12 @@ to `tests/gpu` and `test_compile.py`.
 """
 
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "gpu")]
-
 from cases import CHECKS, Case, Run, whole
 from layouts import Layout
 from poison import poisoned_memory

@@ -4,16 +4,10 @@ As in interpreted.py, sizes are tiny. Programs run one after another here, so th
 what another order does is left to `tests/gpu`.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "gpu")]
-
 from decode_checks import check_append, check_attention
 from decoding import DecodeCase, Scene, append_arguments, window_in_pages
 from poison import poisoned_memory

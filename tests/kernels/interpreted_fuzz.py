@@ -4,15 +4,9 @@ As many as the environment's CASES, a few by default.
 """
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "fuzz"), str(TESTS / "gpu")]
-
 from function_cases import check, make_case
 from poison import poisoned_memory
 

@@ -1,14 +1,7 @@
 """InfLLM-V2 on the kernels, in Triton's interpreter; `test_interpreter.py` runs this file."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "gpu")]
-
 from infllm_v2_checks import check
 from layouts import Layout
 from poison import poisoned_memory

@@ -4,21 +4,15 @@ They promise less than the operations (docs/kernels.md): it reaches every query 
 same sequence and KV head, and none else. The selection has its forced blocks whatever the scores are.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "gpu")]
-
 from decode_checks import check_not_finite
 from decoding import DecodeCase
 from layouts import Layout
 from poison import poisoned_memory
+from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention

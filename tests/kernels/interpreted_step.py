@@ -1,14 +1,7 @@
 """The products and norms of a decoding step in Triton's interpreter; `test_interpreter.py` runs this file."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "gpu")]
-
 from poison import poisoned_memory
 from step_checks import USES, check_begin, check_project, check_rms_norm
 
