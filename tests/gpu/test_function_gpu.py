@@ -138,12 +138,13 @@ def test_64k_tokens_forward_and_backward_fit_in_12_gib(cuda_generator: torch.Gen
 def test_a_million_tokens_at_sampled_queries(cuda_generator: torch.Generator) -> None:
     """Row bases pass 2^31 elements; out and dq of single queries against fp64, given the blocks that were selected."""
     length, h, d, config = 1 << 20, 32, 64, DEFAULT
+    scale = d**-0.5
     inputs = _inputs(Layout(t=length, s=length), cuda_generator, h=h, g=1, d=d)
     q, k, v, gates = (x.detach() for x in inputs)
     assert q.numel() >= 1 << 31
     k_cmp, v_cmp = (compress(x, phi_mean, config) for x in (k, v))
     d_out = torch.randn(q.shape, generator=cuda_generator, dtype=q.dtype, device="cuda")
-    keys, where, rest = [k_cmp, v_cmp, k, v, k, v], [None] * 4, (config.sizes, d**-0.5, True, 0)
+    keys, where, rest = [k_cmp, v_cmp, k, v, k, v], [None] * 4, (config.sizes, scale, True, 0)
     out, *saved = library.whole(q, keys, gates, where, *rest)
     dq = library.whole_backward(q, keys, gates, d_out, saved, where, *rest)[0]
     block_indices = saved[6]
