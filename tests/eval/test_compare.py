@@ -164,12 +164,12 @@ def test_an_nsa_model_is_compared_by_its_own_attention(folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--methods", "full", "magic"], "unknown method magic; expected some of nsa, full, exact_top"),
+        (["--methods", "full", "magic"], "unknown method magic; expected some of nsa, infllm_v2, full, exact_top"),
         (["--tasks", "riddle"], "unknown task riddle; expected some of needle, recall"),
         (["--methods", "full", "full"], "named twice: full full"),
         (["--processes", "0"], "expected at least 1 of --processes, got 0"),
         (["--lengths", "0"], "lengths must be positive token counts, got [0]"),
-        (["--methods", "nsa"], "the method nsa needs a model trained with it"),
+        (["--methods", "nsa"], "the method nsa needs a model that has it (attention='nsa'), got attention=None"),
         (["--budget", "2"], "expected a budget of at least 3 keys"),
         (["--chat", "yes", "--tasks", "needle"], "chat prompts need a tokenizer with a chat template"),
     ],
