@@ -50,8 +50,9 @@ def call(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     if code == 0 and "Traceback" not in said:
         return None
     name = f"nsa {case.arguments[0]}:"
-    # What was left out of a folder of texts is said before.
-    if code == 2 and re.fullmatch(rf"({name} [^\n]+ left out, [^\n]+\n)*{name} error: [^\n]+\n", said.lstrip()):
+    # What was left out of a folder of texts is said before, and which stage begins.
+    before = rf"nsa train: [^\n]+ left out, [^\n]+|{name} [^\n]+ left out, [^\n]+|{name} stage-\d: [^\n]+"
+    if code == 2 and re.fullmatch(rf"(({before})\n)*{name} error: [^\n]+\n", said.lstrip()):
         return None
     return f"exit code {code}, and on stderr:\n{said}"
 

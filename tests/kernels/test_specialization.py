@@ -10,6 +10,7 @@ from triton.runtime import JITFunction
 
 from nsa.cache_tensors import CacheTensors, empty_cache_tensors
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep
 from nsa.kernels import decode, launch
 
 CONFIG, B, H, G, D = NSAConfig(), 3, 16, 4, 64
@@ -54,10 +55,8 @@ def step(length: int, page_size: int | None) -> None:
     wide = CONFIG.compress_block_size * D
     phi = [tensor(CONFIG.compress_block_size, D), tensor(2 * D, wide), tensor(2 * D), tensor(D, 2 * D), tensor(D)]
     factors = tensor(B, 1, D)
-    decode.append(
-        tensors, *(tensor(B, 1, G, D) for _ in range(6)), CONFIG, "mlp", phi, phi, factors, factors, None, factors,
-        factors,
-    )  # fmt: skip
+    new = [tensor(B, 1, G, D) for _ in range(6)]
+    decode.append(tensors, new, CONFIG, "mlp", (phi, phi), DecodeStep(None, factors, factors, factors, factors))
     decode.attend(tensor(B, 1, H, D), tensor(B, 1, H, 3), tensors, CONFIG, 0.1, None, factors, factors)
 
 
