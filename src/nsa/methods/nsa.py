@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Literal
 
@@ -26,7 +25,7 @@ def compose(q: Tensor, branches: Branches, gates: Tensor, config: NSAConfig, sca
         out_slc = causal_attention(q, slc.k, slc.v, scale=scale)
     else:
         out_cmp, _, indices = attend_and_select(q, cmp, config, scale=scale)
-        if _by_mass.get():
+        if _by_mass:
             indices = blocks_by_mass(q, slc, config, scale)
         blocks = Blocks(indices, config.select_block_size, config.num_local_blocks)
         out_slc, _ = attend(q, slc, blocks, scale=scale, backend="torch")
@@ -52,14 +51,15 @@ def selection_by_mass() -> Iterator[None]:
     An oracle for evaluation: it reads every key to choose. What a model then gains is what its selector costs it; what
     it still lacks of dense attention is what reading by blocks costs. Decoding over a cache is untouched.
     """
-    token = _by_mass.set(True)
+    global _by_mass
+    before, _by_mass = _by_mass, True
     try:
         yield
     finally:
-        _by_mass.reset(token)
+        _by_mass = before
 
 
-_by_mass = ContextVar("selection by mass", default=False)
+_by_mass = False  # no context variable, which torch.compile cannot look into
 
 # ---- what takes over ----------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def native_sparse_attention(
     on: Literal["torch", "triton"], nonnegative_gates: bool, max_seqlen_k: int | None,
 ) -> Tensor:  # fmt: skip
     """`nsa.functional.native_sparse_attention` of streams, all of it checked and filled in."""
-    if on == "triton" and not _by_mass.get():
+    if on == "triton" and not _by_mass:
         from nsa.kernels.functional import native_sparse_attention as on_kernels  # only where triton is installed
 
         return on_kernels(q, branches, gates, config, scale, nonnegative_gates, max_seqlen_k)
