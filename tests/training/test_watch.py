@@ -164,6 +164,8 @@ def test_every_example_of_the_help_is_understood(command):
     assert len(examples) >= 4
     for example in examples:
         words = shlex.split(example.split("|")[-1].split("<")[0])
+        if words[0] == "torchrun":
+            words = words[words.index("-m") + 1 :]
         assert words[0] == "nsa"
         parse(words[1], words[2:])
 

@@ -188,7 +188,7 @@ def _flops_of_token(model: NSALlamaConfig, train_set: TrainingBatches, batches_p
     return lambda step: of_stage(train_set.stage_of(step * batches_per_step))
 
 
-def _arguments(config: TrainConfig, dp: int) -> TrainingArguments:
+def _arguments(config: TrainConfig, dp: int = 1) -> TrainingArguments:
     steps = config.total_steps
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.device == "cuda" and on_cpu:
