@@ -17,8 +17,40 @@ FOREIGN = re.compile(
 )
 
 
+class SparseSizes:
+    """What the configurations of all families say of their sparse attention."""
+
+    attention: str
+    nsa: dict[str, Any] | None
+    infllm_v2: dict[str, Any] | None
+
+    def fill_sizes(self) -> None:
+        """Sizes that were left out have their defaults; ValueError for unknown ones."""
+        self.nsa = NSAConfig.from_dict(self.nsa or {}).to_dict()
+        if self.infllm_v2 or self.attention == "infllm_v2":
+            self.infllm_v2 = InfLLMv2Config.from_sparse_config(self.infllm_v2 or {}).to_dict()
+
+    @property
+    def nsa_config(self) -> NSAConfig:
+        """NSA's sizes; for "infllm_v2" those of its blocks in NSA's names, by which caches and layouts go."""
+        return self.infllm_v2_config.blocks if self.attention == "infllm_v2" else NSAConfig.from_dict(self.nsa or {})
+
+    @property
+    def infllm_v2_config(self) -> InfLLMv2Config:
+        return InfLLMv2Config.from_dict(self.infllm_v2 or {})
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Numbers of the layers with NSA."""
+        return sparse_layers(self)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy this library's source into every folder."""
+
+
 @strict
-class NSALlamaConfig(LlamaConfig):
+class NSALlamaConfig(SparseSizes, LlamaConfig):
     """A Llama whose attention is NSA, or one of its twins that differ in nothing else.
 
     Args:
@@ -45,31 +77,11 @@ class NSALlamaConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention not in ATTENTIONS:
             raise ValueError(f"NSALlamaConfig: attention should be one of {ATTENTIONS}, got {self.attention!r}")
-        self.nsa = NSAConfig.from_dict(self.nsa or {}).to_dict()
-        if self.infllm_v2 or self.attention == "infllm_v2":
-            self.infllm_v2 = InfLLMv2Config.from_sparse_config(self.infllm_v2 or {}).to_dict()
+        self.fill_sizes()
         super().__post_init__(**kwargs)
         check_dense_layers(self)
         self.base_model_tp_plan = tp_plan(self)
         self.refuse_ignored()
-
-    @property
-    def nsa_config(self) -> NSAConfig:
-        """NSA's sizes; for "infllm_v2" those of its blocks in NSA's names, by which caches and layouts go."""
-        return self.infllm_v2_config.blocks if self.attention == "infllm_v2" else NSAConfig.from_dict(self.nsa or {})
-
-    @property
-    def infllm_v2_config(self) -> InfLLMv2Config:
-        return InfLLMv2Config.from_dict(self.infllm_v2 or {})
-
-    @property
-    def sparse_layers(self) -> list[int]:
-        """Numbers of the layers with NSA."""
-        return sparse_layers(self)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers would copy this library's source into every folder."""
 
     def refuse_ignored(self) -> None:
         """ValueError where an option is set that the model would ignore; its constructor asks again."""

@@ -18,9 +18,8 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig
 
-from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.models.auto_map import AUTO
-from nsa.models.configuration import SPARSE, NSALlamaConfig, check_dense_layers, sparse_layers
+from nsa.models.configuration import SPARSE, NSALlamaConfig, SparseSizes, check_dense_layers
 from nsa.models.family_attention import FamilyAttention, FamilyInfLLMv2Attention
 from nsa.models.loss import ChunkedLoss
 from nsa.models.modeling import (
@@ -70,7 +69,7 @@ FAMILIES = {
 }
 
 
-class SparseOptions:
+class SparseOptions(SparseSizes):
     """What a family's configuration has beside transformers' fields.
 
     attention: the method, "nsa" or "infllm_v2".
@@ -87,31 +86,11 @@ class SparseOptions:
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attention not in SPARSE:
             raise ValueError(f"{type(self).__name__}: attention should be one of {SPARSE}, got {self.attention!r}")
-        self.nsa = NSAConfig.from_dict(self.nsa or {}).to_dict()
-        if self.infllm_v2 or self.attention == "infllm_v2":
-            self.infllm_v2 = InfLLMv2Config.from_sparse_config(self.infllm_v2 or {}).to_dict()
+        self.fill_sizes()
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.base_model_tp_plan = None  # the family's does not know of NSA's projections
         check_dense_layers(self)
         self.refuse_ignored()
-
-    @property
-    def nsa_config(self) -> NSAConfig:
-        """NSA's sizes; for "infllm_v2" those of its blocks in NSA's names, by which caches and layouts go."""
-        return self.infllm_v2_config.blocks if self.attention == "infllm_v2" else NSAConfig.from_dict(self.nsa or {})
-
-    @property
-    def infllm_v2_config(self) -> InfLLMv2Config:
-        return InfLLMv2Config.from_dict(self.infllm_v2 or {})
-
-    @property
-    def sparse_layers(self) -> list[int]:
-        """Numbers of the layers with NSA."""
-        return sparse_layers(self)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers would copy this library's source into every folder."""
 
     def refuse_ignored(self) -> None:
         """ValueError where an option is set that NSA would ignore; the model's constructor asks again."""

@@ -63,7 +63,7 @@ class NSABackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        raise NotImplementedError
+        raise NotImplementedError("NSABackend has memory and tables; the layer attends by itself")
 
     @staticmethod
     def get_builder_cls() -> type[TablesBuilder]:
