@@ -20,16 +20,12 @@ from transformers import AutoConfig
 
 from nsa.models.auto_map import AUTO
 from nsa.models.configuration import SPARSE, NSALlamaConfig, SparseSizes, check_dense_layers
+from nsa.models.decoder import SparseDecoder
 from nsa.models.family_attention import FamilyAttention, FamilyInfLLMv2Attention
+from nsa.models.language_model import SparseCausalLM
 from nsa.models.loss import ChunkedLoss
-from nsa.models.modeling import (
-    NSALlamaForCausalLM,
-    NSALlamaModel,
-    NSALlamaPreTrainedModel,
-    SparseCausalLM,
-    SparseDecoder,
-    SparsePreTrained,
-)
+from nsa.models.modeling import NSALlamaForCausalLM, NSALlamaModel, NSALlamaPreTrainedModel
+from nsa.models.pretrained import SparsePreTrained
 from nsa.modules.rotary import Rotary
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa.config import InfLLMv2Config, NSAConfig
-from nsa.models.modeling import LlamaSignature
+from nsa.models.layers import LlamaSignature
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.compression import Compression
 from nsa.modules.infllm_v2 import InfLLMv2Attention

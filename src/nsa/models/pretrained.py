@@ -1,0 +1,93 @@
+"""What transformers asks of a model class: which attention it runs, how it is saved, loaded, initialised and cut."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import initialization as init
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from nsa.distributed.tensor import check_heads, share_phi
+from nsa.models.auto_map import write_auto_map
+from nsa.models.configuration import SPARSE
+from nsa.models.twins import dense_attention, dense_mask, window_attention, window_mask
+from nsa.modules.compression import Compression
+from nsa.modules.projections import StartingLinear
+
+# What a mixin stands before: a class of transformers.
+Transformers: Any = object
+
+# NSA's module never calls the attention function registered beside it; no mask is made for it.
+AttentionInterface.register("nsa", sdpa_attention_forward)
+AttentionMaskInterface.register("nsa_dense", dense_mask)
+AttentionInterface.register("nsa_dense", dense_attention)
+AttentionMaskInterface.register("nsa_window", window_mask)
+AttentionInterface.register("nsa_window", window_attention)
+
+
+class SomeLayersDense:
+    """A flag of a model class: true where transformers may replace the attention of all layers (dense) or some."""
+
+    def __get__(self, model: Any, owner: type) -> bool:
+        return model is not None and (model.config.attention == "dense" or bool(model.config.dense_layers))
+
+
+class SparsePreTrained(Transformers):
+    """What a model class of transformers needs to hold NSA's layers; a mixin that stands before that class."""
+
+    _can_compile_fullgraph = False
+    _supports_attention_backend = SomeLayersDense()
+    _supports_flash_attn = SomeLayersDense()
+    _supports_flex_attn = SomeLayersDense()
+    _supports_sdpa = SomeLayersDense()
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """The configuration's `attention` decides; the dense twin takes any of transformers' that is asked for."""
+        attention, own = self.config.attention, {"nsa": "nsa", "infllm_v2": "nsa", "window": "nsa_window"}
+        if self.config.dense_layers and attn_implementation not in own.values():
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        if attention == "dense" and attn_implementation not in own.values():
+            return super()._check_and_adjust_attn_implementation(attn_implementation or "nsa_dense", *args, **kwargs)
+        if attn_implementation not in (None, own.get(attention)):
+            raise ValueError(
+                f"attention={attention!r} has its own implementation: expected attn_implementation=None, "
+                f"got {attn_implementation!r}"
+            )
+        return own[attention]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """transformers', with the file by which AutoModel finds this class (trust_remote_code=True)."""
+        if kwargs.get("is_main_process", True):
+            write_auto_map(self.config, Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: transformers would copy this library's source into every folder."""
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, device_mesh: Any) -> Any:
+        """transformers', where there is a plan; phi's gradient is then that of the heads of all ranks."""
+        tp_plan, ranks = getattr(distributed_config, "tp_plan", None), getattr(distributed_config, "tp_size", None) or 1
+        config = model.config
+        if tp_plan is not None and config.attention in SPARSE and config.base_model_tp_plan is None:
+            raise ValueError(
+                f"tp_plan={tp_plan!r}: attention={config.attention!r} of {type(config).__name__} has no "
+                "tensor-parallel plan yet; expected None"
+            )
+        if ranks > 1:
+            check_heads(ranks, config.num_key_value_heads)
+        model = super().maybe_distribute_model(model, distributed_config, device_mesh)
+        if ranks > 1:
+            share_phi(model, device_mesh["tp"] if device_mesh.ndim > 1 else device_mesh)
+        return model
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Llama's, and: phi starts as the block mean, gates at 1/2."""
+        super()._init_weights(module)
+        if isinstance(module, Compression) and module.kind == "mlp":
+            init.normal_(module.position_encoding, std=self.config.initializer_range)
+        elif isinstance(module, StartingLinear):
+            init.copy_(module.weight, module.start(module.weight))
