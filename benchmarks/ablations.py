@@ -19,12 +19,17 @@ COMMON = (
     *("--preset", "small", "--curriculum", *CURRICULUM, "--accumulation", "1", "--answer-weight", "3"),
     *("--eval-every", "800", "--save-every", "0", "--log-every", "20"),
 )
+GATES = ("--compressed-gate-bias", "-4", "--selected-gate-bias", "4", "--window-gate-bias", "-4")
+SELECTOR = ("--selector-loss", "0.5")
 ROWS: dict[str, tuple[str, ...]] = {
     "dense": ("--attention", "dense"),
     "window": ("--attention", "window"),
     "nsa": (),
     "nsa-shared": ("--nsa.shared-kv",),
-    "nsa-gates": ("--compressed-gate-bias", "-4", "--selected-gate-bias", "4", "--window-gate-bias", "-4"),
+    "nsa-gates": GATES,
+    "nsa-selector": SELECTOR,
+    "nsa-gates-selector": (*GATES, *SELECTOR),
+    "infllm_v2": ("--attention", "infllm_v2"),
     "nsa-all-blocks": ("--nsa.num-selected-blocks", "128"),
     "nsa-phi-mean": ("--nsa.compression", "mean"),
     "nsa-phi-linear": ("--nsa.compression", "linear"),

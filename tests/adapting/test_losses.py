@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from dense_families import FITS, NSA, dense, tokens
 
 from nsa.adapting import layers
-from nsa.adapting.layers import block_divergence, layer_loss, train_what_is_new
+from nsa.adapting.layers import attention_divergence, layer_loss, train_what_is_new
 from nsa.adapting.low_rank import add_low_rank, merge
 from nsa.adapting.predictions import taught_loss
 from nsa.models import swap_attention
@@ -61,9 +61,9 @@ def test_the_divergence_of_blocks_is_that_of_loops():
                     mass[key // 8] += p[key]
             wanted, said = mass[free] / mass[free].sum(), scores[position, group][free]
             each.append((wanted * (wanted / (said / said.sum())).log()).sum())
-    loss = block_divergence(attention, x, layout)
-    torch.testing.assert_close(loss, torch.stack(each).mean().float(), rtol=1e-4, atol=1e-5)
-    assert block_divergence(attention, x[:, :24], TokenLayout.of(x[:, :24], model.model.rotary, config)) == 0
+    loss = attention_divergence(attention, x, layout)
+    torch.testing.assert_close(loss.float(), torch.stack(each).mean().float(), rtol=1e-4, atol=1e-5)
+    assert attention_divergence(attention, x[:, :24], TokenLayout.of(x[:, :24], model.model.rotary, config)) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

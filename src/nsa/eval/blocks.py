@@ -57,7 +57,7 @@ def selections_of(model: nn.Module, tokens: Sequence[int]) -> list[LayerSelectio
     kinds = (NativeSparseAttention, InfLLMv2Attention)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     inputs: dict[int, Tensor] = {}
-    hooks = [layer.register_forward_pre_hook(_keep(inputs, i), with_kwargs=True) for i, layer in enumerate(layers)]
+    hooks = [layer.register_forward_pre_hook(keep(inputs, i), with_kwargs=True) for i, layer in enumerate(layers)]
     device = next(model.parameters()).device
     try:
         with torch.inference_mode():
@@ -91,7 +91,9 @@ def counted_keys(layers: Sequence[LayerSelection], position: int) -> float:
     return sum(counts) / len(counts)
 
 
-def _keep(inputs: dict[int, Tensor], index: int) -> Any:
+def keep(inputs: dict[int, Tensor], index: int) -> Any:
+    """A hook before a layer's forward that keeps its hidden states in inputs[index]."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[index] = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "x"]
 

@@ -20,6 +20,7 @@ from nsa.functional import attend_to_branches
 from nsa.modules.compression import Compression
 from nsa.modules.projections import StartingLinear, project
 from nsa.modules.rotary import Rotary, RotaryEmbedding, RotaryFactors, rotate
+from nsa.modules.selector_loss import selector_loss, with_loss
 from nsa.modules.token_layout import TokenLayout, padding, step_padding
 from nsa.ops.compress import blocks_of
 from nsa.ops.selection import block_scores, select_blocks
@@ -47,12 +48,15 @@ class NativeSparseAttention(nn.Module):
     Attributes:
         context: where it is set, x and the other arguments are one rank's part of sequences that several ranks hold
             (`nsa.distributed`).
+        selector_weight: where it is above 0, every backward of whole sequences adds this times the selector's own loss
+            (`nsa.modules.selector_loss`) to what is differentiated.
 
     Raises:
         ValueError: head counts or dims that do not fit.
     """
 
     context: ContextParallel | None = None
+    selector_weight: float = 0.0
 
     def __init__(
         self,
@@ -175,6 +179,9 @@ class NativeSparseAttention(nn.Module):
         branches = Branches.of(self.config, (*compressed, *tokens.tensors[2:]), lengths)
         longest = layout.max_seqlen
         out = attend_to_branches(q, branches, gates, self.config, max_seqlen_k=longest, nonnegative_gates=True)
+        if self.selector_weight and torch.is_grad_enabled():
+            loss = selector_loss(q, branches.slc.k, branches.cmp.k, layout, self.config)
+            out = with_loss(out, loss, self.selector_weight)
         return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
 
     def _forward_in_context(

@@ -36,8 +36,8 @@ class PackedBlocks:
         size, stride, device = config.compress_block_size, config.compress_stride, cu_seqlens.device
         count, sequences = num_tokens // stride, cu_seqlens.shape[0] - 1
         cu = cu_seqlens.long()
-        own = ((cu.diff() - size).div(stride, rounding_mode="floor") + 1).clamp_min(0)  # blocks of each sequence
-        first = torch.cat([own.new_zeros(1), own.cumsum(0)])
+        first = first_blocks(cu, config)
+        own = first.diff()
 
         block = torch.arange(count, device=device)
         sequence = _interval(first, block, sequences)
@@ -60,6 +60,12 @@ class PackedBlocks:
     def of_first_token(self, x: Float[Tensor, "1 s d"]) -> Float[Tensor, "1 c d"]:
         """What x says of the first token of each block, such as its rotary factors."""
         return x[:, self.tokens[:, 0]]
+
+
+def first_blocks(cu_seqlens: Int[Tensor, " sequences_plus_1"], config: NSAConfig) -> Int[Tensor, " sequences_plus_1"]:
+    """Where the blocks of each sequence begin among those of all, and how many there are."""
+    own = (cu_seqlens.diff() - config.compress_block_size).div(config.compress_stride, rounding_mode="floor") + 1
+    return torch.cat([own.new_zeros(1), own.clamp_min(0).cumsum(0)])
 
 
 def _interval(starts: Tensor, numbers: Tensor, count: int) -> Tensor:

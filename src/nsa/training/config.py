@@ -116,10 +116,13 @@ class TrainConfig:
     window_gate_bias: float = 0.0
     """The same of the window branch."""
     nsa: NSAConfig = field(default_factory=NSAConfig)
-    infllm_v2: InfLLMv2Config = field(default_factory=InfLLMv2Config)
     """NSA's block sizes and counts; the window twin uses the same window."""
+    infllm_v2: InfLLMv2Config = field(default_factory=InfLLMv2Config)
+    """InfLLM-V2's."""
 
     # Optimisation
+    selector_loss: float = 0.0
+    """Weight of NSA's selector's own loss: how far its block scores are from what attention pays to the blocks."""
     learning_rate: float = 1e-3
     warmup_steps: int = 20
     decay_share: float = 0.5
@@ -216,6 +219,9 @@ class TrainConfig:
             )
         if self.tokenizer != "bytes" and self.tokenizer != "bpe" and not at_home(self.tokenizer).is_dir():
             raise ValueError(f"tokenizer should be bytes, bpe or a folder, got {self.tokenizer!r}")
+        if self.selector_loss and (self.attention != "nsa" or self.cp > 1 or self.tp > 1):
+            got = f"attention={self.attention}, cp={self.cp}, tp={self.tp}"
+            raise ValueError(f"selector_loss is that of attention=nsa whose sequences and heads lie whole, got {got}")
         for name in self.report_to:
             if name not in REPORTERS:
                 raise ValueError(f"report_to should be of {', '.join(REPORTERS)}, got {name!r}")

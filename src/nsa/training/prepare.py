@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nsa.models import NSALlamaForCausalLM
@@ -80,6 +81,13 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALl
             with torch.no_grad():
                 module.g_proj.bias.copy_(starts.repeat(module.num_heads))
     return model
+
+
+def train_selectors(model: nn.Module, weight: float) -> None:
+    """Every backward pass adds weight times the mean over layers of the selector's own loss."""
+    layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
+    for layer in layers:
+        layer.selector_weight = weight / len(layers)
 
 
 def fingerprints(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -38,7 +38,14 @@ from nsa.training.folder import (
 )  # fmt: skip
 from nsa.training.lock import claimed
 from nsa.training.metrics import MetricsFiles, Progress
-from nsa.training.prepare import check_same_data, fingerprints, make_data, make_model, make_tokenizer
+from nsa.training.prepare import (
+    check_same_data,
+    fingerprints,
+    make_data,
+    make_model,
+    make_tokenizer,
+    train_selectors,
+)
 from nsa.training.sharded import ShardedTrainer, distribute
 from nsa.training.stopping import StopOnCtrlC
 from nsa.training.trainer import WholeCheckpointTrainer
@@ -109,6 +116,7 @@ def _train(
     if world is not None:
         world.agree("data", data, lambda theirs, own: "other data, or another tokenizer, than rank 0")
     model = make(config, tokenizer)
+    train_selectors(model, config.selector_loss / arguments.gradient_accumulation_steps)
     if world is not None:
         distribute(model, world, compiled=config.compile, on_cpu=arguments.use_cpu)
     elif config.compile:

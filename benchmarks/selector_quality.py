@@ -1,0 +1,104 @@
+"""What a trained NSA model's choice of blocks keeps of the attention that its own queries would pay to all raw keys.
+
+    python benchmarks/selector_quality.py runs/nsa runs/nsa-gates --length 4096 --samples 8 --output selector.json
+
+Of the selected branch, in held-out text, for queries of the last half of a sequence, mean over layers and KV heads:
+
+    free mass      share of attention that falls on blocks that a query is free to choose (not forced)
+    kept           share of that which the chosen blocks have
+    best           the same of the best n blocks: the oracle's; no choice by blocks has more
+    chance         the same of n blocks drawn at random
+    U4             distinct blocks that four neighbouring queries select: n if all choose alike, 4 n if no two do
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa.eval.blocks import keep
+from nsa.eval.models import load
+from nsa.eval.runner import text_of
+from nsa.eval.tasks import Perplexity
+from nsa.modules.attention import NativeSparseAttention
+from nsa.modules.token_layout import TokenLayout
+
+QUERIES = 256  # of a sequence
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    text, found = text_of(given.text, given.models), {}
+    print("| model | free mass | kept | best | chance | U4 | kept, by layer |\n|---|---|---|---|---|---|---|")
+    for folder in given.models:
+        candidate = load(folder, name=folder.name, device=given.device, dtype="float32")
+        task = Perplexity(length=given.length, samples=given.samples, text=text)
+        layers = of_model(candidate.model, task.sequences(candidate.tokenizer))
+        found[folder.name] = layers
+        mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
+        numbers = " | ".join(f"{mean[name]:.3f}" for name in ("free", "kept", "best", "chance"))
+        each = " ".join(f"{layer['kept']:.2f}" for layer in layers)
+        print(f"| {folder.name} | {numbers} | {mean['u4']:.1f} | {each} |", flush=True)
+    if given.output is not None:
+        given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.inference_mode()
+def of_model(model: Any, rows: torch.Tensor) -> list[dict[str, float]]:
+    """The figures of every layer, mean over rows."""
+    sums: list[dict[str, float]] = []
+    layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
+    for row in rows:
+        inputs: dict[int, torch.Tensor] = {}
+        hooks = [layer.register_forward_pre_hook(keep(inputs, i), with_kwargs=True) for i, layer in enumerate(layers)]
+        model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=1)
+        for hook in hooks:
+            hook.remove()
+        of_row = [of_layer(layer, inputs[i]) for i, layer in enumerate(layers)]
+        sums = of_row if not sums else [{k: a[k] + b[k] for k in a} for a, b in zip(sums, of_row, strict=True)]
+    return [{name: value / len(rows) for name, value in layer.items()} for layer in sums]
+
+
+def of_layer(layer: NativeSparseAttention, x: torch.Tensor) -> dict[str, float]:
+    """The figures of one layer for one sequence [1, t, hidden]."""
+    config, t = layer.config, x.shape[1]
+    layout = TokenLayout.of(x, layer.rotary, config)
+    q, tokens, _ = layer._inputs(x, layout.cos, layout.sin)
+    chosen = layer.select(x)[1][0]
+    positions = torch.linspace(t // 2, t - 1, QUERIES, device=x.device).long()
+    blocks, groups = config.num_selection_blocks(t), tokens.slc.k.shape[2]
+    some = q[0, positions].unflatten(1, (groups, -1)).permute(1, 2, 0, 3) * q.shape[-1] ** -0.5
+    scores = some @ tokens.slc.k[0].permute(1, 2, 0)[:, None]
+    unseen = torch.arange(t, device=x.device) > positions[:, None]
+    p = scores.masked_fill(unseen, -torch.inf).softmax(-1).mean(1)
+    p = torch.nn.functional.pad(p, (0, blocks * config.select_block_size - t)).unflatten(-1, (blocks, -1)).sum(-1)
+    own, block = positions[:, None] // config.select_block_size, torch.arange(blocks, device=x.device)
+    free = (block >= config.num_initial_blocks) & (block <= own - config.num_local_blocks)
+    mass = p * free
+    picked = torch.zeros_like(p, dtype=torch.bool)
+    which = chosen[positions].transpose(0, 1).long()
+    picked.scatter_(-1, which.clamp(min=0), which >= 0)
+    n = config.num_selected_blocks - config.num_initial_blocks - config.num_local_blocks
+    total = mass.sum(-1)
+    four = chosen[: t // 4 * 4].unflatten(0, (-1, 4))[t // 8 :].permute(0, 2, 1, 3).flatten(2).sort(-1).values
+    distinct = 1 + (four.diff(dim=-1) > 0).sum(-1)
+    return {
+        "free": total.mean().item(),
+        "kept": ((mass * picked).sum() / total.sum()).item(),
+        "best": (mass.topk(min(n, blocks), dim=-1).values.sum() / total.sum()).item(),
+        "chance": (n / free.sum(-1).clamp(min=n)).mean().item(),
+        "u4": distinct.float().mean().item(),
+    }
+
+
+if __name__ == "__main__":
+    main()

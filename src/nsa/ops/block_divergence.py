@@ -1,0 +1,102 @@
+"""How far the selector's choice is from the attention that it stands for, as a loss that can train it.
+
+    m_j = sum over query heads h of a group, over keys i of block j:  softmax_i(scale q_h . k_i)    what attention pays
+    s_j = the block scores of eqs. 9 and 10, from the compressed keys                              what the choice reads
+    loss = mean over queries and groups of  sum over free blocks j:  M_j log(M_j / S_j)
+
+M and S are m and s over the blocks that a query is free to choose, each divided by its sum (or by LEAST, where the sum
+is less: a query that pays nothing to what is free teaches little). The gradient reaches the compressed keys alone:
+queries and raw keys are taken as they are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.ops.selection import sum_into_blocks
+
+LEAST = 1e-6  # of a block's share: a score may be 0
+
+
+class Queries(NamedTuple):
+    """Some queries of a batch, whose rows follow one another.
+
+    token: which of all tokens it is.
+    position: in its own sequence; negative for padding.
+    first_key, first_block: where that sequence's keys and compressed blocks begin among those of all.
+    """
+
+    token: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    first_key: Int[Tensor, " n"]
+    first_block: Int[Tensor, " n"]
+
+
+def block_divergence(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b s g d"],
+    k_cmp: Float[Tensor, "b c g d"],
+    config: NSAConfig,
+    queries: Queries,
+    longest: int,
+    scale: float | None = None,
+) -> Float[Tensor, ""]:
+    """The loss above, of some queries; 0 where none of them has a free block.
+
+    Args:
+        q: all queries.
+        k: the selected branch's keys.
+        k_cmp: the compressed keys.
+        queries: those that are looked at. Nothing here is larger than their number times all keys.
+        longest: a bound on the tokens of a sequence.
+        scale: of the scores; d^-0.5 by default.
+
+    Returns:
+        fp32, or fp64 where q is.
+
+    Source: this project's; the target is that of arXiv:2509.24663's and DeepSeek-V3.2's indexers. Tested against a sum
+    over tokens, query by query.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    with torch.autocast(q.device.type, enabled=False):
+        some = q.detach().flatten(0, 1)[queries.token].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        blocks = config.num_selection_blocks(longest)
+        own = queries.position.clamp(min=0)[:, None]
+        seen = queries.position[:, None] + 1
+        with torch.no_grad():
+            mass = _attended(some, k.flatten(0, 1).to(wide), queries.first_key, seen, blocks * config.select_block_size)
+            mass = mass.unflatten(-1, (blocks, -1)).sum(-1)
+        whole = torch.div(seen - config.compress_block_size, config.compress_stride, rounding_mode="floor") + 1
+        compressed = config.num_compressed_blocks(longest)
+        share = _attended(some, k_cmp.flatten(0, 1).to(wide), queries.first_block, whole, compressed)
+        scores = sum_into_blocks(share, config)
+        scores = F.pad(scores, (0, max(0, blocks - scores.shape[-1])))[..., :blocks]
+        block, last = torch.arange(blocks, device=q.device), own // config.select_block_size - config.num_local_blocks
+        free = (block >= config.num_initial_blocks) & (block <= last) & (seen > 0)
+        target, predicted = (_shares(each, free[:, None]) for each in (mass, scores))
+        each = (target * (target.clamp(min=LEAST).log() - predicted.clamp(min=LEAST).log())).sum(-1).mean(-1)
+        return each.sum() / free.any(-1).sum().clamp(min=1)
+
+
+def _attended(
+    q: Float[Tensor, "n h d"], k: Float[Tensor, "s g d"], first: Tensor, seen: Tensor, count: int
+) -> Float[Tensor, "n g count"]:
+    """Softmax over the `seen` keys from `first` on, summed over a group's heads; of the `count` keys from there."""
+    n, h, d = q.shape
+    groups, keys = k.shape[1], torch.arange(k.shape[0], device=k.device)
+    allowed = (keys >= first[:, None]) & (keys < first[:, None] + seen)
+    scores = q.reshape(n, groups, h // groups, d).permute(1, 0, 2, 3).flatten(1, 2) @ k.permute(1, 2, 0)
+    scores = scores.unflatten(1, (n, -1)).masked_fill(~allowed[:, None], torch.finfo(q.dtype).min)
+    p = scores.softmax(-1).sum(2).transpose(0, 1)
+    ours = torch.arange(count, device=k.device)
+    at = (first[:, None] + ours).clamp(max=max(k.shape[0] - 1, 0))
+    return p.gather(-1, at[:, None].expand(-1, groups, -1)) * (ours < seen)[:, None]
+
+
+def _shares(each: Tensor, free: Tensor) -> Tensor:
+    each = each * free
+    return each / each.sum(-1, keepdim=True).clamp(min=LEAST)
