@@ -12,8 +12,8 @@ import time
 import torch
 
 from nsa.bench.candidates import Problem
-from nsa.bench.counts import Shape
 from nsa.config import NSAConfig
+from nsa.costs.flops import Shape
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 import torch
 
 from nsa.bench.candidates import Problem
-from nsa.bench.counts import Shape
 from nsa.bench.kernels import single_kernels
 from nsa.bench.timing import interleaved
 from nsa.config import NSAConfig
+from nsa.costs.flops import Shape
 from nsa.kernels import hopper, launch
 
 # Rows (queries x heads), keys, warps, stages.

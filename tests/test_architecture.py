@@ -20,7 +20,7 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"composed"},
-    {"functional", "decoding", "cache", "distributed", "methods"},
+    {"functional", "decoding", "cache", "costs", "distributed", "methods"},
     {"modules"},
     {"models"},
     {"training", "eval", "serving", "bench", "adapting"},

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa.methods import dense
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM, twins
 
 WINDOW = 10
@@ -95,7 +96,7 @@ def test_flex_attention_of_packed_rows_is_attention_by_hand_in_one_graph(window)
     q, k, v = (x.detach() for x in heads(sum(LENGTHS)))  # a backward there is none of on a CPU
     _, _, _, cu_seqlens = packed(LENGTHS)
     torch._dynamo.reset()
-    flex = torch.compile(twins._flex, fullgraph=True, backend="eager")
+    flex = torch.compile(dense._flex, fullgraph=True, backend="eager")
     found = flex(q, k, v, cu_seqlens.int(), 150, window, 0.3)
     expected = attention_by_hand(q, k, v, cu_seqlens, window, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
@@ -105,8 +106,8 @@ def test_flex_attention_of_packed_rows_is_attention_by_hand_in_one_graph(window)
 @pytest.mark.parametrize("lengths", [LENGTHS, [700], [128, 256, 300], [1] * 300, [255, 1, 0, 257]])
 def test_the_block_mask_is_that_of_all_pairs_of_tokens(window, lengths):
     _, _, _, cu_seqlens = packed(lengths)
-    found, t = twins.block_mask(cu_seqlens.int(), sum(lengths), window), sum(lengths)
-    expected = create_block_mask(found.mask_mod, None, None, t, t, device="cpu", BLOCK_SIZE=twins.TILE)
+    found, t = dense.block_mask(cu_seqlens.int(), sum(lengths), window), sum(lengths)
+    expected = create_block_mask(found.mask_mod, None, None, t, t, device="cpu", BLOCK_SIZE=dense.TILE)
     assert found.seq_lengths == expected.seq_lengths == (t, t)
     for kind in ("kv", "full_kv", "q", "full_q"):
         counts, wanted = (getattr(mask, f"{kind}_num_blocks") for mask in (found, expected))
@@ -125,10 +126,10 @@ def test_varlen_attn_is_asked_for_the_same_keys(monkeypatch, window):
         assert right == 0
         return attention_by_hand(q, k, v, cu_q, None if left == -1 else left + 1, scale)
 
-    monkeypatch.setattr(twins, "varlen_attn", documented)
+    monkeypatch.setattr(dense, "varlen_attn", documented)
     q, k, v = heads(sum(LENGTHS))
     _, _, _, cu_seqlens = packed(LENGTHS)
-    found = twins._varlen(q, k, v, cu_seqlens.int(), 150, window, 0.3)
+    found = dense._by_varlen(q, k, v, cu_seqlens.int(), 150, window, 0.3)
     torch.testing.assert_close(found, attention_by_hand(q, k, v, cu_seqlens, window, 0.3))
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.methods.registry import SparseAttention
 
 GATE_BIAS = 6.0
 Device = Annotated[str, tyro.conf.arg(metavar="DEVICE")]
@@ -33,7 +34,7 @@ class ConvertArguments:
     """Folder of the dense model, as save_pretrained, a hub's download or a hub's cache has it; sharded or not."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the sparse one: new or empty."""
-    method: Literal["nsa", "infllm_v2"] = "nsa"
+    method: SparseAttention = "nsa"
     """What takes the place of dense attention: NSA; or InfLLM-V2, which adds no weight."""
     layers: tuple[str, ...] = ()
     """Numbers of the layers that become sparse, such as 0 3 8-29. Default: all without a sliding window."""

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nsa.bench.counts import Shape
 from nsa.config import NSAConfig
+from nsa.costs.flops import Shape
 from nsa.functional import native_sparse_attention
 from nsa.kernels.library import whole
 from nsa.ops.compress import compress, phi_mean

@@ -7,10 +7,10 @@ import torch
 
 from nsa.bench.arguments import KernelArguments
 from nsa.bench.candidates import Problem
-from nsa.bench.counts import Shape, kernel_flops, limit_flops
 from nsa.bench.result import Entry
 from nsa.bench.timing import Candidates, interleaved, peak_gib
 from nsa.config import NSAConfig
+from nsa.costs.flops import Shape, kernel_flops, limit_flops
 from nsa.kernels import rows
 from nsa.kernels import selected_by_block as by_block
 from nsa.kernels.attention import Layouts, attention_forward

@@ -26,6 +26,7 @@ from nsa.bench.result import Entry
 from nsa.bench.step import random_model
 from nsa.bench.timing import peak_gib
 from nsa.bench.train_arguments import TrainArguments
+from nsa.methods.registry import TRAINED
 from nsa.training.compiling import PARTS, begin_step, compiled_parts
 from nsa.training.config import TrainConfig
 from nsa.training.curriculum import Stage
@@ -33,7 +34,7 @@ from nsa.training.data import Documents, TrainingBatches, unwrap
 from nsa.training.presets import preset
 from nsa.training.sizes import vocabulary
 
-LABELS = {"nsa": "NSA", "infllm_v2": "InfLLM-V2", "dense": "dense", "window": "window"}
+LABELS = {name: method.label for name, method in TRAINED.items()}
 MODES = {"graphs": "", "compiled": ", no graphs", "eager": ", eager"}
 LAYOUTS: Any = {"rows": "rows", "packed": "flat"}  # as training calls them
 SPREAD = 1.0  # standard deviation of the logarithm of a document's length

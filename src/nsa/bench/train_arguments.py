@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nsa.methods.registry import Attention
+
 
 @dataclass(frozen=True)
 class TrainArguments:
@@ -31,7 +33,7 @@ class TrainArguments:
     """Tokens in a row."""
     layouts: tuple[Literal["rows", "packed"], ...] = ("rows", "packed")
     """One document a row, or packed documents."""
-    attentions: tuple[Literal["nsa", "infllm_v2", "dense", "window"], ...] = ("nsa", "dense", "window")
+    attentions: tuple[Attention, ...] = ("nsa", "dense", "window")
     """NSA, InfLLM-V2 and the twins, each with the preset's sizes."""
     modes: tuple[Literal["graphs", "compiled", "eager"], ...] = ("graphs", "compiled", "eager")
     """With torch.compile and CUDA graphs (nsa train's default), with torch.compile alone, with neither."""

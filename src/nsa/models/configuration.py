@@ -7,10 +7,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.methods.registry import TRAINED
 
-ATTENTIONS = ("nsa", "infllm_v2", "dense", "window")
+ATTENTIONS = tuple(TRAINED)
 # Those with layers, caches and positions of this library.
-SPARSE = ("nsa", "infllm_v2")
+SPARSE = tuple(name for name, method in TRAINED.items() if method.is_sparse)
 # What other families change attention with. A configuration takes any key, and this model would ignore these.
 FOREIGN = re.compile(
     "sliding|dropout|pdrop|qk_|qkv|softcap|attention|attn|rope|rotary|alibi|sink|multiplier|layer_types"
@@ -112,16 +113,18 @@ class NSALlamaConfig(SparseSizes, LlamaConfig):
 
 def sparse_layers(config: Any) -> list[int]:
     """Numbers of the layers whose attention is not transformers' own."""
-    dense = set(
-        range(config.num_hidden_layers) if config.attention in ("dense", "window") else config.dense_layers or ()
-    )
+    if config.attention not in SPARSE:
+        return []
+    if config.attention not in SPARSE:
+        return []
+    dense = set(config.dense_layers or ())
     return [number for number in range(config.num_hidden_layers) if number not in dense]
 
 
 def check_dense_layers(config: Any) -> None:
     """ValueError where `dense_layers` are not layers of the model, or all of them, or not beside NSA."""
     given, layers = config.dense_layers or [], config.num_hidden_layers
-    if given and config.attention in ("dense", "window"):
+    if given and config.attention not in SPARSE:
         raise ValueError(f"dense_layers: expected none with attention={config.attention!r}, got {given}")
     if given and (len(set(given)) < len(given) or not set(given) < set(range(layers))):
         raise ValueError(f"dense_layers: expected some of the layers 0 to {layers - 1}, each once, got {given}")

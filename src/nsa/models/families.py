@@ -18,10 +18,11 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig
 
+from nsa.methods.registry import trained
 from nsa.models.auto_map import AUTO
 from nsa.models.configuration import SPARSE, NSALlamaConfig, SparseSizes, check_dense_layers
 from nsa.models.decoder import SparseDecoder
-from nsa.models.family_attention import FamilyAttention, FamilyInfLLMv2Attention
+from nsa.models.family_attention import LAYERS
 from nsa.models.language_model import SparseCausalLM
 from nsa.models.loss import ChunkedLoss
 from nsa.models.modeling import NSALlamaForCausalLM, NSALlamaModel, NSALlamaPreTrainedModel
@@ -188,10 +189,7 @@ def swap_layers(decoder: Any, config: Any) -> None:
     for number in config.sparse_layers:
         layer = decoder.layers[number]
         given = (layer.self_attn, own_rotary(decoder), number)
-        if config.attention == "infllm_v2":
-            layer.self_attn = FamilyInfLLMv2Attention(config.infllm_v2_config, *given)
-        else:
-            layer.self_attn = FamilyAttention(config.nsa_config, *given)
+        layer.self_attn = LAYERS[config.attention](trained(config).sizes_of(config), *given)
 
 
 def own_rotary(decoder: Any) -> nn.Module:

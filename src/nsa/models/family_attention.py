@@ -75,6 +75,9 @@ class FamilyInfLLMv2Attention(_TakesOver, InfLLMv2Attention):  # type: ignore[mi
         return [*self._normed(q, k), v]
 
 
+LAYERS: dict[str, Any] = {"nsa": FamilyAttention, "infllm_v2": FamilyInfLLMv2Attention}
+
+
 @torch.no_grad()
 def start(attention: NativeSparseAttention, gate_bias: float) -> None:
     """First values of what a dense layer has not, once the rest of the layer, made on meta, has its weights.

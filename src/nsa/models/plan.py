@@ -6,24 +6,10 @@ import torch
 
 from nsa.backend import PARTS_BYTES, SMALL_GROUP
 from nsa.cache import StaticNSACache
-from nsa.models.configuration import NSALlamaConfig
+from nsa.methods.registry import TRAINED
+from nsa.models.configuration import SPARSE, NSALlamaConfig
 from nsa.models.modeling import NSALlamaForCausalLM
 
-# Memory bandwidth in 1e9 bytes a second and memory in GiB, from the makers' data sheets.
-GPUS = {
-    "A100-40GB": (1555, 40),
-    "A100-80GB": (2039, 80),
-    "H100-PCIe": (2039, 80),
-    "H100": (3350, 80),
-    "H200": (4800, 141),
-    "B200": (8000, 180),
-    "A10": (600, 24),
-    "L4": (300, 24),
-    "L40S": (864, 48),
-    "RTX 3090": (936, 24),
-    "RTX 4090": (1008, 24),
-    "RTX 5090": (1792, 32),
-}
 # Token ids, masks and positions of the prompt, as generate() holds and reorders them: eight int64 a token.
 PROMPT_BYTES = 64
 
@@ -77,33 +63,26 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
     layers, g, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     pair = 2 * g * width * size * layers  # a key and a value in every layer
     plans = {}
-    is_nsa = config.attention != "infllm_v2"
-    sparse = ("NSA", "nsa") if is_nsa else ("InfLLM-V2", "infllm_v2")
-    for name, attention in (sparse, ("dense", "dense")):
+    for attention in (config.attention if config.attention in SPARSE else "nsa", "dense"):
+        method = TRAINED[attention]
         parameters, streamed = _parameters(config, attention)
-        keys, pairs = context, float(context)  # pooled keys have no values
-        if attention == "nsa":
-            keys = config.nsa_config.keys_per_query(context)
-            pairs = float(keys)
-        elif attention == "infllm_v2":
-            keys = config.infllm_v2_config.keys_per_query(context)
-            pooled = config.nsa_config.num_compressed_blocks(context) if keys < context else 0
-            pairs = keys - pooled / 2
-        if attention != "dense":
+        read = method.reads(method.sizes_of(config)).last(context)
+        pairs = read.attended + read.scored / 2  # those only scored have no values
+        if method.is_sparse:
             cache = _static_cache_bytes(config, context, batch, dtype)
             per_token = pair * (1 + 1 / config.nsa_config.compress_stride)
         else:
             cache, per_token = {"keys and values": pair * context * batch}, float(pair)
-        plans[name] = Plan(
+        plans[method.label] = Plan(
             parameters=parameters,
             weight_bytes=parameters * size,
             cache_bytes=cache,
             cache_bytes_per_token=per_token,
-            keys_per_query=keys,
+            keys_per_query=read.keys,
             prefill_bytes=_prefill_bytes(config, attention, columns, size)
-            + (pair // layers * context * batch if attention != "dense" else 0)  # a layer's keys, side by side
+            + (pair // layers * context * batch if method.is_sparse else 0)  # a layer's keys, side by side
             + batch * (config.vocab_size * size + context * PROMPT_BYTES)
-            + (cache["window"] if attention != "dense" else 0),  # what a chunk overwrites, kept until it is through
+            + (cache["window"] if method.is_sparse else 0),  # what a chunk overwrites, kept until it is through
             packed_bytes=_packed_parameters(config) * size if attention == "nsa" else 0,
             step_bytes=round(streamed * size + pair * pairs * batch),
         )

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nsa.distributed.tensor import check_heads, share_phi
+from nsa.methods.registry import TRAINED
 from nsa.models.auto_map import write_auto_map
 from nsa.models.configuration import SPARSE
 from nsa.models.twins import dense_attention, dense_mask, window_attention, window_mask
@@ -45,17 +46,18 @@ class SparsePreTrained(Transformers):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """The configuration's `attention` decides; the dense twin takes any of transformers' that is asked for."""
-        attention, own = self.config.attention, {"nsa": "nsa", "infllm_v2": "nsa", "window": "nsa_window"}
-        if self.config.dense_layers and attn_implementation not in own.values():
+        attention, own = self.config.attention, TRAINED[self.config.attention].implementation
+        of_others = {method.implementation for name, method in TRAINED.items() if name != "dense"}
+        if self.config.dense_layers and attn_implementation not in of_others:
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-        if attention == "dense" and attn_implementation not in own.values():
-            return super()._check_and_adjust_attn_implementation(attn_implementation or "nsa_dense", *args, **kwargs)
-        if attn_implementation not in (None, own.get(attention)):
+        if attention == "dense" and attn_implementation not in of_others:
+            return super()._check_and_adjust_attn_implementation(attn_implementation or own, *args, **kwargs)
+        if attention == "dense" or attn_implementation not in (None, own):
             raise ValueError(
                 f"attention={attention!r} has its own implementation: expected attn_implementation=None, "
                 f"got {attn_implementation!r}"
             )
-        return own[attention]
+        return own
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """transformers', with the file by which AutoModel finds this class (trust_remote_code=True)."""

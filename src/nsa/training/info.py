@@ -66,7 +66,9 @@ def info(config: InfoConfig) -> dict[str, Any]:
 
     import torch
 
-    from nsa.models.plan import GPUS, plan
+    from nsa.costs.devices import GPUS
+    from nsa.methods.registry import trained
+    from nsa.models.plan import plan
 
     if config.gpu not in GPUS:
         raise ValueError(f"--gpu: expected one of {', '.join(map(repr, GPUS))}, got {config.gpu!r}")
@@ -93,9 +95,7 @@ def info(config: InfoConfig) -> dict[str, Any]:
         "gpu": config.gpu if config.bandwidth is None else None,
         "bandwidth_gb_per_s": bandwidth,
         "memory_bytes": GPUS[config.gpu][1] * GIB if config.bandwidth is None else None,
-        model.attention if model.attention == "infllm_v2" else "nsa": (
-            model.infllm_v2_config if model.attention == "infllm_v2" else model.nsa_config
-        ).to_dict(),
+        trained(model).sizes: trained(model).sizes_of(model).to_dict(),
         "plans": {name: entry(found) for name, found in plans.items()},
     }
 

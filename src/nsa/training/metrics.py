@@ -21,7 +21,7 @@ class MetricsFiles(TrainerCallback):
     """One record a log line; a record of evaluation has eval_ fields. `seconds` leaves evaluation and saving out.
 
     `tokens_per_second`, `data_wait` (the share of the time in which a step waited for its batch) and `mfu` (the share
-    of the GPU's peak, see nsa.training.flops) are those since the record before.
+    of the GPU's peak, see nsa.costs.flops) are those since the record before.
     """
 
     def __init__(self, folder: Path, clock: Clock) -> None:

@@ -94,7 +94,7 @@ class WholeCheckpointTrainer(Trainer):
     # Losses
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # nsa.training.flops counts; this one looks at every parameter in every step
+        return 0  # nsa.costs.flops counts; this one looks at every parameter in every step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

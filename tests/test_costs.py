@@ -1,9 +1,14 @@
 """The counting formulas against counts of every pair."""
 
+from typing import get_args
+
 import pytest
 
-from nsa.bench.counts import Pairs, Shape, backward_flops, dense_pairs, forward_flops, kernel_flops, limit_flops, pairs
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.costs.devices import peak_of
+from nsa.costs.flops import Shape, backward_flops, forward_flops, kernel_flops, limit_flops
+from nsa.costs.keys import DenseReads, InfLLMv2Reads, NSAReads, Pairs, WindowReads, dense_pairs, pairs
+from nsa.methods.registry import TRAINED, Attention, SparseAttention
 
 CONFIGS = (
     NSAConfig(),
@@ -53,3 +58,32 @@ def test_the_limit_is_the_sum_of_the_branches() -> None:
     branches = ("compressed", "selected", "window")
     assert limits["forward"] == sum(kernels[f"forward: {branch}"] for branch in branches)
     assert limits["dense backward"] == backward_flops(shape, dense_pairs(5000))
+
+
+def test_a_gpus_peak_is_found_by_its_name():
+    names = {
+        "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L40S": 362e12,
+        "NVIDIA L40": None, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10": 125e12, "Tesla T4": None,
+    }  # fmt: skip
+    assert {name: peak_of(name) for name in names} == names
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_last_query_reads_the_difference_of_two_sums(method):
+    """At the end of a block, where the formula of one query and the exact sum agree."""
+    reads = {
+        "nsa": NSAReads(CONFIGS[1]),
+        "infllm_v2": InfLLMv2Reads(
+            InfLLMv2Config(kernel_size=4, kernel_stride=2, block_size=8, window_size=6, topk=3, dense_len=20)
+        ),
+        "dense": DenseReads(),
+        "window": WindowReads(6),
+    }[method]
+    for length in range(8, 400, 8):
+        every, before = reads.every(length), reads.every(length - 1)
+        assert reads.last(length) == (every.attended - before.attended, every.scored - before.scored)
+
+
+def test_the_names_of_options_are_those_of_the_registry():
+    assert get_args(Attention) == tuple(TRAINED)
+    assert get_args(SparseAttention) == tuple(name for name, method in TRAINED.items() if method.is_sparse)

@@ -1,13 +1,25 @@
-"""What must be computed, counted from the configuration: the limit that a measured time is set beside.
+"""Floating-point operations, counted from the sizes: of one attention, and of a model's training (for the MFU).
 
 A product is one multiply-add for each element of a head's width and each (query, key) pair of a head. Forward needs
 two a pair (q k^T and p v), backward five (q k^T again, dO v^T, dq, dk, dv); the importance of blocks needs none of its
 own where it comes out of the compressed branch's pass, and one more (q k^T) where it takes a pass by itself.
+
+In training a token costs 6 for every weight it is multiplied with (2 forward, 4 backward), and 12 H D for every key it
+attends to (scores and output, 4 H D forward, twice that backward) in every layer. Weights are those of projections,
+gates, MLP and head; phi's count 1 / d of a token's, one block being compressed every d tokens. What is computed twice
+to save memory is not counted twice; the embedding, norms, rotation and the selection's sorting are not counted at all.
+InfLLM-V2's pooled keys are scored forward only, by 2 H D: a sixth of a key each.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from nsa.config import NSAConfig
+from nsa.costs.keys import dense_pairs, pairs
+from nsa.methods.registry import trained
+
+# ---- one attention ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,45 +31,6 @@ class Shape:
     g: int = 4
     d: int = 128
     e: int = 128
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """(query, key) pairs that one query head sees."""
-
-    compressed: int
-    selected: int
-    window: int
-
-    @property
-    def total(self) -> int:
-        return self.compressed + self.selected + self.window
-
-
-def dense_pairs(length: int) -> int:
-    """1 + 2 + ... + length."""
-    return length * (length + 1) // 2
-
-
-def pairs(length: int, config: NSAConfig) -> Pairs:
-    """Pairs of the three branches in a sequence, causal."""
-    # A compressed block i is seen by every query from i * stride + its size - 1 on.
-    c = config.num_compressed_blocks(length)
-    compressed = c * (length - config.compress_block_size + 1) - config.compress_stride * c * (c - 1) // 2
-    # A query in block o selects min(o + 1, n) blocks: its own up to itself, the others whole.
-    size, n = config.select_block_size, config.num_selected_blocks
-    whole, rest = divmod(length, size)
-    own = whole * dense_pairs(size) + dense_pairs(rest)
-    others = size * (size * _sum_of_smallest(whole, n - 1) + rest * min(whole, n - 1))
-    w = min(config.window_size, length)
-    window = dense_pairs(w) + (length - w) * w
-    return Pairs(compressed, own + others, window)
-
-
-def _sum_of_smallest(count: int, cap: int) -> int:
-    """min(0, cap) + min(1, cap) + ... over `count` terms."""
-    rising = min(count, cap + 1)
-    return rising * (rising - 1) // 2 + (count - rising) * cap
 
 
 def forward_flops(shape: Shape, seen: int, *, keys: int = 1, values: int = 1) -> int:
@@ -97,3 +70,41 @@ def kernel_flops(shape: Shape, config: NSAConfig) -> dict[str, int]:
         "backward: selected dq": forward_flops(shape, seen.selected, keys=2, values=1),
         "backward: selected dk, dv": forward_flops(shape, seen.selected, keys=2, values=2),
     }
+
+
+# ---- a model's training ----
+
+
+def flops_per_token(config: Any, keys: float) -> float:
+    """Operations for one token of the model of an NSALlamaConfig, which attends to `keys` keys in every layer."""
+    heads = config.num_attention_heads * config.head_dim
+    attended = 12.0 * config.num_hidden_layers * heads * keys
+    return 6.0 * weights_per_token(config) + attended
+
+
+def weights_per_token(config: Any) -> float:
+    """Weights that a token is multiplied with."""
+    hidden, heads, groups, dim = (
+        config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+    )  # fmt: skip
+    nsa = config.nsa_config
+    layer = 2.0 * hidden * heads * dim + 3.0 * hidden * config.intermediate_size
+    branches = 3 if config.attention == "nsa" and not nsa.shared_kv else 1
+    layer += 2.0 * branches * hidden * groups * dim
+    if config.attention == "nsa":
+        block = nsa.compress_block_size * dim
+        phi = {"mlp": (block + dim) * 2 * dim, "linear": block * dim, "mean": 0}[nsa.compression]
+        layer += 3.0 * hidden * heads + 2.0 * groups * phi / nsa.compress_stride
+    return config.num_hidden_layers * layer + hidden * config.vocab_size
+
+
+def mean_keys(config: Any) -> Callable[[int], float]:
+    """Length of a sequence -> keys that its tokens attend to on average, one that is only scored as a sixth."""
+    method = trained(config)
+    reads = method.reads(method.sizes_of(config))
+
+    def keys(length: int) -> float:
+        read = reads.every(length)
+        return (read.attended + read.scored / 6) / length
+
+    return keys

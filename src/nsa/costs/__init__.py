@@ -1,0 +1,1 @@
+"""What methods and models cost, counted from their sizes: keys read, floating-point operations, what devices do."""
