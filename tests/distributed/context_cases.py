@@ -3,10 +3,12 @@
 import torch
 import torch.distributed as dist
 from groups import sizes
-from tiny_llama import model, tokens
+from tiny_llama import INFLLM_V2, TWINS, model, tokens
 
 from nsa import NativeSparseAttention, NSAConfig
+from nsa.config import InfLLMv2Config
 from nsa.distributed import context_parallel
+from nsa.modules.infllm_v2 import InfLLMv2Attention
 
 NSA = {
     "compress_block_size": 8, "compress_stride": 4, "select_block_size": 8, "num_selected_blocks": 4, "window_size": 10,
@@ -14,8 +16,11 @@ NSA = {
 CLOSE = {"atol": 1e-10, "rtol": 1e-10}
 
 
-def layer(**options):
-    made = NativeSparseAttention(24, 4, 2, 6, config=NSAConfig(**{**NSA, **options})).double()
+def layer(method="nsa", **options):
+    if method == "infllm_v2":
+        made = InfLLMv2Attention(24, 4, 2, 6, config=InfLLMv2Config(**{**INFLLM_V2, **options})).double()
+    else:
+        made = NativeSparseAttention(24, 4, 2, 6, config=NSAConfig(**{**NSA, **options})).double()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -70,6 +75,13 @@ def case_layer_shared_keys_and_positions_of_the_callers():
     check_layer(1, 41, [0, 20, 41], positions=torch.arange(41)[None] * 3, shared_kv=True, compression="linear")
 
 
+@sizes(2, 3)
+def case_infllm_v2_layer():
+    check_layer(2, 53, method="infllm_v2")
+    check_layer(1, 50, [0, 13, 14, 17, 17, 38, 50], method="infllm_v2", dense_len=24)
+    check_layer(1, 61, [0, 61], positions=torch.arange(61)[None] * 2, method="infllm_v2", coarse_lse=True)
+
+
 def check_model(attention, *, packed, **options):
     whole = model(attention, **options).train()
     if options.get("use_cache") is False:
@@ -99,13 +111,13 @@ def check_model(attention, *, packed, **options):
 
 @sizes(2)
 def case_model_rows():
-    for attention in ("nsa", "dense", "window"):
+    for attention in TWINS:
         check_model(attention, packed=False)
 
 
 @sizes(3)
 def case_model_packed():
-    for attention in ("nsa", "dense", "window"):
+    for attention in TWINS:
         check_model(attention, packed=True)
 
 

@@ -1,7 +1,8 @@
-"""Native Sparse Attention of this rank's queries over sequences that several ranks hold.
+"""Sparse attention of this rank's queries over sequences that several ranks hold.
 
-Each of a rank's two chunks is one call of `nsa.functional`: its queries are the last n of the tokens up to its end.
-Compressed keys and values are made by the rank that holds a block's last token.
+Each of a rank's two chunks is one call of the method's function: its queries are the last n of the tokens up to its
+end. NSA's compressed keys and values are made by the rank that holds a block's last token; InfLLM-V2's pooled keys are
+means of what is gathered anyway, and every rank takes them itself.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nsa.config import InfLLMv2Config
 from nsa.distributed.layout import ContextLayout
 from nsa.functional import native_sparse_attention
+from nsa.methods.infllm_v2 import infllm_v2_attention
 from nsa.streams import Branches
 
 # Blocks of keys and of values, [b, c, g, l, d], and rotary factors -> compressed keys, rotated, and values.
@@ -63,6 +66,27 @@ def context_parallel_attention(
             zip(layout.chunks, q.split(n, 1), gates.split(n, 1), strict=True)
         )
     ]  # fmt: skip
+    return torch.cat(outs, 1)
+
+
+@torch.compiler.disable
+def context_parallel_infllm_v2(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b t g d"],
+    v: Float[Tensor, "b t g e"],
+    layout: ContextLayout,
+    config: InfLLMv2Config,
+) -> Float[Tensor, "b t h e"]:
+    """What `infllm_v2_attention` of all tokens gives for this rank's: q, k (rotated) and v are theirs."""
+    context, keys = layout.context, tuple(chunk.keys for chunk in layout.chunks)
+    on_their_way = [context.start(x) for x in (k, v)]
+    ks, vs = (context.windows(x, keys, started=started) for x, started in zip((k, v), on_their_way, strict=True))
+    outs = [
+        infllm_v2_attention(
+            q_chunk, ks[i], vs[i], config, cu_seqlens_q=chunk.cu_seqlens_q, cu_seqlens_k=chunk.cu_seqlens_k
+        )
+        for i, (chunk, q_chunk) in enumerate(zip(layout.chunks, q.chunk(2, 1), strict=True))
+    ]
     return torch.cat(outs, 1)
 
 

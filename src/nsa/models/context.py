@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsa.distributed import ContextParallel
 from nsa.distributed.layout import ContextLayout, boundaries, check_shard
+from nsa.models.configuration import SPARSE
 
 TILE = 128  # queries that share a mask
 
@@ -50,11 +51,7 @@ def forward_arguments(
         kwargs.pop(name, None)
     if decoder.config.dense_layers:
         raise ValueError(f"context parallelism: expected no dense_layers, got {decoder.config.dense_layers}")
-    if decoder.config.attention == "infllm_v2":
-        raise ValueError("context parallelism: attention='infllm_v2' has none yet; expected 'nsa', 'dense' or 'window'")
-    if decoder.config.attention not in ("nsa", "dense", "window"):
-        raise ValueError(f"context parallelism: attention={decoder.config.attention!r} has none yet; expected 'nsa'")
-    if decoder.config.attention == "nsa":
+    if decoder.config.attention in SPARSE:
         layout = ContextLayout.of(
             embeds, decoder.rotary, decoder.nsa_config, context,
             cu_seqlens=bounds, max_seqlen=longest, position_ids=position_ids,

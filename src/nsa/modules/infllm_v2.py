@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from nsa.cache import LayerCache
 from nsa.config import InfLLMv2Config
+from nsa.distributed import ContextParallel
+from nsa.distributed.attention import context_parallel_infllm_v2
+from nsa.distributed.layout import ContextLayout
 from nsa.methods.infllm_v2 import infllm_v2_attention
 from nsa.modules.attention import column_positions
 from nsa.modules.projections import project
@@ -33,9 +36,15 @@ class InfLLMv2Attention(nn.Module):
         rotary: replaces the rotary embedding; called with (x, positions), returns cos and sin [b, t, head_dim].
         bias: whether the projections have one.
 
+    Attributes:
+        context: where it is set, x and the other arguments are one rank's part of sequences that several ranks hold
+            (`nsa.distributed`).
+
     Raises:
         ValueError: head counts or dims that do not fit.
     """
+
+    context: ContextParallel | None = None
 
     def __init__(
         self,
@@ -80,7 +89,7 @@ class InfLLMv2Attention(nn.Module):
         cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
         max_seqlen: int | None = None,
         position_ids: Int[Tensor, "_ t"] | None = None,
-        layout: TokenLayout | None = None,
+        layout: TokenLayout | ContextLayout | None = None,
         factors: RotaryFactors | None = None,
     ) -> Float[Tensor, "b t hidden"]:
         """Attention output of new tokens, after those that the cache remembers.
@@ -92,6 +101,19 @@ class InfLLMv2Attention(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[2] != self.hidden_size:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{NAME}: x should be a tensor {expected} of floating point, got {got}")
+        if self.context is not None:
+            if cache is not None or attention_mask is not None:
+                given = "cache" if cache is not None else "attention_mask"
+                raise ValueError(f"{NAME}: {given} does not go with context parallelism; expected None")
+            if layout is None:
+                layout = ContextLayout.of(
+                    x, self.rotary, self.blocks, self.context,
+                    cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, position_ids=position_ids,
+                )  # fmt: skip
+            assert isinstance(layout, ContextLayout)
+            q, k, v = self._inputs(x, layout.cos, layout.sin)
+            return self.o_proj(context_parallel_infllm_v2(q, k, v, layout, self.config).flatten(2))
+        assert not isinstance(layout, ContextLayout)
         if cache is not None:
             if cu_seqlens is not None or position_ids is not None:
                 given = "cu_seqlens" if cu_seqlens is not None else "position_ids"
