@@ -41,6 +41,7 @@ torch.set_num_threads(1)  # tests are small; waiting for a second thread costs m
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=0, help="cases of each fuzzer, instead of its own few")
     parser.addoption("--first-case", type=int, default=0, help="the number of the first of them")
+    parser.addoption("--requests", type=int, default=200, help="requests to the engine that loses no block, of vLLM's")
 
 
 @pytest.fixture

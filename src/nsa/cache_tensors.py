@@ -45,6 +45,10 @@ class CacheTensors:
 
     A row of length 0 is legal, also in a batch with others, and so is a row without pages (-1 in its block table):
     nothing may be appended to it.
+
+    With `window_table` and `raw_table` there are no rings: k_win, v_win, k_raw and v_raw [pages, tokens, g, .] are
+    pages too, no smaller than a block l, and the token at position p lies where these tables say, as in k and v.
+    Appending then zeroes the places of the strides that end no block: what was there before may not be finite.
     """
 
     k: Float[Tensor, "pages page_size g d"]
@@ -59,6 +63,7 @@ class CacheTensors:
     lengths: Int32[Tensor, " rows"]
     arrivals: Int32[Tensor, "rows g 16"]
     window_table: Int32[Tensor, "rows window_pages"] | None = None  # where k_win and v_win are pages and no rings
+    raw_table: Int32[Tensor, "rows raw_pages"] | None = None  # where k_raw and v_raw are
 
     @property
     def rows(self) -> int:
@@ -81,8 +86,13 @@ class CacheTensors:
 
     def check_tokens(self, config: NSAConfig, new: Branches, step: DecodeStep) -> None:
         """ValueError where the step's tokens cannot be appended; asks nothing of the device."""
-        if self.window_table is not None:
-            raise ValueError("append_tokens: expected a window in rings, got pages (window_table), which others write")
+        if (self.raw_table is None) != (self.window_table is None) and not config.shared_kv:
+            raise ValueError("append_tokens: expected window_table and raw_table, or rings and neither, got one")
+        if self.raw_table is not None and self.k_raw.shape[1] < config.compress_block_size:
+            raise ValueError(
+                f"append_tokens: expected pages of raw tokens of at least l={config.compress_block_size}, "
+                f"got {self.k_raw.shape[1]}"
+            )
         names = {"cmp": new.cmp, "slc": new.slc} if self.k_win is None else new._asdict()
         suffix = {"cmp": "_raw", "slc": "", "win": "_win"}
         given = {"lengths": (self.lengths, "b"), "the cache's k": (self.k, "pages n g d")}
@@ -100,7 +110,7 @@ class CacheTensors:
         at_once = self.k_raw.shape[1] - config.compress_block_size + 1
         if self.k_win is not None:
             at_once = min(at_once, self.k_win.shape[1] - config.window_size + 1)
-        if found["t"] > at_once:
+        if self.raw_table is None and found["t"] > at_once:
             raise ValueError(f"append_tokens: expected at most {at_once} tokens at a time, got {found['t']}")
         for name in tokens:
             if given[name][0].dtype != self.k.dtype:

@@ -11,7 +11,8 @@ import torch
 from decode_checks import check_append, check_attention
 from decoding import DecodeCase, Scene, append_arguments, window_in_pages
 from poison import poisoned_memory
-from serving.engine import Engine, Row, Text
+from serving.engine import CONFIG, Engine, Row, Text, variants
+from serving.fixed import Fixed
 
 from nsa.backend import Backend, use_backend
 from nsa.cache_tensors import CacheTensors
@@ -87,6 +88,28 @@ def engine_rows(backend: Backend) -> list[Row]:
     with use_backend(backend):
         for counts in ((1, 3), (2, 1)):
             engine.step(list(zip(rows, counts, strict=True)), padding=1)
+    return rows
+
+
+@pytest.mark.parametrize(("config", "t"), [(CONFIG, 3), (variants()[1], 1)], ids=str)
+def test_decoding_steps_over_block_tables_are_within_the_budget(config: NSAConfig, t: int) -> None:
+    found, plain = (fixed_rows(config, t, backend) for backend in ("triton", "torch"))
+    for row, other in zip(found, plain, strict=True):
+        actual, reference = (torch.stack(x.out) for x in (row, other))
+        assert_close_to_fp64(actual, reference, row.text.truth(), largest_score=20.0)
+
+
+def fixed_rows(config: NSAConfig, t: int, backend: Backend) -> list[Row]:
+    """Rows that begin with their first block, and that complete one while the engine's blocks change."""
+    starts = (5, 30) if t > 1 else (7, 31)
+    rows = [Row(Text(start + 2 * t, config, seed=start)) for start in starts]
+    engine = Engine(config, dtype=torch.float32)
+    with use_backend("torch"):
+        engine.step([(row, start) for row, start in zip(rows, starts, strict=True) if start])
+    fixed = Fixed(engine, 3, t, 4, rows[0].text.phi)
+    with use_backend(backend):
+        for _ in range(2):
+            fixed.step(rows)
     return rows
 
 

@@ -152,8 +152,8 @@ class Engine:
             for block in table[lost:]:
                 self.uses[block] += 1
 
-    def step(self, work: list[tuple[Row, int]], padding: int = 0) -> None:
-        """Compute the next n tokens of each row, n may be 0; `padding` rows of no token, and packed tokens, behind."""
+    def make_room(self, work: list[tuple[Row, int]]) -> None:
+        """Blocks for the next n tokens of each row; those that are out of reach go back."""
         for row, new in work:
             for name, table in row.tables.items():
                 for lost in range(max(0, row.computed - self.reach[name]) // self.size):
@@ -162,6 +162,10 @@ class Engine:
                         table[lost] = 0
                 while len(table) * self.size < row.computed + new:
                     table.append(self.take())
+
+    def step(self, work: list[tuple[Row, int]], padding: int = 0) -> None:
+        """Compute the next n tokens of each row, n may be 0; `padding` rows of no token, and packed tokens, behind."""
+        self.make_room(work)
         starts, packed = [0], {name: [] for name in ("q", "gates", "k", "v", "k_win", "v_win", "k_raw", "v_raw")}
         for row, new in work:
             text, run = row.text, slice(row.computed, row.computed + new)

@@ -77,13 +77,6 @@ def test_the_twins_write_what_generate_writes(attention, folders):
     assert written(greedy(engine(folders[attention]), given, 12)) == expected(folders[attention], given, 12)
 
 
-def test_drafts_that_are_kept_and_drafts_that_are_not_change_nothing(folders):
-    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    given = prompts(5, 40, 300, 700, seed=4)
-    found = greedy(engine(folders["nsa"], speculative_config=drafts), given, 40)
-    assert written(found) == expected(folders["nsa"], given, 40)
-
-
 VARIANTS = {
     "shared": {
         "nsa": {"shared_kv": True, "compression": "linear"}, "attention_bias": True, "tie_word_embeddings": True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 
@@ -41,15 +41,14 @@ def prompts(*lengths: int, seed: int = 3) -> list[list[int]]:
 
 
 def expected(folder: Path, given: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy tokens of generate()."""
-    model = NSALlamaForCausalLM.from_pretrained(folder).eval()
-    found = []
-    for prompt in given:
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
-        found.append(out[0, len(prompt) :].tolist())
-    return found
+    """Greedy tokens of generate(), padded on the left."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    longest = max(map(len, given))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in given])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in given])
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
+    return out[:, longest:].tolist()
 
 
 def engine(folder: Path, **options):

@@ -266,7 +266,8 @@ KINDS = {"mean": 0, "linear": 1, "mlp": 2}
 )  # fmt: skip
 def _append_tokens(
     to_k: Tensor, to_v: Tensor, to_k_cmp: Tensor, to_v_cmp: Tensor, to_k_win: Tensor | None, to_v_win: Tensor | None,
-    to_k_raw: Tensor, to_v_raw: Tensor, block_table: Tensor, lengths: Tensor, arrivals: Tensor, k: Tensor, v: Tensor,
+    to_k_raw: Tensor, to_v_raw: Tensor, block_table: Tensor, window_table: Tensor | None, raw_table: Tensor | None,
+    lengths: Tensor, arrivals: Tensor, k: Tensor, v: Tensor,
     k_win: Tensor | None, v_win: Tensor | None, k_raw: Tensor, v_raw: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
     cos_cmp: Tensor, sin_cmp: Tensor, counts: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     sizes: list[int], kind: str,
@@ -274,7 +275,7 @@ def _append_tokens(
     from nsa.kernels.library import _config, _serving
 
     memory = (to_k, to_v, to_k_cmp, to_v_cmp, to_k_win, to_v_win, to_k_raw, to_v_raw)
-    tensors = CacheTensors(*memory, block_table, lengths, arrivals)
+    tensors = CacheTensors(*memory, block_table, lengths, arrivals, window_table, raw_table)
     new, step = [k, v, k_win, v_win, k_raw, v_raw], DecodeStep(counts, cos, sin, cos_cmp, sin_cmp)
     with _serving(k, v, to_k, to_v, k_raw, v_raw, scale=1.0):
         append(tensors, new, _config(sizes), kind, (phi_k, phi_v), step)
@@ -307,8 +308,9 @@ def append_tokens(
     phi_k, phi_v = map(list, phi)
     _append_tokens(
         tensors.k, tensors.v, tensors.k_cmp, tensors.v_cmp, tensors.k_win, tensors.v_win, tensors.k_raw, tensors.v_raw,
-        tensors.block_table, tensors.lengths, tensors.arrivals, k, v, k_win, v_win, k_raw, v_raw, phi_k,
-        phi_v, step.cos_cmp, step.sin_cmp, step.counts, step.cos, step.sin, sizes_of(config), config.compression,
+        tensors.block_table, tensors.window_table, tensors.raw_table, tensors.lengths, tensors.arrivals,
+        k, v, k_win, v_win, k_raw, v_raw, phi_k, phi_v, step.cos_cmp, step.sin_cmp, step.counts, step.cos, step.sin,
+        sizes_of(config), config.compression,
     )  # fmt: skip
 
 
@@ -353,6 +355,8 @@ def append(
         for x, width in zip(units, (d, e), strict=True)
     ]
     pages, page_size = tensors.block_table.shape[1], tensors.k.shape[1]
+    raw_table = tensors.block_table if tensors.raw_table is None else tensors.raw_table
+    window_table = raw_table if tensors.window_table is None else tensors.window_table
     pdl = PLAN.pdl and launch.is_hopper(k.device)
     padded_d, padded_e = (max(16, next_power_of_2(x)) for x in (d, e))
     # Numbers of a token that a warp multiplies at once, and units of the last layer; short sums in fp32.
@@ -360,15 +364,16 @@ def append(
     slices = [min(32 if is_fp32 else 64, x) for x in (padded_d, padded_e)]
     inner = 16 if is_fp32 else min(64, 8192 // max(padded_d, padded_e))
     decode_append_kernel[(b * t + cdiv(flat, ROWS) * sum(parts),)](
-        *new, cos, sin, *memory, *layers_k, *layers_v, cos_cmp, sin_cmp, *hidden, tensors.block_table,
-        tensors.lengths, counts, tensors.arrivals, b, t, g, num_new, pages, pages * page_size, *units,
-        *parts,
+        *new, cos, sin, *memory, *layers_k, *layers_v, cos_cmp, sin_cmp, *hidden, tensors.block_table, window_table,
+        raw_table, tensors.lengths, counts, tensors.arrivals, b, t, g, num_new, pages, window_table.shape[1],
+        raw_table.shape[1], pages * page_size, *units, *parts,
         *(stride for x in new for stride in x.stride()[:3]), *(stride for x in memory for stride in x.stride()[:3]),
         GROUPS=next_power_of_2(g), D=d, DP=padded_d, E=e, EP=padded_e, BLOCK=config.compress_block_size,
         STRIDE=config.compress_stride, PAGE_TOKENS=0 if pages == 1 else page_size,
         PAGE_STRIDES=0 if pages == 1 else page_size // config.compress_stride, RING=memory[2].shape[1],
-        RAW_RING=tensors.k_raw.shape[1], HAS_WINDOW=has_window, ROTATE=cos is not None,
-        HAS_COUNTS=counts is not None, KIND=KINDS[kind], UNITS=UNITS, ROWS=ROWS, WARPS=4, SLICE_D=slices[0],
-        SLICE_E=slices[1], INNER=inner, STAGES=4, PRECISION="ieee" if is_fp32 else "tf32", PDL=pdl, num_warps=4,
+        RAW_RING=tensors.k_raw.shape[1], PAGED=tensors.raw_table is not None, HAS_WINDOW=has_window,
+        ROTATE=cos is not None, HAS_COUNTS=counts is not None, KIND=KINDS[kind], UNITS=UNITS, ROWS=ROWS, WARPS=4,
+        SLICE_D=slices[0], SLICE_E=slices[1], INNER=inner, STAGES=4, PRECISION="ieee" if is_fp32 else "tf32", PDL=pdl,
+        num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

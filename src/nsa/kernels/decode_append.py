@@ -57,6 +57,17 @@ def _token(
 
 
 @triton.jit
+def _ring_of(table, row, position, there, pages, RING: tl.constexpr, PAGED: tl.constexpr):
+    """Ring (or page) and slot of a token, and whether the row has that page."""
+    page = row
+    if PAGED:
+        inside = there & (position // RING < pages)
+        page = tl.load(table + wide(row) * pages + position // RING, mask=inside, other=-1)
+        there = inside & (page >= 0)
+    return page, position % RING, there
+
+
+@triton.jit
 def _keep(
     memory, token, page, place, there, groups, stride_p, stride_s, stride_g,
     GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -82,12 +93,35 @@ def _blocks(
 
 
 @triton.jit
-def _token_rows(
-    x, ring, row, head, position, length, new, t, stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
-    RING: tl.constexpr,
+def _old_rows(
+    ring, table, row, head, first, length, complete, pages, stride_r, stride_g,
+    BLOCK: tl.constexpr, RING: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Where a row's token at `position` begins: among the new ones, or in the ring."""
-    old_row = ring + wide(row) * stride_r + wide(head) * stride_g + wide(position % RING) * stride_s
+    """Where the ring begins that the tokens first .. first + BLOCK - 1 lie in; of pages, which no block is longer
+    than, those of the first token and of the last one."""
+    if PAGED:
+        at = table + wide(row) * pages
+        last = first + BLOCK - 1
+        page = tl.load(at + first // RING, mask=complete, other=0)
+        next_page = tl.load(at + last // RING, mask=complete & (last // RING * RING < length), other=0)
+        old, others = ring + wide(page) * stride_r, ring + wide(next_page) * stride_r
+    else:
+        old = ring + wide(row) * stride_r
+        others = old
+    return old + wide(head) * stride_g, others + wide(head) * stride_g
+
+
+@triton.jit
+def _token_rows(
+    x, old, others, row, head, first, token, length, new, t, stride_xb, stride_xt, stride_xg, stride_s,
+    RING: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """Where a row's token first + token begins: among the new ones, or in the ring, or in one of two pages."""
+    position = first + token
+    if PAGED:
+        old_row = tl.where(position // RING == first // RING, old, others) + wide(position % RING) * stride_s
+    else:
+        old_row = old + wide(position % RING) * stride_s
     column = position - length + t - new
     new_row = x + wide(row) * stride_xb + wide(head) * stride_xg + wide(column) * stride_xt
     return tl.where(position >= length, new_row, old_row)
@@ -108,9 +142,9 @@ def _add(acc, lost, part, PRECISION: tl.constexpr):
 
 @triton.jit
 def _first_layer(
-    x, ring, position_encoding, weight, bias, hidden, row, head, length, new, last, complete, first_unit, t, units,
-    stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
+    x, old, others, position_encoding, weight, bias, hidden, row, head, length, new, first, complete, first_unit, t,
+    units, stride_xb, stride_xt, stride_xg, stride_s,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, PAGED: tl.constexpr,
     IS_MLP: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +156,8 @@ def _first_layer(
     # Units past the end compute the last one again, and are not stored.
     weight_rows = weight + (wide(tl.minimum(unit, units - 1)) * (BLOCK * D))[None, :, None]
     row, head, length, new = row[None, :, None], head[None, :, None], length[None, :, None], new[None, :, None]
-    first, is_row = ((last + 1) * STRIDE - BLOCK)[None, :, None], complete[None, :, None]
+    old, others = old[None, :, None], others[None, :, None]
+    first, is_row = first[None, :, None], complete[None, :, None]
     warp, number = tl.arange(0, WARPS)[:, None, None], tl.arange(0, SLICE)[None, None, :]
     MASK: tl.constexpr = (D != DP) or (BLOCK * DP % (WARPS * SLICE) != 0)
     acc = tl.zeros([WARPS, ROWS, UNITS], tl.float32)
@@ -132,8 +167,8 @@ def _first_layer(
         token = first_number // DP
         d = first_number - token * DP + number
         rows = _token_rows(
-            x, ring, row, head, first + token, length, new, t, stride_xb, stride_xt, stride_xg,
-            stride_r, stride_s, stride_g, RING,
+            x, old, others, row, head, first, token, length, new, t, stride_xb, stride_xt, stride_xg, stride_s,
+            RING, PAGED,
         )  # fmt: skip
         at = token * D + d
         if MASK:
@@ -160,20 +195,18 @@ def _first_layer(
 
 @triton.jit
 def _mean(
-    x, ring, out, row, head, length, new, last, complete, t,
-    stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
+    x, old, others, out, row, head, length, new, first, complete, t, stride_xb, stride_xt, stride_xg, stride_s,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, PAGED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """The blocks' means, fp32, to the rows `out`."""
     d = tl.arange(0, DP)
     mask = complete[:, None] & (d < D)[None, :]
-    first = (last + 1) * STRIDE - BLOCK
     total = tl.zeros([ROWS, DP], tl.float32)
     for token in tl.range(0, BLOCK, loop_unroll_factor=8):
         rows = _token_rows(
-            x, ring, row, head, first + token, length, new, t, stride_xb, stride_xt, stride_xg,
-            stride_r, stride_s, stride_g, RING,
+            x, old, others, row, head, first, token, length, new, t, stride_xb, stride_xt, stride_xg, stride_s,
+            RING, PAGED,
         )  # fmt: skip
         total += tl.load(rows[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(out[:, None] + d[None, :], total / BLOCK, mask=mask)
@@ -210,27 +243,32 @@ def _phi(
 @triton.jit
 def _compress(
     x, ring, to, position_encoding, weight_in, bias_in, weight_out, bias_out, cos, sin, hidden, arrival, part, parts,
-    block_table, flat, row, number, head, length, new, last, complete, t, num_new, pages_per_row, room, units,
-    stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, stride_p, stride_c, stride_h,
+    block_table, raw_table, flat, row, number, head, length, new, last, complete, t, num_new, pages_per_row, raw_pages,
+    room, units, stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, stride_p, stride_c, stride_h,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
-    PAGE_STRIDES: tl.constexpr, ROTATE: tl.constexpr, KIND: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
-    WARPS: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr, PAGE_STRIDES: tl.constexpr, ROTATE: tl.constexpr, KIND: tl.constexpr, UNITS: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of phi of a tile's blocks, keys or values; the last of them writes the compressed ones."""
     # What the parts leave for a block: the first layer's units, then the mean; only the one for linear, or mean.
     hidden += wide(flat) * (units + (0 if KIND == 1 else D))
+    first = (last + 1) * STRIDE - BLOCK
+    old, others = _old_rows(
+        ring, raw_table, row, head, first, length, complete, raw_pages, stride_r, stride_g, BLOCK, RING, PAGED
+    )
     if KIND > 0:
         if part * UNITS < units:
             _first_layer(
-                x, ring, position_encoding, weight_in, bias_in, hidden, row, head, length, new, last, complete,
-                part * UNITS, t, units, stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g,
-                D, DP, BLOCK, STRIDE, RING, KIND == 2, UNITS, ROWS, WARPS, SLICE, STAGES, PRECISION,
+                x, old, others, position_encoding, weight_in, bias_in, hidden, row, head, length, new, first, complete,
+                part * UNITS, t, units, stride_xb, stride_xt, stride_xg, stride_s,
+                D, DP, BLOCK, RING, PAGED, KIND == 2, UNITS, ROWS, WARPS, SLICE, STAGES, PRECISION,
             )  # fmt: skip
     if KIND != 1:
         if part == parts - 1:
             _mean(
-                x, ring, hidden + units, row, head, length, new, last, complete, t,
-                stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, D, DP, BLOCK, STRIDE, RING, ROWS,
+                x, old, others, hidden + units, row, head, length, new, first, complete, t,
+                stride_xb, stride_xt, stride_xg, stride_s, D, DP, BLOCK, RING, PAGED, ROWS,
             )  # fmt: skip
     if _arrive(arrival, parts):
         there = complete & (last < room // STRIDE)
@@ -269,13 +307,13 @@ def _factors(cos, sin, at, mask):
 
 
 # One kernel for caches of every size.
-@triton.jit(do_not_specialize=["rows", "pages_per_row", "room"])
+@triton.jit(do_not_specialize=["rows", "pages_per_row", "window_pages", "raw_pages", "room"])
 def decode_append_kernel(
     k, v, k_win, v_win, k_raw, v_raw, cos, sin, to_k, to_v, to_k_win, to_v_win, to_k_raw, to_v_raw, to_k_cmp, to_v_cmp,
     position_encoding_k, weight_in_k, bias_in_k, weight_out_k, bias_out_k,
     position_encoding_v, weight_in_v, bias_in_v, weight_out_v, bias_out_v, cos_cmp, sin_cmp, hidden_k, hidden_v,
-    block_table, lengths, counts, arrivals,
-    rows, t, groups, num_new, pages_per_row, room, units_k, units_v, parts_k, parts_v,
+    block_table, window_table, raw_table, lengths, counts, arrivals,
+    rows, t, groups, num_new, pages_per_row, window_pages, raw_pages, room, units_k, units_v, parts_k, parts_v,
     stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
     stride_kwb, stride_kwt, stride_kwg, stride_vwb, stride_vwt, stride_vwg,
     stride_krb, stride_krt, stride_krg, stride_vrb, stride_vrt, stride_vrg,
@@ -285,7 +323,7 @@ def decode_append_kernel(
     stride_tkcp, stride_tkcs, stride_tkcg, stride_tvcp, stride_tvcs, stride_tvcg,
     GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE_TOKENS: tl.constexpr, PAGE_STRIDES: tl.constexpr,
-    RING: tl.constexpr, RAW_RING: tl.constexpr, HAS_WINDOW: tl.constexpr, ROTATE: tl.constexpr,
+    RING: tl.constexpr, RAW_RING: tl.constexpr, PAGED: tl.constexpr, HAS_WINDOW: tl.constexpr, ROTATE: tl.constexpr,
     HAS_COUNTS: tl.constexpr, KIND: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
     SLICE_D: tl.constexpr, SLICE_E: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -323,13 +361,23 @@ def decode_append_kernel(
         there &= page >= 0
         _keep(to_k, k_token, page, place, there, groups, stride_tkp, stride_tks, stride_tkg, GROUPS, D, DP)
         _keep(to_v, v_token, page, place, there, groups, stride_tvp, stride_tvs, stride_tvg, GROUPS, E, EP)
+        if PAGED:
+            # Places of strides that end no block hold nothing, but are loaded; another row may have left NaN there.
+            empty = there & ((position + 1) % STRIDE == 0) & (position + 1 < BLOCK)
+            place = position // STRIDE
+            if PAGE_STRIDES > 0:
+                place %= PAGE_STRIDES
+            zero = tl.zeros([GROUPS, DP], to_k_cmp.dtype.element_ty)
+            _keep(to_k_cmp, zero, page, place, empty, groups, stride_tkcp, stride_tkcs, stride_tkcg, GROUPS, D, DP)
+            zero = tl.zeros([GROUPS, EP], to_v_cmp.dtype.element_ty)
+            _keep(to_v_cmp, zero, page, place, empty, groups, stride_tvcp, stride_tvcs, stride_tvcg, GROUPS, E, EP)
         if HAS_WINDOW:
-            slot = position % RING
-            _keep(to_k_win, k_win_token, row, slot, there, groups, stride_tkwp, stride_tkws, stride_tkwg, GROUPS, D, DP)
-            _keep(to_v_win, v_win_token, row, slot, there, groups, stride_tvwp, stride_tvws, stride_tvwg, GROUPS, E, EP)
-        slot = position % RAW_RING
-        _keep(to_k_raw, k_raw_token, row, slot, there, groups, stride_tkrp, stride_tkrs, stride_tkrg, GROUPS, D, DP)
-        _keep(to_v_raw, v_raw_token, row, slot, there, groups, stride_tvrp, stride_tvrs, stride_tvrg, GROUPS, E, EP)
+            page, slot, held = _ring_of(window_table, row, position, there, window_pages, RING, PAGED)
+            _keep(to_k_win, k_win_token, page, slot, held, groups, stride_tkwp, stride_tkws, stride_tkwg, GROUPS, D, DP)
+            _keep(to_v_win, v_win_token, page, slot, held, groups, stride_tvwp, stride_tvws, stride_tvwg, GROUPS, E, EP)
+        page, slot, held = _ring_of(raw_table, row, position, there, raw_pages, RAW_RING, PAGED)
+        _keep(to_k_raw, k_raw_token, page, slot, held, groups, stride_tkrp, stride_tkrs, stride_tkrg, GROUPS, D, DP)
+        _keep(to_v_raw, v_raw_token, page, slot, held, groups, stride_tvrp, stride_tvrs, stride_tvrg, GROUPS, E, EP)
     else:
         pid -= rows * t
         tile, part = pid // (parts_k + parts_v), pid % (parts_k + parts_v)
@@ -343,19 +391,21 @@ def decode_append_kernel(
             if part < parts_k:
                 _compress(
                     k_raw, to_k_raw, to_k_cmp, position_encoding_k, weight_in_k, bias_in_k, weight_out_k, bias_out_k,
-                    cos_cmp, sin_cmp, hidden_k, arrivals + 1 + 2 * tile, part, parts_k, block_table, flat, of_row,
-                    number, head, of_length, of_new, last, complete, t, num_new, pages_per_row, room, units_k,
+                    cos_cmp, sin_cmp, hidden_k, arrivals + 1 + 2 * tile, part, parts_k, block_table, raw_table, flat,
+                    of_row, number, head, of_length, of_new, last, complete, t, num_new, pages_per_row, raw_pages,
+                    room, units_k,
                     stride_krb, stride_krt, stride_krg, stride_tkrp, stride_tkrs, stride_tkrg,
-                    stride_tkcp, stride_tkcs, stride_tkcg, D, DP, BLOCK, STRIDE, RAW_RING, PAGE_STRIDES,
+                    stride_tkcp, stride_tkcs, stride_tkcg, D, DP, BLOCK, STRIDE, RAW_RING, PAGED, PAGE_STRIDES,
                     True, KIND, UNITS, ROWS, WARPS, SLICE_D, INNER, STAGES, PRECISION,
                 )  # fmt: skip
             else:
                 _compress(
                     v_raw, to_v_raw, to_v_cmp, position_encoding_v, weight_in_v, bias_in_v, weight_out_v, bias_out_v,
-                    cos_cmp, sin_cmp, hidden_v, arrivals + 2 + 2 * tile, part - parts_k, parts_v, block_table, flat,
-                    of_row, number, head, of_length, of_new, last, complete, t, num_new, pages_per_row, room, units_v,
+                    cos_cmp, sin_cmp, hidden_v, arrivals + 2 + 2 * tile, part - parts_k, parts_v, block_table,
+                    raw_table, flat, of_row, number, head, of_length, of_new, last, complete, t, num_new,
+                    pages_per_row, raw_pages, room, units_v,
                     stride_vrb, stride_vrt, stride_vrg, stride_tvrp, stride_tvrs, stride_tvrg,
-                    stride_tvcp, stride_tvcs, stride_tvcg, E, EP, BLOCK, STRIDE, RAW_RING, PAGE_STRIDES,
+                    stride_tvcp, stride_tvcs, stride_tvcg, E, EP, BLOCK, STRIDE, RAW_RING, PAGED, PAGE_STRIDES,
                     False, KIND, UNITS, ROWS, WARPS, SLICE_E, INNER, STAGES, PRECISION,
                 )  # fmt: skip
     if is_last:

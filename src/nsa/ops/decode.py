@@ -66,14 +66,22 @@ def append_tokens(
         k, k_win = (rotated(x, step.cos, step.sin) for x in (k, k_win))
     tensors.k[page, place] = k[row, at].to(tensors.k.dtype)
     tensors.v[page, place] = v[row, at].to(tensors.v.dtype)
-    for ring, x in (
-        (tensors.k_win, k_win),
-        (tensors.v_win, v_win),
-        (tensors.k_raw, k_raw),
-        (tensors.v_raw, v_raw),
+    if tensors.raw_table is not None:
+        # Kernels load the places of strides that end no block; what was there may be NaN, which no weight takes away.
+        empty = ((position + 1) % config.compress_stride == 0) & (position + 1 < config.compress_block_size)
+        place = position % tensors.page_size // config.compress_stride
+        for x in (tensors.k_cmp, tensors.v_cmp):
+            x[page[empty], place[empty]] = 0.0
+    for ring, x, table in (
+        (tensors.k_win, k_win, tensors.window_table),
+        (tensors.v_win, v_win, tensors.window_table),
+        (tensors.k_raw, k_raw, tensors.raw_table),
+        (tensors.v_raw, v_raw, tensors.raw_table),
     ):
         if ring is not None:
-            ring[row, position % ring.shape[1]] = x[row, at].to(ring.dtype)
+            page = _ring_of(table, row, position, ring.shape[1])
+            held = page >= 0
+            ring[page[held], (position % ring.shape[1])[held]] = x[row[held], at[held]].to(ring.dtype)
 
     length, stride = config.compress_block_size, config.compress_stride
     last = before[:, None] // stride + torch.arange(-(-t // stride), device=k.device)
@@ -83,7 +91,8 @@ def append_tokens(
     token = (last[:, None] + 1) * stride - length + torch.arange(length, device=k.device)
     page, place = _page_and_place(tensors, row, last, tensors.page_size // stride)
     slot = token % tensors.k_raw.shape[1]
-    blocks_k, blocks_v = (x[row[:, None], slot].transpose(1, 2) for x in (tensors.k_raw, tensors.v_raw))
+    ring = _ring_of(tensors.raw_table, row[:, None], token, tensors.k_raw.shape[1]).clamp(min=0)
+    blocks_k, blocks_v = (x[ring, slot].transpose(1, 2) for x in (tensors.k_raw, tensors.v_raw))
     keys, values = (PHI[config.compression](x, *of) for x, of in zip((blocks_k, blocks_v), phi, strict=True))
     keys = rotated(keys, step.cos_cmp[row, at], step.sin_cmp[row, at])
     tensors.k_cmp[page, place] = keys.to(tensors.k_cmp.dtype)
@@ -166,6 +175,15 @@ def _page_and_place(tensors: CacheTensors, row: Tensor, index: Tensor, per_page:
     """Where token (or stride) `index` of a row lies: its page, and its place in it."""
     column = (index // per_page).clamp(max=tensors.block_table.shape[1] - 1)
     return tensors.block_table[row, column].long(), index % per_page
+
+
+def _ring_of(table: Tensor | None, row: Tensor, position: Tensor, size: int) -> Tensor:
+    """The ring that a row's token lies in: its own, or a page by the table, -1 where it has none."""
+    if table is None:
+        return row.expand_as(position)
+    column = position // size
+    page = table[row, column.clamp(max=table.shape[1] - 1)].long()
+    return page.where(column < table.shape[1], -1)
 
 
 def _gathered(tensors: CacheTensors, memory: Tensor, lengths: Tensor, longest: int) -> Tensor:

@@ -11,17 +11,29 @@ All of them have blocks of one size, and layouts in which a block's layers lie t
 attn, and a block of win or raw is one of the pool's as any other.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, SlidingWindowSpec
 
+from nsa.backend import why_not_triton
 from nsa.config import NSAConfig
+from nsa.decode_step import DecodeStep, Rotary
+from nsa.decoding import MAX_QUERIES
+from nsa.serving.blocks import NULL_BLOCK
+from nsa.serving.decode import DecodeTables
 from nsa.serving.step import Step
 from nsa.serving.vllm_version import BLOCK_SIZE
 
@@ -36,20 +48,88 @@ class Tables:
     steps: dict[tuple[int, int], tuple[Step, dict[str, Any]]] = field(default_factory=dict)
 
 
-class TablesBuilder(AttentionMetadataBuilder[Tables]):
-    """No CUDA graphs: a step is planned from lengths on the host."""
+@dataclass
+class FixedTables:
+    """Of one cache in a decoding step, in storage that stays where it is: block tables, -1 for the null block.
+
+    Of attn also how many tokens rows have and get in t columns, the kernels' counters, and for how many layers.
+    """
+
+    t: int
+    layers: int
+    table: Tensor
+    lengths: Tensor
+    counts: Tensor
+    arrivals: Tensor
+    steps: list[Any] = field(default_factory=list)
+
+
+class TablesBuilder(AttentionMetadataBuilder[Tables | FixedTables]):
+    """Of a step whose rows all have the same few tokens: what a CUDA graph of it reads; of others: plans on the host.
+
+    Such steps are captured whole where the decoding kernels serve the model; the others run with all but the attention
+    in graphs.
+    """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.is_on_kernels = why_not_kernels(vllm_config, kv_cache_spec, device) is None
+        # Steps of drafts, in which rows may have several tokens, are decoding steps too.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.has_drafts = vllm_config.speculative_config is not None
+        self.rows = vllm_config.scheduler_config.max_num_seqs
+        self.fixed: FixedTables | None = None
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        served = why_not_kernels(vllm_config, kv_cache_spec, current_platform.device_type) is None
+        return AttentionCGSupport.UNIFORM_BATCH if served else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Tables:
-        common = common_attn_metadata
+    ) -> Tables | FixedTables:
+        common, rows, t = common_attn_metadata, common_attn_metadata.num_reqs, common_attn_metadata.max_query_len
+        if self.is_on_kernels and 1 <= t <= MAX_QUERIES and common.num_actual_tokens == rows * t:
+            return self._fixed(common, rows, t)
         # The bound is exact but for drafts that are not yet accepted or rejected.
-        lengths = common.seq_lens if common.seq_lens_cpu_upper_bound is None else common.seq_lens_cpu_upper_bound
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-        return Tables(common.block_table_tensor[: common.num_reqs], starts, lengths[: common.num_reqs].tolist())
+        is_exact = common.seq_lens_cpu_upper_bound is not None and not self.has_drafts
+        lengths = common.seq_lens_cpu_upper_bound if is_exact else common.seq_lens
+        starts = common.query_start_loc_cpu[: rows + 1].tolist()
+        return Tables(common.block_table_tensor[:rows], starts, lengths[:rows].tolist())
+
+    def _fixed(self, common: CommonAttentionMetadata, rows: int, t: int) -> FixedTables:
+        table = common.block_table_tensor[:rows]
+        if self.fixed is None:
+            self.fixed = self._room(max(self.rows, rows), table.shape[1])
+        room = self.fixed
+        found = replace(
+            room, t=t, table=room.table[:rows], lengths=room.lengths[:rows], counts=room.counts[:rows],
+            arrivals=room.arrivals[:rows], steps=[],
+        )  # fmt: skip
+        if self.kv_cache_spec.tokens_per_state > 1:
+            return found  # compressed keys lie by the tables of the selection branch
+        found.table.copy_(table.where(table > NULL_BLOCK, -1))
+        if isinstance(self.kv_cache_spec, FullAttentionSpec):
+            # Whoever has no block is padding, or measured before there are any.
+            has_tokens = table[:, 0] > NULL_BLOCK
+            counts = common.query_start_loc[1 : rows + 1] - common.query_start_loc[:rows]
+            torch.mul(counts, has_tokens, out=found.counts)
+            torch.mul(common.seq_lens[:rows], has_tokens, out=found.lengths)
+        return found
+
+    def _room(self, rows: int, width: int) -> FixedTables:
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+        arrivals = empty(rows, self.kv_cache_spec.num_kv_heads, 16)
+        return FixedTables(1, len(self.layer_names), empty(rows, width), empty(rows), empty(rows), arrivals)
+
+
+def why_not_kernels(vllm_config: VllmConfig, spec: Any, device: Any) -> str | None:
+    """Why the decoding kernels do not serve the model on this device; None where they do."""
+    heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+    q, k = (torch.empty(0, 1, n, spec.head_size, dtype=spec.dtype, device=device) for n in (heads, spec.num_kv_heads))
+    return why_not_triton(q, k, k)
 
 
 class NSABackend(AttentionBackend):
@@ -97,6 +177,7 @@ class CacheLayer(nn.Module, AttentionLayerBase):
         self.name, self.heads, self.dim, self.per_state, self.kept = name, heads, dim, per_state, kept
         self.num_heads, self.dtype = heads, torch.get_default_dtype()  # of the model, while it is made
         self.kv_cache = torch.tensor([])
+        self.owner: Any = None  # the attention that reads it, weakly
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"Duplicate layer name: {name}")
@@ -128,3 +209,15 @@ def step_of(config: NSAConfig, size: int, main: Tables, win: Tables | None, raw:
         table_win = None if win is None else win.table
         main.steps[key] = (Step(config, size, main.starts, main.lengths, main.table, table_win, raw.table), {})
     return main.steps[key]
+
+
+def decode_step_of(
+    main: FixedTables, win: FixedTables | None, raw: FixedTables, config: NSAConfig, rotary: Rotary, like: Tensor
+) -> tuple[DecodeTables, DecodeStep, Tensor]:
+    """Tables and step of layers with these, made by the first of each pass; and a layer's own lengths before it."""
+    if not main.steps:
+        table_win = None if win is None else win.table
+        tables = DecodeTables(main.t, main.table, table_win, raw.table, main.lengths, main.counts, main.arrivals)
+        step, before = tables.step(main.layers, config, rotary, like)
+        main.steps += [(tables, step, own) for own in before]
+    return main.steps.pop()

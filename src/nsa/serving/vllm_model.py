@@ -3,6 +3,7 @@
 The dense and the window twin are vLLM's Llama with its own attention.
 """
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -22,7 +23,8 @@ from nsa.ops.rotary import rotated
 from nsa.serving.append import append
 from nsa.serving.attend import attend
 from nsa.serving.blocks import LayerBlocks
-from nsa.serving.vllm_cache import CacheLayer, step_of
+from nsa.serving.decode import decode
+from nsa.serving.vllm_cache import CacheLayer, FixedTables, decode_step_of, step_of
 
 
 class NSAAttention(nn.Module):
@@ -55,7 +57,7 @@ class NSAAttention(nn.Module):
         self.cmp = CacheLayer(f"{prefix}.cmp", g, dim, per_state=self.config.compress_stride)
         self.win = None if self.config.shared_kv else CacheLayer(f"{prefix}.win", g, dim, kept=self.config.window_size)
         self.raw = CacheLayer(f"{prefix}.raw", g, dim, kept=self.config.compress_block_size)
-        LAYERS[prefix] = self
+        self.attn.owner = weakref.ref(self)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         q = self.q_proj(hidden_states)[0].unflatten(-1, (self.num_heads, -1))
@@ -73,6 +75,8 @@ class NSAAttention(nn.Module):
         k_win, v_win = (None, None) if self.win is None else self.win.pair
         memory = LayerBlocks(*self.attn.pair, *self.cmp.pair, k_win, v_win, *self.raw.pair)
         win = None if self.win is None else tables[self.win.name]
+        if isinstance(tables[self.attn.name], FixedTables):
+            return self._decode(memory, tables[self.attn.name], win, tables[self.raw.name], q, pairs, gates)
         step, shared = step_of(self.config, memory.size, tables[self.attn.name], win, tables[self.raw.name])
         if not shared:
             shared["tokens"] = self._factors(q, positions)
@@ -87,20 +91,27 @@ class NSAAttention(nn.Module):
         )  # fmt: skip
         return attend(rotated(q, cos, sin), gates, memory, step)
 
+    def _decode(
+        self, memory: LayerBlocks, main: FixedTables, win: FixedTables | None, raw: FixedTables, q: Tensor,
+        pairs: list[Tensor], gates: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """A step that may be captured: what follows from lengths is computed on the device, once for all layers."""
+        tables, step, before = decode_step_of(main, win, raw, self.config, self.rotary, q)
+        phi = (self.compress_k.weights(), self.compress_v.weights())
+        return decode(memory, tables, step, before, q, gates, pairs, phi, self.config)
+
     def _factors(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotary(like, positions[None])
         return cos[0], sin[0]
-
-
-# By their names in the graph of a compiled model.
-LAYERS: dict[str, NSAAttention] = {}
 
 
 @torch.library.custom_op("nsa::serving_attention", mutates_args=("out",))
 def serving_attention(
     q: Tensor, pairs: list[Tensor], gates: Tensor, positions: Tensor, out: Tensor, layer: str
 ) -> None:
-    out.copy_(LAYERS[layer].attend(q, pairs, gates, positions))
+    # By its name in the graph of a compiled model; a process may have several engines.
+    attention = get_forward_context().no_compile_layers[f"{layer}.attn"].owner()
+    out.copy_(attention.attend(q, pairs, gates, positions))
 
 
 @serving_attention.register_fake
