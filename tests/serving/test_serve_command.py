@@ -43,9 +43,10 @@ def test_a_folder_without_a_model(capsys, tmp_path):
 
 def test_a_model_of_another_kind(capsys, tmp_path):
     folder = write(tmp_path / "gpt2", model_type="gpt2")
-    assert said(capsys, folder).endswith(
-        "expected a model of type 'nsa_llama', got 'gpt2'; vLLM serves others by itself"
-    )
+    expected = "expected a model of type nsa_llama, nsa_mistral, nsa_qwen2, nsa_qwen3, got"
+    assert said(capsys, folder).endswith(f"{expected} 'gpt2'; vLLM serves others by itself")
+    folder = write(tmp_path / "phi", model_type="nsa_phi3")
+    assert said(capsys, folder).endswith(f"{expected} 'nsa_phi3'; vLLM has no decoder for it here")
 
 
 def test_a_model_without_a_tokenizer(capsys, folder):
@@ -92,7 +93,8 @@ def test_another_vllm_is_refused_and_none_falls_back(capsys, folder, monkeypatch
 def test_layers_without_caches_on_vllm(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "vllm_version", lambda: "0.32.0")
     told = said(capsys, write(tmp_path / "model", attention="nsa", dense_layers=[0]), "--port", free_port())
-    assert told.startswith("serving on vLLM: expected attention of ('nsa', 'dense', 'window') in all layers, got 'nsa'")
+    served = "('nsa', 'infllm_v2', 'dense', 'window')"
+    assert told.startswith(f"serving on vLLM: expected attention of {served} in all layers, got 'nsa'")
 
 
 def test_one_minor_version_serves():

@@ -99,7 +99,7 @@ def test_all_kinds_of_nsa_models(variant, tmp_path):
     ("options", "said"),
     [
         ({"block_size": 96}, r"block size: expected a multiple of select_block_size=64 \(l'\), got 96"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: NSA's caches have the model's, expected 'auto', got 'fp8'"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: the caches have the model's, expected 'auto', got 'fp8'"),
         ({"max_model_len": 2 * CONTEXT}, "max_model_len"),
     ],
 )  # fmt: skip

@@ -29,7 +29,9 @@ def config(monkeypatch):
     """Of an engine for a model of four heads, where the kernels serve: as on a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return SimpleNamespace(
-        model_config=SimpleNamespace(get_num_attention_heads=lambda parallel: 4),
+        model_config=SimpleNamespace(
+            get_num_attention_heads=lambda parallel: 4, hf_config=SimpleNamespace(attention="nsa")
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=6), speculative_config=None,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
     )  # fmt: skip
@@ -53,6 +55,9 @@ def builder(config, spec=MAIN):
 
 def test_decoding_is_captured_whole_where_the_kernels_serve(config, monkeypatch):
     assert TablesBuilder.get_cudagraph_support(config, MAIN) is AttentionCGSupport.UNIFORM_BATCH
+    config.model_config.hf_config.attention = "infllm_v2"
+    assert TablesBuilder.get_cudagraph_support(config, MAIN) is AttentionCGSupport.NEVER
+    config.model_config.hf_config.attention = "nsa"
     wide = FullAttentionSpec(**{**SPEC, "head_size": 264})
     assert TablesBuilder.get_cudagraph_support(config, wide) is AttentionCGSupport.NEVER
     monkeypatch.delenv("TRITON_INTERPRET")

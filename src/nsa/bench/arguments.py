@@ -164,7 +164,8 @@ class DecodeArguments:
     """One layer's attention for one new token a row, as steps of a CUDA graph, beside dense attention.
 
     NSA: its two launches over a cache of one page a row, and over shuffled pages of 256 tokens; and with the append
-    (one more launch, of which every 16th completes a block). Dense: the same query over the same raw keys, by cuDNN and
+    (one more launch, of which every 16th completes a block), also over block tables as a serving engine has them, whose
+    time as a multiple of the static cache's is printed. Dense: the same query over the same raw keys, by cuDNN and
     FlashAttention-2, KV heads shared. The steps of a graph go round several caches, so that keys come from memory;
     where one step's keys fit in the L2, also one cache again and again. The floor is the bytes of the keys over the
     bandwidth of a copy, measured in the same run.

@@ -1,7 +1,9 @@
 """`nsa bench decode`: one layer's attention for one new token a row, as a CUDA graph, beside dense attention."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from nsa.cache_tensors import CacheTensors, empty_cache_tensors
 from nsa.config import NSAConfig
 from nsa.decode_step import DecodeStep
 from nsa.decoding import append_tokens, decode_attention
+from nsa.serving.blocks import LayerBlocks
+from nsa.serving.decode import DecodeTables, decode
 from nsa.streams import Branches, Stream
 
 RIVALS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
@@ -82,7 +86,19 @@ def _cell(arguments: DecodeArguments, length: int, batch: int, bandwidth: float,
     if sparse < torch.cuda.get_device_properties(device).L2_cache_size // 2:
         first: Runs = {name: run[:1] for name, run in (runs | rivals).items()}
         yield entry("attention, one cache again and again", first)
-    yield entry("append and attention", {"NSA": [layer.step for layer in layers]})
+    served: Runs = {}
+    if 2 * number * cache < free:
+        paged = [_Served(arguments, config, length - i % config.compress_stride, batch, device) for i in range(number)]
+        served["NSA, block tables"] = [layer.step for layer in paged]
+    static: Runs = {"NSA": [layer.step for layer in layers]}
+    both = entry("append and attention", static | served)
+    if served:
+        both.facts["block tables / static"] = both.ms["NSA, block tables"] / both.ms["NSA"]
+        print(
+            f"nsa bench: at {length:,} tokens, batch {batch}, a step over an engine's block tables takes "
+            f"{both.facts['block tables / static']:.2f} times the static cache's", file=sys.stderr,
+        )  # fmt: skip
+    yield both
 
 
 class _Layer:
@@ -144,6 +160,44 @@ class _Layer:
                 return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
         return run
+
+
+class _Served(_Layer):
+    """The same as a serving engine has it: window and raw tokens in blocks too, keys beside values in memory."""
+
+    def __init__(self, arguments: DecodeArguments, config: NSAConfig, length: int, batch: int, device: str) -> None:
+        super().__init__(arguments, config, length, batch, device, page=PAGE)
+        g, d, dtype = arguments.kv_heads, arguments.head_dim, self.q.dtype
+        per_row = self.tensors.block_table.shape[1]
+
+        def pair(blocks: int, tokens: int) -> tuple[Tensor, Tensor]:
+            both = torch.randn(blocks, g, tokens, 2 * d, device=device, dtype=dtype).transpose(1, 2)
+            return both[..., :d], both[..., d:]
+
+        def near(kept: int) -> tuple[Tensor, int]:
+            """Blocks for the last `kept` tokens and those to come; -1 for those before, which an engine took back."""
+            first = (length - kept) // PAGE
+            table = torch.full((batch, per_row), -1, dtype=torch.int32, device=device)
+            count = batch * (per_row - first)
+            table[:, first:] = torch.randperm(count, device=device).view(batch, -1)
+            return table, count
+
+        (window, of_window), (raw, of_raw) = near(config.window_size), near(config.compress_block_size)
+        self.memory = LayerBlocks(
+            *pair(batch * per_row, PAGE), *pair(batch * per_row, PAGE // config.compress_stride),
+            *pair(of_window, PAGE), *pair(of_raw, PAGE),
+        )  # fmt: skip
+        lengths, counts = self.tensors.lengths, torch.ones_like(self.tensors.lengths)
+        self.tables = DecodeTables(1, self.tensors.block_table, window, raw, lengths + 1, counts, self.tensors.arrivals)
+        self.factors = replace(self.factors, counts=counts)
+        cmp, slc, win = self.new
+        self.pairs = [x[:, 0] for x in (slc.k, slc.v, win.k, win.v, cmp.k, cmp.v)]
+
+    def step(self) -> Tensor:
+        return decode(
+            self.memory, self.tables, self.factors, self.tensors.lengths, self.q[:, 0], self.gates[:, 0], self.pairs,
+            self.phi, self.config,
+        )  # fmt: skip
 
 
 def _memory(tensors: CacheTensors) -> Sequence[Tensor]:

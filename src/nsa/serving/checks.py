@@ -11,8 +11,9 @@ from nsa.serving.arguments import ServeArguments
 from nsa.serving.step import check_block_size
 from nsa.serving.vllm_version import INSTALL, VLLM, why_not
 
-MODEL_TYPE = "nsa_llama"
-SERVED = ("nsa", "dense", "window")
+# Whose decoder is Llama's around the attention: vLLM's Llama serves them.
+FAMILIES = ("nsa_llama", "nsa_mistral", "nsa_qwen2", "nsa_qwen3")
+SERVED = ("nsa", "infllm_v2", "dense", "window")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -23,10 +24,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no model: expected a folder with config.json")
     config = json.loads(path.read_text(encoding="utf-8"))
     found = config.get("model_type") if isinstance(config, dict) else None
-    if found != MODEL_TYPE:
-        raise ValueError(
-            f"{folder}: expected a model of type {MODEL_TYPE!r}, got {found!r}; vLLM serves others by itself"
-        )
+    if found not in FAMILIES:
+        hint = "vLLM has no decoder for it here" if str(found).startswith("nsa_") else "vLLM serves others by itself"
+        raise ValueError(f"{folder}: expected a model of type {', '.join(FAMILIES)}, got {found!r}; {hint}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"{folder} has no tokenizer: expected tokenizer.json beside config.json")
     return config
@@ -43,7 +43,7 @@ def check_served(attention: Any, dense_layers: Any) -> None:
 
 def check_sizes(arguments: ServeArguments, config: dict[str, Any]) -> None:
     """ValueError where a size does not fit the model."""
-    if arguments.block_size is not None:
+    if arguments.block_size is not None and config.get("attention", "nsa") == "nsa":
         check_block_size(arguments.block_size, NSAConfig.from_dict(config.get("nsa") or {}))
     longest, asked = config.get("max_position_embeddings", 2048), arguments.max_model_len
     if asked is not None and not 1 <= asked <= longest:

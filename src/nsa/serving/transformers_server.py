@@ -21,13 +21,15 @@ def run(arguments: ServeArguments) -> None:
             "pip install 'transformers[serving]'"
         )
     import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.cli.serve import Serve
 
-    from nsa.models import NSALlamaForCausalLM
+    import nsa.models  # noqa: F401 which tells the Auto classes
 
     # The server looks the class up by its name in the package.
     found: Any = transformers
-    found.NSALlamaForCausalLM = NSALlamaForCausalLM
+    made: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(arguments.model))]
+    setattr(found, made.__name__, made)
     Serve(
         force_model=str(arguments.model.resolve()), host=arguments.host, port=arguments.port, dtype=arguments.dtype,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from nsa.serving.vllm_version import BLOCK_SIZE
 
 
 class NSAModelConfig(VerifyAndUpdateConfig):
-    """Called by vLLM with all its options, for our architecture."""
+    """Called by vLLM with all its options, for our architectures."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:
@@ -23,11 +23,10 @@ class NSAModelConfig(VerifyAndUpdateConfig):
         if not cache.user_specified_block_size:
             # As if asked for: a platform would put its own in its place.
             cache.block_size, cache.user_specified_block_size = BLOCK_SIZE, True
-        check_block_size(cache.block_size, config.nsa_config)
+        if config.attention == "nsa":
+            check_block_size(cache.block_size, config.nsa_config)
         if cache.cache_dtype != "auto":
-            raise ValueError(
-                f"kv_cache_dtype: NSA's caches have the model's, expected 'auto', got {cache.cache_dtype!r}"
-            )
+            raise ValueError(f"kv_cache_dtype: the caches have the model's, expected 'auto', got {cache.cache_dtype!r}")
         heads, ranks = config.num_key_value_heads, parallel.tensor_parallel_size
         if heads % ranks:
             raise ValueError(f"tensor_parallel_size: expected a divisor of num_key_value_heads={heads}, got {ranks}")

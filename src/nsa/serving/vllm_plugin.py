@@ -4,7 +4,7 @@ import logging
 
 from nsa.serving.vllm_version import why_not
 
-ARCHITECTURE = "NSALlamaForCausalLM"
+ARCHITECTURES = ("NSALlamaForCausalLM", "NSAMistralForCausalLM", "NSAQwen2ForCausalLM", "NSAQwen3ForCausalLM")
 
 
 def register() -> None:
@@ -20,5 +20,6 @@ def register() -> None:
     import nsa.models  # noqa: F401 which tells AutoConfig
     from nsa.serving.vllm_config import NSAModelConfig
 
-    ModelRegistry.register_model(ARCHITECTURE, "nsa.serving.vllm_model:NSALlamaForCausalLM")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = NSAModelConfig
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(name, "nsa.serving.vllm_model:SparseForCausalLM")
+        MODELS_CONFIG_MAP[name] = NSAModelConfig
