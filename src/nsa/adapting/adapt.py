@@ -21,6 +21,7 @@ from nsa.eval.models import device_of
 from nsa.eval.scoring import token_losses
 from nsa.eval.tasks.perplexity import Perplexity
 from nsa.eval.text import HELD_OUT
+from nsa.training.compiling import compile_layers
 from nsa.training.config import TrainConfig
 from nsa.training.folder import at_home, is_trained, last_checkpoint
 from nsa.training.loading import load_model
@@ -76,18 +77,18 @@ def _stages(arguments: AdaptArguments, out: Path, dense: Path) -> dict[str, Stag
         start = out / "stage-1" if arguments.first else arguments.sparse
         trainer = WholeCheckpointTrainer
         if arguments.teacher_weight:
-            trainer = _taught(TaughtTrainer, dense, arguments.teacher_weight)
-        stages["stage-2"] = Stage(config, partial(_all, start, arguments.lora), trainer)
+            trainer = _taught(partial(TaughtTrainer, compile=arguments.compile), dense, arguments.teacher_weight)
+        stages["stage-2"] = Stage(config, partial(_all, start, arguments), trainer)
     if arguments.second and arguments.twin:
         config = _config(arguments, out / "dense-trained", arguments.second, arguments.second_rate)
-        stages["dense-trained"] = Stage(config, partial(_all, dense, arguments.lora), WholeCheckpointTrainer)
+        stages["dense-trained"] = Stage(config, partial(_all, dense, arguments), WholeCheckpointTrainer)
     return stages
 
 
 def _config(arguments: AdaptArguments, folder: Path, curriculum: tuple[str, ...], rate: float) -> TrainConfig:
     """A training run's configuration; what it says of the model itself is for nobody here."""
     shared = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(AdaptArguments)}
-    values = {name: getattr(arguments, name) for name in shared - {"out", "resume"}}
+    values = {name: getattr(arguments, name) for name in shared - {"out", "resume", "compile"}}
     return TrainConfig(
         out=folder, curriculum=curriculum, learning_rate=rate, tokenizer=str(arguments.sparse), compile=False,
         resume=last_checkpoint(folder) is not None, weight_decay=0.0, **values,
@@ -100,12 +101,14 @@ def _new_alone(folder: Path, config: TrainConfig, tokenizer: Any) -> Any:
     return model
 
 
-def _all(folder: Path, rank: int, config: TrainConfig, tokenizer: Any) -> Any:
+def _all(folder: Path, arguments: AdaptArguments, config: TrainConfig, tokenizer: Any) -> Any:
     model, _ = load_model(folder, dtype=torch.float32)
     model.requires_grad_(True)
-    if rank:
+    if arguments.lora:
         torch.manual_seed(config.seed)
-        add_low_rank(model, rank)
+        add_low_rank(model, arguments.lora)
+    if arguments.compile:
+        compile_layers(model, on_cpu=config.device == "cpu" or not torch.cuda.is_available())
     return model
 
 

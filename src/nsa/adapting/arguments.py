@@ -146,6 +146,8 @@ class AdaptArguments:
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: fp32 weights, computation under autocast."""
+    compile: bool = field(default_factory=lambda: Path("/dev/nvidiactl").exists())
+    """torch.compile of each layer in stage 2; by default where there is a CUDA GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""

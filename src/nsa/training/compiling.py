@@ -33,14 +33,17 @@ def compile_parts(model: nn.Module, *, on_cpu: bool, cuda_graphs: bool) -> None:
 
 
 def compile_layers(model: nn.Module, *, on_cpu: bool) -> None:
-    """Each layer as a graph of its own, and the loss: between layers FSDP gathers their weights.
+    """Each layer as a graph of its own, and the loss if it is a part: between layers FSDP gathers their weights.
+
+    Layers that are alike share what was compiled for one.
 
     Raises:
         ValueError: torch.compile lacks what it needs here.
     """
     _check_compiler(on_cpu=on_cpu)
     decoder: Any = model.model
-    for part in (*decoder.layers, model.chunked_loss):
+    loss = getattr(model, "chunked_loss", None)
+    for part in (*decoder.layers, *([] if loss is None else [loss])):
         part.compile()
 
 
