@@ -16,11 +16,23 @@ from pathlib import Path
 
 CURRICULUM = ("512x600:repeated=0.1:retrieval=0.1:puzzles=0.2", "4096x2600:retrieval=0.05:puzzles=0.1")
 COMMON = (
-    *("--preset", "small", "--curriculum", *CURRICULUM, "--accumulation", "1", "--answer-weight", "3"),
+    *(
+        "--preset",
+        "small",
+        "--curriculum",
+        *CURRICULUM,
+        "--accumulation",
+        "1",
+        "--answer-weight",
+        "3",
+        "--selector-loss",
+        "0",
+    ),
     *("--eval-every", "800", "--save-every", "0", "--log-every", "20"),
 )
 GATES = ("--compressed-gate-bias", "-4", "--selected-gate-bias", "4", "--window-gate-bias", "-4")
 SELECTOR = ("--selector-loss", "0.5")
+SHORT = ("--curriculum", "512x1400:repeated=0.1:retrieval=0.1:puzzles=0.2", "4096x1800:retrieval=0.05:puzzles=0.1")
 ROWS: dict[str, tuple[str, ...]] = {
     "dense": ("--attention", "dense"),
     "window": ("--attention", "window"),
@@ -30,6 +42,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "nsa-selector": SELECTOR,
     "nsa-gates-selector": (*GATES, *SELECTOR),
     "infllm_v2": ("--attention", "infllm_v2"),
+    "dense-short": ("--attention", "dense", *SHORT),
+    "nsa-selector-short": (*SELECTOR, *SHORT),
     "nsa-all-blocks": ("--nsa.num-selected-blocks", "128"),
     "nsa-phi-mean": ("--nsa.compression", "mean"),
     "nsa-phi-linear": ("--nsa.compression", "linear"),

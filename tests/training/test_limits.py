@@ -49,7 +49,6 @@ def test_there_are_numbers_to_look_at():
         {"beta2": 1.0},
         {"decay_share": 1.5},
         {"report_to": ("carrier pigeon",)},
-        {"selector_loss": 0.1, "attention": "dense"},
         {"selector_loss": 0.1, "cp": 2},
     ],
 )

@@ -74,6 +74,7 @@ def small() -> TrainConfig:
             window_size=256,
         ),
         infllm_v2=InfLLMv2Config(kernel_size=16, kernel_stride=8, block_size=32, window_size=256, topk=16, dense_len=0),
+        selector_loss=0.5,
         learning_rate=1e-3,
         warmup_steps=200,
         dtype="bfloat16",
