@@ -16,19 +16,8 @@ from pathlib import Path
 
 CURRICULUM = ("512x600:repeated=0.1:retrieval=0.1:puzzles=0.2", "4096x2600:retrieval=0.05:puzzles=0.1")
 COMMON = (
-    *(
-        "--preset",
-        "small",
-        "--curriculum",
-        *CURRICULUM,
-        "--accumulation",
-        "1",
-        "--answer-weight",
-        "3",
-        "--selector-loss",
-        "0",
-    ),
-    *("--eval-every", "800", "--save-every", "0", "--log-every", "20"),
+    *("--preset", "small", "--curriculum", *CURRICULUM, "--accumulation", "1", "--answer-weight", "3"),
+    *("--selector-loss", "0", "--eval-every", "800", "--save-every", "0", "--log-every", "20"),
 )
 GATES = ("--compressed-gate-bias", "-4", "--selected-gate-bias", "4", "--window-gate-bias", "-4")
 SELECTOR = ("--selector-loss", "0.5")

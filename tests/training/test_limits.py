@@ -50,6 +50,7 @@ def test_there_are_numbers_to_look_at():
         {"decay_share": 1.5},
         {"report_to": ("carrier pigeon",)},
         {"selector_loss": 0.1, "cp": 2},
+        {"selector_loss": 0.1, "tp": 2},
     ],
 )
 def test_what_cannot_be_together_is_one_line(change):

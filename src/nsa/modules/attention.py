@@ -181,9 +181,7 @@ class NativeSparseAttention(nn.Module):
         out = attend_to_branches(q, branches, gates, self.config, max_seqlen_k=longest, nonnegative_gates=True)
         if self.selector_weight and torch.is_grad_enabled():
             loss = selector_loss(q, branches.slc.k, branches.cmp.k, layout, self.config)
-            out = with_loss(
-                out, loss, self.selector_weight * tokens.slc.k.shape[2] / self.num_kv_heads
-            )  # a rank's heads
+            out = with_loss(out, loss, self.selector_weight)
         return layout.unsort(self.o_proj(layout.without_padding(out).flatten(2)), x)
 
     def _forward_in_context(
