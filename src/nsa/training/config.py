@@ -222,7 +222,7 @@ class TrainConfig:
             raise ValueError(f"tokenizer should be bytes, bpe or a folder, got {self.tokenizer!r}")
         if self.selector_loss and self.attention == "nsa" and (self.cp > 1 or self.tp > 1):
             raise ValueError(
-                "selector_loss needs whole sequences and all heads on a rank: expected cp=1 and tp=1, or selector_loss=0, "
+                "selector_loss needs whole sequences and all heads on a rank: expected cp=1, tp=1 or selector_loss=0, "
                 f"got selector_loss={self.selector_loss:g}, cp={self.cp}, tp={self.tp}"
             )
         for name in self.report_to:
