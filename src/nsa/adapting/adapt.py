@@ -178,11 +178,12 @@ def _report(arguments: AdaptArguments, out: Path, folders: dict[str, Path]) -> N
     """Losses of every model on the same held-out rows, of all positions and of their later half."""
     length = max(stage.config.context for stage in _stages(arguments, out, folders["dense"]).values())
     source = arguments.data if arguments.data == "python" else arguments.data + HELD_OUT
-    device, found = device_of(arguments.device), {}
+    device, found, rows = device_of(arguments.device), {}, None
     print(f"loss on held-out rows of {length:,} tokens: all, after {length // 2:,}")
     for name, folder in folders.items():
         model, tokenizer = load_model(folder, dtype=torch.float32)
-        losses = token_losses(model.to(device).eval(), _rows(source, length, tokenizer)).double()
+        rows = _rows(source, length, tokenizer) if rows is None else rows  # of one tokenizer
+        losses = token_losses(model.to(device).eval(), rows).double()
         found[name] = [round(part.mean().item(), 4) for part in (losses, losses[:, length // 2 :])]
         print(f"  {name:<14}{found[name][0]:8.4f}{found[name][1]:8.4f}", flush=True)
     (out / RESULT).write_text(json.dumps({"length": length, "loss": found}, indent=2) + "\n", encoding="utf-8")
