@@ -47,8 +47,9 @@ def as_operator(
         ctx.save_for_backward(*tensors, *lengths)
 
     def gradients(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-        tensors, lengths = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
-        return backward(d_out, list(tensors), list(lengths), *ctx.rest), None, None, None
+        saved = list(ctx.saved_tensors)  # asked for once: gradient checkpointing gives them once
+        tensors, lengths = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
+        return backward(d_out, tensors, lengths, *ctx.rest), None, None, None
 
     forward.register_fake(lambda tensors, *_: tensors[0].new_empty(*tensors[0].shape[:3], tensors[2].shape[3]))
     backward.register_fake(

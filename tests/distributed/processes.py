@@ -2,7 +2,8 @@
 
     python processes.py RUNS RESULTS
 
-RUNS is JSON: a list of {name, ranks, arguments, of_rank, kill, poison, copy}; so is RESULTS: {name: [{code, said}]}.
+RUNS is JSON: a list of {name, ranks, arguments, of_rank, kill, poison, interrupt, copy, write}; so is RESULTS: {name:
+[{code, said}]}.
 """
 
 import json
@@ -36,6 +37,9 @@ def main():
     for one in json.loads(Path(sys.argv[1]).read_text()):
         if "copy" in one:
             shutil.copytree(*one["copy"])
+        if "write" in one:
+            path, text = one["write"]
+            Path(path).write_text(text)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -72,7 +76,7 @@ def _fork(one, rank, port):
 
 
 def _act(one, rank):
-    """Kill a rank, or make its weights NaN, after a step."""
+    """Kill a rank, make its weights NaN, or press Ctrl-C there twice, after a step."""
     from runs import At
 
     import nsa.training.train as module
@@ -80,11 +84,12 @@ def _act(one, rank):
     def kill(model):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    callbacks = [
-        At(step, act)
-        for act, (whose, step) in ((kill, one.get("kill", (-1, 0))), (poison_part, one.get("poison", (-1, 0))))
-        if whose == rank
-    ]
+    def interrupt(model):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    acts = {"kill": kill, "poison": poison_part, "interrupt": interrupt}
+    callbacks = [At(one[name][1], act) for name, act in acts.items() if name in one and one[name][0] == rank]
     train = module.train
     module.train = lambda config: train(config, callbacks=callbacks)
 

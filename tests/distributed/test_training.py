@@ -10,8 +10,12 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
+from nsa.training.config import TrainConfig
 from nsa.training.folder import checkpoints
+from nsa.training.world import mesh_shape
+from nsa.training.writing import in_pieces
 
 FLAGS = shlex.split(
     "--preset demo --data code.txt --cache-dir cache --curriculum 32x4:repeated=0.5 64x4:retrieval=0.5 "
@@ -25,6 +29,7 @@ def one(name, ranks, *more, out=None, **what):
     return {"name": name, "ranks": ranks, "arguments": [*FLAGS, "--out", out or name, *more], **what}
 
 
+OTHER_DATA = json.dumps({"data": "another", "tokenizer": "another"})
 RUNS = [
     one("alone", 1),
     one("halves", 2, kill=[1, 5]),
@@ -37,6 +42,9 @@ RUNS = [
     one("stopped", 1, kill=[0, 5]),
     one("other-layout", 2, "--resume", copy=["stopped", "other-layout"]),
     one("heads", 2, "--tp", "2"),
+    one("ctrl-c", 2, "--cp", "2", "--gather-once", interrupt=[1, 5]),
+    one("other-data", 2, "--resume", copy=["halves", "other-data"], write=["other-data/data.json", OTHER_DATA]),
+    one("torn", 2, "--resume", copy=["halves", "torn"], write=["torn/checkpoint-4/shards/__1_0.distcp", ""]),
 ]
 
 
@@ -106,6 +114,13 @@ def test_weights_of_one_rank_that_are_nan_end_all_before_the_next_checkpoint(res
     assert checkpoints(folder / "nan")[-1].name == "checkpoint-4"
 
 
+def test_ctrl_c_at_one_rank_ends_all_after_the_step_at_hand_with_a_checkpoint_and_one_line(results, folder):
+    assert [rank["code"] for rank in results["ctrl-c"]] == [130, 130], results["ctrl-c"]
+    said = one_line_of(results, "ctrl-c")
+    assert said.endswith("stopped at step 6; continue from ctrl-c/checkpoint-6 with --resume"), said
+    assert checkpoints(folder / "ctrl-c")[-1].name == "checkpoint-6"  # the signal came when step 5 was over
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -113,10 +128,29 @@ def test_weights_of_one_rank_that_are_nan_end_all_before_the_next_checkpoint(res
         ("batches", "--accumulation: a step's forward passes are divided among 2 ranks of data parallelism"),
         ("other-flags", "rank 1 was started with another configuration than rank 0 (hidden_size: 64, there 32)"),
         ("other-layout", "checkpoint-4 was written by one process, which alone continues it: without torchrun"),
+        ("other-data", "--resume: the data and the tokenizer of other-data changed since it was started"),
+        ("torn", "--resume: torn/checkpoint-4 cannot be read (EOFError); remove it to continue from one before it"),
     ],
 )
 def test_what_does_not_fit_is_one_line_of_one_rank(results, name, message):
     assert message in one_line_of(results, name)
+
+
+def test_what_a_rank_could_not_write_of_a_checkpoint_in_pieces_is_one_error_that_says_why():
+    failures = {1: (OSError(28, "No space left on device"), None)}
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device$"), in_pieces():
+        raise CheckpointException("write", failures)
+
+
+def test_rows_shorter_than_the_shards_are_one_line():
+    config = TrainConfig(cp=8, curriculum=("8x1", "64x1"))
+    with pytest.raises(ValueError, match=r"^--cp: each rank holds two chunks .* rows of 16 tokens or more, got .* 8$"):
+        mesh_shape(config, 8)
+
+
+def test_layers_whose_heads_are_shared_are_not_compiled():
+    with pytest.raises(ValueError, match=r"^--compile: .* expected --tp 1, or --no-compile, got --tp 2$"):
+        mesh_shape(TrainConfig(compile=True, tp=2), 2)
 
 
 def test_torchrun_with_sequences_shared_by_two_gives_the_losses_of_one_process(results, folder):

@@ -6,6 +6,7 @@ What one GPU does, the first rank does while the others wait on the host, their 
 import gc
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -14,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from nsa.bench import scale_on_paper as on_paper
 from nsa.bench.result import Entry, Result, when_and_where
 from nsa.bench.scale_arguments import ScaleArguments
 from nsa.bench.step import random_model
@@ -26,14 +27,24 @@ from nsa.config import NSAConfig
 from nsa.distributed import ContextParallel, context_parallel
 from nsa.modules.attention import NativeSparseAttention
 from nsa.report.table import Table
+from nsa.training.compiling import compile_between_hooks
 from nsa.training.presets import preset
+from nsa.training.sharded import shard_weights
 from nsa.training.sizes import vocabulary
 
 ALONE, EXCHANGES = "one GPU", "exchanges alone"
+LINK = 2**28  # bytes that each rank receives where the connection itself is measured
+RECEIVED, HOST, TOKENS = "GB received a rank", "host ms", "tokens"  # facts of an entry
 
 
 def run(arguments: ScaleArguments) -> None:
     """Measure on all ranks; write after every entry, show at the end."""
+    if arguments.on_paper:
+        text = on_paper.text(arguments)
+        print(text)
+        if arguments.output:
+            arguments.output.with_name(arguments.output.name + ".md").write_text(f"{text}\n")
+        return
     require_cuda()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ValueError("nsa bench scale measures several GPUs; torchrun --nproc-per-node 2 -m nsa bench scale")
@@ -64,11 +75,13 @@ def run(arguments: ScaleArguments) -> None:
 
 
 def measure(arguments: ScaleArguments, device: str = "cuda") -> Iterator[Entry]:
-    """One entry for every length of the layer, the sharded model, and the longest row, as soon as it is known."""
+    """The connection; one entry for every length of the layer, for the sharded model, and the longest row, as soon as
+    it is known."""
+    yield link(arguments, device)
     for length in arguments.lengths:
         yield layer(arguments, length, device)
     if arguments.row:
-        yield sharded(arguments, device)
+        yield from sharded(arguments, device)
     if arguments.longest:
         yield longest(arguments, device)
 
@@ -77,6 +90,21 @@ def world() -> DeviceMesh:
     """All ranks in a row."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(device, (dist.get_world_size(),))
+
+
+def link(arguments: ScaleArguments, device: str) -> Entry:
+    """What FSDP and context parallelism are made of: one all-gather, and one reduce-scatter, of much."""
+    ranks = dist.get_world_size()
+    own = torch.zeros(LINK // (ranks - 1) // 2, dtype=torch.bfloat16, device=device)
+    whole = own.new_zeros(ranks * len(own))
+    entry = Entry(length=len(whole), inputs="zeros", part="the connection", ms={})
+    for label, work in (
+        ("all-gather", partial(dist.all_gather_into_tensor, whole, own)),
+        ("reduce-scatter", partial(dist.reduce_scatter_tensor, own, whole)),
+    ):
+        of_all(entry, label, work, max(arguments.repetitions, 1))
+        entry.facts[f"{label}: {RECEIVED}"] = (len(whole) - len(own)) * 2 / 1e9
+    return entry
 
 
 def layer(arguments: ScaleArguments, length: int, device: str) -> Entry:
@@ -101,7 +129,7 @@ def layer(arguments: ScaleArguments, length: int, device: str) -> Entry:
     of_all(entry, label, pass_of(x, d_out), arguments.repetitions)
     bytes_moved, talk = exchanges(arguments, context, x.shape[1], one.config, device)
     of_all(entry, EXCHANGES, talk, arguments.repetitions)
-    entry.facts["GB received a rank"] = bytes_moved / 1e9
+    entry.facts[f"{EXCHANGES}: {RECEIVED}"] = bytes_moved / 1e9
     del x, d_out, one
     forget()
     return entry
@@ -113,17 +141,14 @@ def exchanges(
     """Bytes that a rank receives in forward and backward of a layer, and a function that sends as many."""
     size = (1, t, arguments.kv_heads, arguments.head_dim)
     raw = torch.zeros(size, dtype=torch.bfloat16, device=device)
-    count = (t // 2 + config.compress_block_size - 1) // config.compress_stride
-    compressed = raw[:, : 2 * count]
+    compressed = raw[:, : 2 * on_paper.blocks_of_a_chunk(t, config)]
     spans = context.zigzag.spans(t * context.size)
     halos = [
         tuple((max(0, start - reach), stop) for start, stop in spans)
         for reach in (config.window_size - 1, config.compress_block_size - 1)
     ]
-    others = context.size - 1
-    per_token = arguments.kv_heads * arguments.head_dim * 2
-    received = 2 * others * (t + 2 * count) * per_token * (1 + 2)  # k, v; gradients of them in fp32
-    received += sum(2 * 2 * 2 * (spans[1][0] - halo[1][0]) * per_token for halo in halos)
+    pair = arguments.kv_heads * arguments.head_dim
+    forward, backward = on_paper.bytes_of_a_layer(t * context.size, context.size, pair, config)
 
     def talk() -> None:
         for _ in "kv":
@@ -136,27 +161,34 @@ def exchanges(
                 whole = part.new_zeros(1, part.shape[1] * context.size, *part.shape[2:], dtype=torch.float32)
                 context.reduce_scatter(whole)
 
-    return received, talk
+    return forward + backward, talk
 
 
-def sharded(arguments: ScaleArguments, device: str) -> Entry:
-    """Training steps: `rows` rows on one GPU; as many on each of all, with weights and optimizer sharded (FSDP2)."""
-    label = f"{dist.get_world_size()} GPUs, FSDP2"
-    entry = Entry(length=arguments.row, inputs="random", part=f"step of {arguments.preset}", ms={})
-    size = (arguments.rows, arguments.row)
+def sharded(arguments: ScaleArguments, device: str) -> Iterator[Entry]:
+    """Training steps: some rows on one GPU; as many on each of all, with weights and optimizer sharded (FSDP2)."""
+    ranks = dist.get_world_size()
+    entries = {
+        rows: Entry(length=arguments.row, inputs="random", part=f"step of {arguments.preset}, {rows} rows a GPU", ms={})
+        for rows in arguments.rows
+    }
     if dist.get_rank() == 0:
         step = Trained(arguments, arguments.row, device)
-        of_main(entry, ALONE, partial(step, step.batch(size)), arguments.repetitions, step.resident())
-        del step
+        for rows, entry in entries.items():
+            work = partial(step, step.batch((rows, arguments.row)))
+            of_main(entry, ALONE, work, arguments.repetitions, step.resident())
+            entry.facts[f"{ALONE}: {TOKENS}"] = float(rows * arguments.row)
+        del step, work
         forget()
     dist.all_reduce(torch.zeros(()))
-    step = Trained(arguments, arguments.row, device, shard=True)
-    of_all(entry, label, partial(step, step.batch(size)), arguments.repetitions, step.resident())
-    entry.facts[f"{ALONE}: tokens"] = float(arguments.rows * arguments.row)
-    entry.facts[f"{label}: tokens"] = float(arguments.rows * arguments.row * dist.get_world_size())
-    del step
-    forget()
-    return entry
+    for label, gather_once in ((f"{ranks} GPUs, FSDP2", False), (f"{ranks} GPUs, FSDP2, gathered once", True)):
+        step = Trained(arguments, arguments.row, device, shard=True, gather_once=gather_once)
+        for rows, entry in entries.items():
+            work = partial(step, step.batch((rows, arguments.row)))
+            of_all(entry, label, work, arguments.repetitions, step.resident())
+            entry.facts[f"{label}: {TOKENS}"] = float(rows * arguments.row * ranks)
+        del step, work
+        forget()
+    yield from entries.values()
 
 
 def longest(arguments: ScaleArguments, device: str) -> Entry:
@@ -184,20 +216,21 @@ def on_one(arguments: ScaleArguments, entry: Entry, length: int, device: str) ->
 
 
 class Trained:
-    """A model of the preset's with its optimizer, on this GPU or on all."""
+    """A model of the preset's with its optimizer, on this GPU or on all, as `nsa train` has it."""
 
     def __init__(
-        self, arguments: ScaleArguments, length: int, device: str, *, shard: bool = False, share: bool = False
-    ) -> None:
+        self, arguments: ScaleArguments, length: int, device: str, *, shard: bool = False, share: bool = False,
+        gather_once: bool = False,
+    ) -> None:  # fmt: skip
         config = preset(arguments.preset)
         self.device, self.vocabulary = device, vocabulary(config)
         self.model = random_model(config, "nsa", length, config.num_layers, device)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.context = context_parallel(self.model, world()) if share else None
+        if arguments.compile:
+            compile_between_hooks(self.model, on_cpu=device == "cpu")
         if shard:
-            for layer in self.model.model.layers:
-                fully_shard(layer)
-            fully_shard(self.model)
+            shard_weights(self.model, world(), in_bf16=True, gather_once=gather_once)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, fused=True)
 
     def batch(self, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -228,7 +261,7 @@ def of_main(
 ) -> None:
     """Measure on the first rank, while the others wait on the host."""
     if dist.get_rank() == 0:
-        entry.ms[label], entry.gib[label] = timed(work, repetitions, resident)
+        entry.ms[label], entry.gib[label], entry.facts[f"{label}: {HOST}"] = timed(work, repetitions, resident)
     if resident is None:
         dist.all_reduce(torch.zeros(()))
 
@@ -240,20 +273,24 @@ def of_all(
     dist.all_reduce(torch.zeros(()))
     found = torch.tensor(timed(work, repetitions, resident))
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    entry.ms[label], entry.gib[label] = found.tolist()
+    entry.ms[label], entry.gib[label], entry.facts[f"{label}: {HOST}"] = found.tolist()
 
 
-def timed(work: Callable[[], object], repetitions: int, resident: float | None) -> tuple[float, float]:
-    """Median milliseconds after a run that does not count, and peak GiB; with no repetition that run's."""
-    device, found, gib = "cuda" if torch.cuda.is_available() else "cpu", [], 0.0
+def timed(work: Callable[[], object], repetitions: int, resident: float | None) -> tuple[float, float, float]:
+    """Median milliseconds after a run that does not count, peak GiB, and the milliseconds in which the host had
+    started everything; with no repetition that run's."""
+    device, gib = "cuda" if torch.cuda.is_available() else "cpu", 0.0
+    found: list[float] = []
+    started: list[float] = []
     for repetition in range(repetitions + 1):
         start = synchronized(device)
         if repetition == repetitions and device == "cuda":
             gib = (resident or 0.0) + peak_gib(work)
         else:
             work()
+            started.append((time.perf_counter() - start) * 1e3)
         found.append((synchronized(device) - start) * 1e3)
-    return statistics.median(found[1:] or found), gib
+    return statistics.median(found[1:] or found), gib, statistics.median(started[1:] or started or found)
 
 
 def forget() -> None:
@@ -269,18 +306,22 @@ def tables(result: Result) -> list[Table]:
     for entry in result.entries:
         alone = entry.ms.get(ALONE)
         for name, ms in entry.ms.items():
-            factor = entry.facts.get(f"{name}: tokens", 1.0) / entry.facts.get(f"{ALONE}: tokens", 1.0)
+            factor = entry.facts.get(f"{name}: {TOKENS}", 1.0) / entry.facts.get(f"{ALONE}: {TOKENS}", 1.0)
             gib, least = entry.gib.get(name), entry.gib.get(ALONE)
+            received, host = entry.facts.get(f"{name}: {RECEIVED}"), entry.facts.get(f"{name}: {HOST}")
             rows.append(
                 [
-                    entry.part, f"{entry.length:,}", name, f"{ms:.1f}",
-                    "" if alone is None or name == EXCHANGES else f"{alone / ms * factor:.2f}",
+                    entry.part, f"{entry.length:,}", name, f"{ms:.1f}", "" if host is None else f"{host:.1f}",
+                    "" if alone is None or received is not None else f"{alone / ms * factor:.2f}",
                     "" if gib is None else f"{gib:.1f}",
                     "" if gib is None or not least else f"{gib / least:.2f}",
-                    f"{entry.facts['GB received a rank']:.2f}" if name == EXCHANGES else "",
+                    "" if received is None else f"{received:.2f}",
+                    "" if received is None else f"{received / ms * 1e3:.0f}",
                 ]
             )  # fmt: skip
         if f"{ALONE}: out of memory" in entry.facts:
-            rows.append([entry.part, f"{entry.length:,}", ALONE, "out of memory", *[""] * 4])
-    header = ["what", "tokens", "by", "ms", "tokens/s of one GPU's", "peak GiB", "of one GPU's", "GB received a rank"]
+            rows.append([entry.part, f"{entry.length:,}", ALONE, "out of memory", *[""] * 6])
+    header = [
+        "what", "tokens", "by", "ms", "host ms", "tokens/s of one GPU's", "peak GiB", "of one GPU's", RECEIVED, "GB/s",
+    ]  # fmt: skip
     return [Table("several GPUs over one", header, rows)]

@@ -79,6 +79,7 @@ class FusedRMSNorm(LlamaRMSNorm):
     """Llama's norm in one operation instead of seven, rounded once, and in fp64 where x is."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype == self.weight.dtype:
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        dtype = hidden_states.dtype
+        if torch.promote_types(dtype, self.weight.dtype) == dtype:  # weights may be gathered in 16 bit
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(dtype), self.variance_epsilon)
         return super().forward(hidden_states)

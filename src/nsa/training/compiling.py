@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-VARYING = ("cu_seq_lens_q", "max_length_q")  # how many documents, and a bound on their length
+# How many documents, and a bound on their length: of a model's arguments, and of what its layers share.
+VARYING = ("cu_seq_lens_q", "max_length_q", "cu_seqlens", "max_seqlen")
 PARTS = ("model", "chunked_loss")  # of a language model
 
 
@@ -33,7 +34,7 @@ def compile_parts(model: nn.Module, *, on_cpu: bool, cuda_graphs: bool) -> None:
 
 
 def compile_layers(model: nn.Module, *, on_cpu: bool) -> None:
-    """Each layer as a graph of its own, and the loss if it is a part: between layers FSDP gathers their weights.
+    """Each layer as a graph of its own, and the loss if it is a part.
 
     Layers that are alike share what was compiled for one.
 
@@ -45,6 +46,19 @@ def compile_layers(model: nn.Module, *, on_cpu: bool) -> None:
     loss = getattr(model, "chunked_loss", None)
     for part in (*decoder.layers, *([] if loss is None else [loss])):
         part.compile()
+
+
+def compile_between_hooks(model: nn.Module, *, on_cpu: bool) -> None:
+    """The same of a model that FSDP is to shard: its hooks, which gather a layer's weights, stay outside of the graph.
+
+    Raises:
+        ValueError: torch.compile lacks what it needs here.
+    """
+    _check_compiler(on_cpu=on_cpu)
+    language_model: Any = model
+    for layer in language_model.model.layers:
+        layer.forward = torch.compile(layer.forward, **_options(cuda_graphs=False))
+    language_model.chunked_loss.compile(**_options(cuda_graphs=False))
 
 
 def _check_compiler(*, on_cpu: bool) -> None:

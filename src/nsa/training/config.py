@@ -30,6 +30,7 @@ FREE_ON_RESUME = frozenset(
         "dp_shard",
         "cp",
         "tp",
+        "gather_once",
     }
 )
 REPORTERS = ("tensorboard", "wandb")
@@ -135,9 +136,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: fp32 weights, computation under autocast."""
     compile: bool = field(default_factory=lambda: Path("/dev/nvidiactl").exists())
-    """torch.compile of all layers as one graph; by default where there is a CUDA GPU."""
+    """torch.compile of all layers as one graph, of several processes of each; by default where there is a CUDA GPU."""
     cuda_graphs: bool = True
-    """Of what is compiled on a GPU: all launches of a pass at once. Their memory is held from step to step."""
+    """Of what one process compiles on a GPU: all launches of a pass at once. Their memory is held from step to step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
@@ -154,6 +155,8 @@ class TrainConfig:
     """Ranks that share every sequence: each has two pieces of it (context parallelism)."""
     tp: int = 1
     """Ranks that share every layer's heads (tensor parallelism)."""
+    gather_once: bool = False
+    """Weights that ranks have in pieces stay whole from forward to backward: a third less is sent, more memory."""
 
     # Records
     eval_every: int = 100

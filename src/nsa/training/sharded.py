@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.distributed import DeviceMesh
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,21 +27,41 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from nsa.distributed import ZigZag, context_parallel, tensor_parallel
 from nsa.models import NSALlamaForCausalLM
-from nsa.training.compiling import compile_layers
+from nsa.training.compiling import compile_between_hooks
+from nsa.training.config import TrainConfig
 from nsa.training.folder import MODEL_FILE, SHARDS, checkpoints
 from nsa.training.stopping import all_finite
 from nsa.training.trainer import WholeCheckpointTrainer
 from nsa.training.world import World
-from nsa.training.writing import Partial, put_in_place, reading
+from nsa.training.writing import Partial, in_pieces, put_in_place, reading
 
 
-def distribute(model: NSALlamaForCausalLM, world: World, *, compiled: bool, on_cpu: bool) -> None:
+def shard_weights(model: nn.Module, mesh: DeviceMesh, *, in_bf16: bool, gather_once: bool) -> None:
+    """FSDP2 over `mesh`, in place: a group a layer, the next one gathered while one computes, and one of the rest.
+
+    Args:
+        in_bf16: for a model under autocast to bf16: the layers' weights are rounded before they are gathered, not
+            after, and half of the bytes are sent. What a rank owns, and sums of gradients, stay fp32.
+        gather_once: keep what forward has gathered until backward, all of the weights at once.
+    """
+    low: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    policy = MixedPrecisionPolicy(**low if in_bf16 else {})
+    language_model: Any = model
+    layers = language_model.model.layers
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not gather_once)
+    fully_shard(model, mesh=mesh)
+    for layer, following in pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+
+
+def distribute(model: NSALlamaForCausalLM, world: World, config: TrainConfig, *, on_cpu: bool) -> None:
     """Shard the model in place; it takes this rank's parts of sequences from then on, where there are parts."""
     if (tp := world.mesh["tp"]).size() > 1:
         plan: dict[str, str] = model.config.base_model_tp_plan or {}
@@ -48,11 +70,10 @@ def distribute(model: NSALlamaForCausalLM, world: World, *, compiled: bool, on_c
         context_parallel(model, world.contexts["cp"])
     model.to("cpu" if on_cpu else "cuda")
     names = ("dp_replicate", "fsdp") if world.mesh.size(0) > 1 else ("fsdp",)
-    if compiled:
-        compile_layers(model, on_cpu=on_cpu)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=world.mesh[names])
-    fully_shard(model, mesh=world.mesh[names])
+    if config.compile:
+        compile_between_hooks(model, on_cpu=on_cpu)
+    is_bf16 = config.dtype == "bfloat16"
+    shard_weights(model, world.mesh[names], in_bf16=is_bf16, gather_once=config.gather_once)
     # accelerate would make a second engine of it, for it knows of this one only by its own plugin.
     model._is_accelerate_prepared = True
 
@@ -124,7 +145,8 @@ class ShardedTrainer(WholeCheckpointTrainer):
             self._require_numbers()
             with self._partial(run) as parent:
                 weights, optimizer = get_state_dict(self.model, self._torch_optimizer())
-                dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=parent / name / SHARDS)
+                with in_pieces():
+                    dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=parent / name / SHARDS)
                 if self.world.is_main:
                     torch.save(self.lr_scheduler.state_dict(), parent / name / "scheduler.pt")
                     self.state.save_to_json(str(parent / name / "trainer_state.json"))
@@ -157,14 +179,18 @@ class ShardedTrainer(WholeCheckpointTrainer):
                 yield parent
         else:
             self.world.wait()
-            yield partial.folder
+            try:
+                yield partial.folder
+            except Exception as error:
+                partial.tell(error)
+                raise
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with reading(resume_from_checkpoint):
+        with reading(resume_from_checkpoint), in_pieces():
             weights = get_model_state_dict(self.model)
             dcp.load({"model": weights}, checkpoint_id=Path(resume_from_checkpoint) / SHARDS)
             set_model_state_dict(self.model, weights)
@@ -172,7 +198,7 @@ class ShardedTrainer(WholeCheckpointTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        with reading(checkpoint):
+        with reading(checkpoint), in_pieces():
             weights, optimizer = get_state_dict(self.model, self._torch_optimizer())
             dcp.load({"model": weights, "optimizer": optimizer}, checkpoint_id=Path(checkpoint) / SHARDS)
             set_state_dict(self.model, self._torch_optimizer(), model_state_dict=weights, optim_state_dict=optimizer)

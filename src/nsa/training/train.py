@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,16 @@ def _train(
     tokenizer, train_set, eval_sets = make_batches() if world is None else world.main_first(make_batches)
     data = fingerprints(corpus, tokenizer)
     del corpus  # its texts, which may be gigabytes
-    if is_main:
-        check_same_data(config.out, data, resume=checkpoint is not None)
-    if world is not None:
+    check_data = partial(check_same_data, config.out, data, resume=checkpoint is not None)
+    if world is None:
+        check_data()
+    else:
+        world.from_main(check_data)
         world.agree("data", data, lambda theirs, own: "other data, or another tokenizer, than rank 0")
     model = make(config, tokenizer)
     train_selectors(model, config.selector_loss / arguments.gradient_accumulation_steps)
     if world is not None:
-        distribute(model, world, compiled=config.compile, on_cpu=arguments.use_cpu)
+        distribute(model, world, config, on_cpu=arguments.use_cpu)
     elif config.compile:
         compile_parts(model, on_cpu=arguments.use_cpu, cuda_graphs=config.cuda_graphs)
     if checkpoint is None and is_main:

@@ -51,6 +51,11 @@ def mesh_shape(config: TrainConfig, size: int) -> tuple[int, int, int, int]:
             f"--tp: expected a divisor of the {config.num_kv_heads} KV heads (num_kv_heads), each of which one rank "
             f"holds, got {tp}"
         )
+    if config.compile and tp > 1:
+        raise ValueError(
+            f"--compile: torch.compile does not trace layers whose heads several ranks share; expected --tp 1, or "
+            f"--no-compile, got --tp {tp}"
+        )
     shortest = min(stage.length for stage in config.stages)
     if cp > 1 and shortest < 2 * cp:
         raise ValueError(
@@ -111,9 +116,15 @@ class World:
         self.any(False)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the main rank, where alone it is called."""
-        told: list[Any] = [make() if self.is_main else None]
-        dist.broadcast_object_list(told)
+        """What `make` returns on the main rank, where alone it is called; its error there, which that rank tells."""
+        told: list[Any] = [None, False]
+        try:
+            if self.is_main:
+                told = [make(), True]
+        finally:  # the others do not wait for what does not come
+            dist.broadcast_object_list(told)
+        if not told[1]:
+            raise SystemExit(2)
         return told[0]
 
     def main_first(self, make: Callable[[], T]) -> T:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from nsa.training.folder import last_checkpoint
 from nsa.training.tokenizer import first_line
 
@@ -26,12 +28,28 @@ class Partial:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, Exception) and not isinstance(error, (AssertionError, TypeError)):
-            last = last_checkpoint(self.folder.parent)
-            kept = f"{last} is whole" if last else "there is none before it"
-            raise OSError(
-                f"the checkpoint could not be written to {self.folder.parent} ({first_line(error)}); {kept}"
-            ) from error
+        if isinstance(error, Exception):
+            self.tell(error)
+
+    def tell(self, error: Exception) -> None:
+        """Raise that one OSError; an error of this library's own stays what it is."""
+        if isinstance(error, (AssertionError, TypeError)):
+            return
+        last = last_checkpoint(self.folder.parent)
+        kept = f"{last} is whole" if last else "there is none before it"
+        raise OSError(
+            f"the checkpoint could not be written to {self.folder.parent} ({first_line(error)}); {kept}"
+        ) from error
+
+
+@contextmanager
+def in_pieces() -> Iterator[None]:
+    """torch.distributed.checkpoint raises what is no Exception, on all ranks: here the first failed rank's error."""
+    try:
+        yield
+    except CheckpointException as failed:
+        error, _ = next(iter(failed.failures.values()))
+        raise OSError(first_line(error)) from failed
 
 
 @contextmanager
