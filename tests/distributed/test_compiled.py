@@ -11,5 +11,5 @@ def results():
 
 
 @pytest.mark.parametrize("case", groups.cases_of(compiled_cases))
-def test_gradients_of_compiled_layers_are_those_of_one_process(results, case):
+def test_gradients_are_those_of_one_process(results, case):
     assert not results[case], pytest.fail(results[case], pytrace=False)
