@@ -38,9 +38,19 @@ def case_measures():
 
 @sizes(2, 3)
 def case_counts_the_bytes_of_a_layer():
-    length = 2 * 24 * dist.get_world_size()
+    ranks = dist.get_world_size()
+    length = 2 * 24 * ranks
     layer = NativeSparseAttention(32, 4, 2, 8, config=NSA).bfloat16()
     part = context_parallel(layer, dist.group.WORLD).zigzag.shard(torch.randn(1, length, 32)).bfloat16()
+    for bounds in (None, torch.tensor([0, 50, length], dtype=torch.int32)):
+        forward, backward = received_by(lambda bounds=bounds: layer(part.requires_grad_(), cu_seqlens=bounds))
+        if dist.get_rank() > 0:  # nobody sends the first tokens of all what came before
+            counted = bytes_of_a_layer(length, ranks, 2 * 8, NSA, packed=bounds is not None)
+            assert (forward, backward) == counted
+
+
+def received_by(run):
+    """Bytes that torch.distributed gives this rank in forward and in backward."""
     received = []
 
     def counted(function, elements):
@@ -57,8 +67,7 @@ def case_counts_the_bytes_of_a_layer():
             ("all_to_all_single", lambda out, x: out.numel()),
         ):
             patches.enter_context(mock.patch.object(dist, name, counted(getattr(dist, name), elements)))
-        out = layer(part.requires_grad_())
+        out = run()
         forward = sum(received)
         out.sum().backward()
-    if dist.get_rank() > 0:  # nobody sends the first tokens of all what came before
-        assert (forward, sum(received) - forward) == bytes_of_a_layer(length, dist.get_world_size(), 2 * 8, NSA)
+    return forward, sum(received) - forward

@@ -40,8 +40,10 @@ def context_parallel_attention(
     """
     windows, config = layout.context.windows, layout.config
     k_raw, v_raw, k, v, k_win, v_win = tokens.tensors
+    halos = tuple(chunk.halo for chunk in layout.chunks)
+    k_halos, v_halos = windows(k_raw, halos), windows(v_raw, halos)  # little, and what follows waits for it
     on_their_way = [layout.context.start(x) for x in (k, v)]  # while blocks are compressed
-    k_cmp, v_cmp = _compressed(k_raw, v_raw, layout, compress)
+    k_cmp, v_cmp = _compressed(k_halos, v_halos, layout, compress)
     keys = tuple(chunk.keys for chunk in layout.chunks)
     ks, vs = (windows(x, keys, started=started) for x, started in zip((k, v), on_their_way, strict=True))
     if k_win is k and v_win is v:
@@ -91,16 +93,13 @@ def context_parallel_infllm_v2(
 
 
 def _compressed(
-    k_raw: Tensor, v_raw: Tensor, layout: ContextLayout, compress: Compress
+    k_halos: tuple[Tensor, ...], v_halos: tuple[Tensor, ...], layout: ContextLayout, compress: Compress
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Compressed keys and values that the queries of each chunk may see, from the first of all."""
     context, config, count = layout.context, layout.config, layout.num_blocks
-    halos = tuple(chunk.halo for chunk in layout.chunks)
     parts = [
         compress(chunk.gather(k_halo, count, config), chunk.gather(v_halo, count, config), chunk.cos, chunk.sin)
-        for chunk, k_halo, v_halo in zip(
-            layout.chunks, context.windows(k_raw, halos), context.windows(v_raw, halos), strict=True
-        )
+        for chunk, k_halo, v_halo in zip(layout.chunks, k_halos, v_halos, strict=True)
     ]
     ends = [stop for _, stop in (chunk.keys for chunk in layout.chunks)]
     seen = tuple(
