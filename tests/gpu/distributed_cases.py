@@ -4,16 +4,17 @@ import torch
 import torch.distributed as dist
 from groups import sizes
 from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from nsa import NativeSparseAttention, NSAConfig
 from nsa.backend import use_backend
 from nsa.distributed import context_parallel
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.testing import assert_close_to_fp64
+from nsa.training.sharded import shard_weights
 
 DEVICE = "cuda"
 NAMES = ("out", "dx")
+INFLLM_V2 = {"window_size": 128, "topk": 6, "dense_len": 0}
 LENGTH, DOCUMENTS = 2069, (0, 350, 355, 370, 1100, 1100, 2000, 2069)  # two ranks' chunks are of 518 tokens
 
 
@@ -76,16 +77,16 @@ def losses(attention, *, shared):
     torch.manual_seed(0)
     config = NSALlamaConfig(
         attention=attention, vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, infllm_v2=INFLLM_V2,
     )  # fmt: skip
     model = NSALlamaForCausalLM(config).to(DEVICE).train()
     ids = torch.randint(512, (1, LENGTH), device=DEVICE)
     bounds = torch.tensor(DOCUMENTS, dtype=torch.int32, device=DEVICE)
     batch = {"input_ids": ids, "labels": ids, "cu_seq_lens_q": bounds, "max_length_q": 1024}
     if shared:
-        batch = context_parallel(model, init_device_mesh(DEVICE, (dist.get_world_size(),))).zigzag.shard_batch(batch)
-        for part in (*model.model.layers, model):
-            fully_shard(part)
+        mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+        batch = context_parallel(model, mesh).zigzag.shard_batch(batch)
+        shard_weights(model, mesh, in_bf16=True, gather_once=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     found = []
     for _ in range(3):
@@ -112,6 +113,11 @@ def check_model(attention):
 @sizes(2)
 def case_model_sharded_nsa():
     check_model("nsa")
+
+
+@sizes(2)
+def case_model_sharded_infllm_v2():
+    check_model("infllm_v2")
 
 
 @sizes(2)
