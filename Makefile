@@ -36,8 +36,8 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-test-vllm: $(VLLM)/.installed  ## serving on vLLM, on a CPU
-	$(VLLM)/bin/python -m pytest -W ignore tests/vllm
+test-vllm: $(VLLM)/.installed  ## serving on vLLM, on a CPU; REQUESTS=10000 for the whole run with aborts
+	$(VLLM)/bin/python -m pytest -W ignore tests/vllm $(if $(REQUESTS),--requests $(REQUESTS))
 
 lint: $(STAMP)  ## the same checks as pre-commit
 	$(BIN)/ruff check .

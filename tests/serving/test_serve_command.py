@@ -103,6 +103,17 @@ def test_one_minor_version_serves():
     assert why_not("0.320.0") is not None
 
 
+def test_graphs_are_of_a_gpu(capsys, folder, monkeypatch):
+    monkeypatch.setattr(checks, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    told = said(capsys, folder, "--graphs", "--port", free_port())
+    assert told == "graphs: CUDA graphs need a GPU; expected graphs=False where there is none"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    words, _ = vllm_command(parse("serve", [str(folder), "--graphs"]), "name", {})
+    assert json.loads(words[words.index("--compilation-config") + 1])["cudagraph_mode"] == "FULL_DECODE_ONLY"
+    assert "--enforce-eager" not in words
+
+
 def test_what_vllm_is_given(folder):
     arguments = parse("serve", [str(folder), "--port", "81", "--memory", "0.5", "--vllm=--seed 1 --x 'a b'"])
     words, environment = vllm_command(arguments, "name", {})

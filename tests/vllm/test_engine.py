@@ -1,7 +1,11 @@
 """vLLM writes the tokens that generate() writes, whatever it does with requests and blocks."""
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm_models import CONTEXT, engine, expected, greedy, pool, prompts, save, written
+
+from nsa.testing import assert_close_to_fp64
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,38 @@ def test_aborted_requests_leave_all_blocks_free(llm):
             llm.llm_engine.step()
         llm.llm_engine.step()
         assert pool(llm).get_num_free_blocks() == free
+
+
+def test_logprobs_are_the_model_s(llm, folders):
+    from vllm import SamplingParams
+
+    (given,) = prompts(300, seed=9)
+    parameters = SamplingParams(temperature=0, max_tokens=6, logprobs=4, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": given}], parameters, use_tqdm=False)
+    (choice,) = output.outputs
+    ids = torch.tensor([[*given, *choice.token_ids]])
+    model = AutoModelForCausalLM.from_pretrained(folders["nsa"])
+    with torch.no_grad():
+        plain, truth = (model.to(dtype)(ids).logits[0, len(given) - 1 : -1] for dtype in (torch.float32, torch.float64))
+    chosen = truth.topk(4).indices
+    assert [list(found) for found in choice.logprobs] == chosen.tolist()
+    actual = torch.tensor([[one.logprob for one in found.values()] for found in choice.logprobs])
+    plain, logprobs = (x.log_softmax(-1).gather(1, chosen) for x in (plain, truth))
+    assert_close_to_fp64(actual, plain, logprobs, largest_score=float(truth.abs().max()))
+
+
+def test_samples_follow_their_seeds(llm):
+    from vllm import SamplingParams
+
+    def drawn(**options) -> list[list[int]]:
+        parameters = SamplingParams(max_tokens=10, ignore_eos=True, detokenize=False, **options)
+        return written(llm.generate([{"prompt_token_ids": x} for x in given], parameters, use_tqdm=False))
+
+    given = prompts(20, 280, seed=10)
+    first = drawn(temperature=2.0, top_p=0.95, seed=1)
+    assert first == drawn(temperature=2.0, top_p=0.95, seed=1)
+    assert first != drawn(temperature=2.0, top_p=0.95, seed=2)
+    assert drawn(temperature=2.0, top_k=1) == written(greedy(llm, given, 10))
 
 
 @pytest.mark.parametrize("attention", ["dense", "window"])

@@ -60,6 +60,8 @@ def test_decoding_is_captured_whole_where_the_kernels_serve(config, monkeypatch)
     config.model_config.hf_config.attention = "nsa"
     wide = FullAttentionSpec(**{**SPEC, "head_size": 264})
     assert TablesBuilder.get_cudagraph_support(config, wide) is AttentionCGSupport.NEVER
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=16, parallel_drafting=False)
+    assert TablesBuilder.get_cudagraph_support(config, MAIN) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     monkeypatch.delenv("TRITON_INTERPRET")
     assert TablesBuilder.get_cudagraph_support(config, MAIN) is AttentionCGSupport.NEVER  # no GPU here
 

@@ -63,6 +63,25 @@ def test_a_stream_is_what_generate_writes(client, folders):
     assert "".join(streamed).split() == text(expected(folders["nsa"], given, 10)[0]).split()
 
 
+def test_a_stop_string_ends_an_answer_and_is_not_in_it(client, folders):
+    given = prompts(60, seed=13)
+    words = text(expected(folders["nsa"], given, 10)[0]).split()
+    stop = words[5]
+    answer = client.completions.create(
+        model="tiny", prompt=given[0], max_tokens=10, temperature=0, stop=[stop],
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )  # fmt: skip
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text.split() == words[: words.index(stop)]
+
+
+def test_a_chat_streams_too(client):
+    given = {"model": "tiny", "messages": [{"role": "user", "content": "w3 w4 w5"}], "max_tokens": 5, "temperature": 0}
+    whole = client.chat.completions.create(**given).choices[0].message.content
+    parts = client.chat.completions.create(**given, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole
+
+
 def test_a_chat_is_answered_by_a_model_that_knows_no_chats(client):
     answer = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "w3 w4 w5"}], max_tokens=5, temperature=0

@@ -11,23 +11,31 @@ from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 
 VOCABULARY = 64
 CONTEXT = 2048
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def save(folder: Path, attention: str, nsa: dict[str, object] | None = None, **options) -> Path:
-    """Two layers in fp32, far from their initialisation, so that what they write depends on all they read."""
+    """Two layers in fp32."""
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": CONTEXT,
-        "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
-    }  # fmt: skip
     nsa = {"window_size": 64, "num_selected_blocks": 4, **(nsa or {})}
-    config = NSALlamaConfig(attention=attention, nsa=nsa, **{**sizes, **options})
-    model = NSALlamaForCausalLM(config).eval()
+    config = NSALlamaConfig(attention=attention, nsa=nsa, **{**SIZES, **options})
+    spread(NSALlamaForCausalLM(config)).save_pretrained(folder)
+    return save_tokenizer(folder)
+
+
+def spread(model):
+    """Far from its initialisation, so that what it writes depends on all it reads."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
-    model.save_pretrained(folder)
+    return model.eval()
+
+
+def save_tokenizer(folder: Path) -> Path:
     words = {word: number for number, word in enumerate(["<pad>", "<bos>", *(f"w{i}" for i in range(2, VOCABULARY))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -28,7 +28,7 @@ class ServeArguments:
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder that save_pretrained, nsa train or nsa demo wrote."""
+    """Folder that save_pretrained, nsa train, nsa demo or nsa convert wrote."""
     host: str = "127.0.0.1"
     """Address to listen at; others than this machine's own let others in."""
     port: int = 8000
@@ -51,7 +51,9 @@ class ServeArguments:
     """Tokens in a block of the caches, a multiple of l'. Default: 256."""
     memory: Annotated[float | None, tyro.conf.arg(metavar="GIB")] = None
     """Memory for the caches. Default: vLLM's share of the device; 4 on a CPU."""
+    graphs: bool = False
+    """On a GPU: decoding steps as whole CUDA graphs, of NSA models that the kernels serve."""
     compile: bool = False
-    """Let vLLM compile what lies between the attentions: slower to start."""
+    """Let vLLM compile what lies between the attentions, and capture graphs: slower to start."""
     vllm: str = ""
     """More options, handed to `vllm serve` as they are."""

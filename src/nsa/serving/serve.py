@@ -62,7 +62,11 @@ def vllm_command(arguments: ServeArguments, name: str, config: dict[str, Any]) -
     for option in ("max_model_len", "block_size"):
         if (value := getattr(arguments, option)) is not None:
             words += ["--" + option.replace("_", "-"), str(value)]
-    if not arguments.compile:
+    if arguments.graphs and not torch.cuda.is_available():
+        raise ValueError("graphs: CUDA graphs need a GPU; expected graphs=False where there is none")
+    if arguments.graphs and not arguments.compile:
+        words += ["--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
+    elif not arguments.compile:
         words.append("--enforce-eager")
     memory = arguments.memory
     if memory is None and not torch.cuda.is_available():

@@ -25,6 +25,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     MultipleOf,
+    max_decode_query_len,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, SlidingWindowSpec
 
@@ -82,8 +83,11 @@ class TablesBuilder(AttentionMetadataBuilder[Tables | FixedTables]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        served = why_not_kernels(vllm_config, kv_cache_spec, current_platform.device_type) is None
-        return AttentionCGSupport.UNIFORM_BATCH if served else AttentionCGSupport.NEVER
+        if why_not_kernels(vllm_config, kv_cache_spec, current_platform.device_type) is not None:
+            return AttentionCGSupport.NEVER
+        if max_decode_query_len(vllm_config) > MAX_QUERIES:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
