@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def compile_instead(architecture: int) -> None:
         language = GluonASTSource if isinstance(self, GluonJITFunction) else ASTSource
         source = language(fn=self, signature=signature, constexprs=constants, attrs=attributes)
         name = self.fn.__name__ + (" with parts" if values.get("PARTS") is True else "")
+        name += " over tables" if values.get("PAGED") is True else ""
         report(name, triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
 
     JITFunction.run = run
@@ -174,6 +176,8 @@ def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
     new, step = [tensor(b, t, g, width) for width in (d, e, d, e, d, e)], DecodeStep(counts, *[factors] * 4)
     decode.attend(tensor(b, t, h, d), tensor(b, t, h, 3), tensors, config, 0.1, counts, factors, factors)
     decode.append(tensors, new, config, "mlp", (phi(d), phi(e)), step)
+    tables = replace(tensors, window_table=tensors.block_table, raw_table=tensors.block_table)
+    decode.append(tables, new, config, "mlp", (phi(d), phi(e)), step)
     weight = tensor(4 * h * d, h * d)
     ids, frequencies = tensor(b, t, dtype=torch.int64), tensor(d // 2, dtype=torch.float32)
     step_begin.begin(ids, tensor(32000, h * d), counts, counts, frequencies, 1.0, config)

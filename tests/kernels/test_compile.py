@@ -44,6 +44,7 @@ DECODING = {
     "decode_split_kernel",
     "decode_finish_kernel",
     "decode_append_kernel",
+    "decode_append_kernel over tables",
     "project_kernel",
 }
 # On Hopper, for the paper's heads, these take the place of those.
