@@ -53,3 +53,16 @@ def test_infllm_v2_has_prefix_hits_and_preemption_too(tmp_path):
     found = [*greedy(llm, given[:1], 30), *greedy(llm, given[1:], 30)]
     assert [one.num_cached_tokens for one in found[1:]] == [256] * 3
     assert written(found) == expected(folder, given, 30)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_layers_that_stay_dense_are_served_beside_sparse_ones(family, tmp_path):
+    config, model, options = FAMILIES[family]
+    torch.manual_seed(0)
+    spread(model(config(**SIZES, **options))).save_pretrained(tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
+    layers = ["--layers", "1", "--tokens", "0", *METHODS["nsa"]]
+    assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "sparse"), *layers]) == 0
+    given = prompts(5, 300, 517)
+    llm = engine(tmp_path / "sparse", max_num_batched_tokens=256)
+    assert written(greedy(llm, given, 12)) == expected(tmp_path / "sparse", given, 12)

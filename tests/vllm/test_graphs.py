@@ -30,7 +30,7 @@ def config(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            get_num_attention_heads=lambda parallel: 4, hf_config=SimpleNamespace(attention="nsa")
+            get_num_attention_heads=lambda parallel: 4, hf_config=SimpleNamespace(attention="nsa", dense_layers=None)
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=6), speculative_config=None,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),

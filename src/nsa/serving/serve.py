@@ -39,7 +39,7 @@ def serve(arguments: ServeArguments) -> None:
         _say(arguments, str(arguments.model.resolve()), f"transformers' own server: {why}a request at a time")
         run(arguments)
         return
-    check_served(config.get("attention", "nsa"), config.get("dense_layers"))
+    check_served(config.get("attention", "nsa"))
     words, environment = vllm_command(arguments, name, config)
     if key:
         environment["VLLM_API_KEY"] = key  # and not among the words, which every user of the machine can read

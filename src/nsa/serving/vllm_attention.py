@@ -13,15 +13,20 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models import llama
+from vllm.model_executor.models.utils import extract_layer_index
 
+from nsa.methods.infllm_v2 import infllm_v2_attention
+from nsa.models.families import window_of
 from nsa.modules.compression import Compression
+from nsa.ops.attend import attend as nsa_attend
 from nsa.ops.rotary import rotated
 from nsa.serving.append import append
 from nsa.serving.attend import attend
 from nsa.serving.blocks import LayerBlocks
 from nsa.serving.decode import decode
-from nsa.serving.infllm_v2 import append_and_attend
+from nsa.serving.gathered import append_and_attend
 from nsa.serving.vllm_cache import CacheLayer, FixedTables, decode_step_of, step_of
+from nsa.streams import Causal, Stream, Window
 
 # Families whose keys and queries are normed; and whose q, k and v have a bias, though their configuration says none.
 NORMED, BIASED = ("nsa_qwen3",), ("nsa_qwen2",)
@@ -146,12 +151,13 @@ class NSAAttention(SparseAttention):
         return decode(memory, tables, step, before, q, gates, pairs, phi, self.config)
 
 
-class InfLLMv2Attention(SparseAttention):
-    """`nsa.InfLLMv2Attention`; one cache."""
+class DenseAttention(SparseAttention):
+    """Of the layers that stay dense beside sparse ones, some within a window; one cache."""
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.config = config.infllm_v2_config
+    def __init__(self, config: Any, *args: Any, prefix: str, **kwargs: Any) -> None:
+        super().__init__(config, *args, prefix=prefix, **kwargs)
+        window = window_of(config, extract_layer_index(prefix))
+        self.reach = Causal() if window is None else Window(window)
 
     def over_blocks(
         self, tables: dict[str, Any], q: Tensor, pairs: list[Tensor], gates: Tensor, positions: Tensor
@@ -159,8 +165,23 @@ class InfLLMv2Attention(SparseAttention):
         main, (k, v), (cos, sin) = tables[self.attn.name], pairs, self.factors(q, positions)
         return append_and_attend(
             rotated(q, cos, sin), rotated(k, cos, sin), v, self.attn.pair, main.table, main.starts, main.lengths,
-            self.config,
+            self.over_all,
         )  # fmt: skip
+
+    def over_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the last positions over whole sequences."""
+        return nsa_attend(q, Stream(k, v), self.reach, scale=q.shape[-1] ** -0.5)[0]
+
+
+class InfLLMv2Attention(DenseAttention):
+    """`nsa.InfLLMv2Attention`; one cache."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.config = config.infllm_v2_config
+
+    def over_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return infllm_v2_attention(q, k, v, self.config)
 
 
 class WindowAttention(llama.LlamaAttention):
@@ -178,6 +199,11 @@ class WindowAttention(llama.LlamaAttention):
 ATTENTIONS = {
     "nsa": NSAAttention, "infllm_v2": InfLLMv2Attention, "dense": llama.LlamaAttention, "window": WindowAttention,
 }  # fmt: skip
+
+
+def attention_of(config: Any, layer: int) -> type[nn.Module]:
+    """The class of a layer's attention. The dense twin's is vLLM's own."""
+    return DenseAttention if layer in (config.dense_layers or ()) else ATTENTIONS[config.attention]
 
 
 def _normed(norm: RMSNorm | None, x: Tensor) -> Tensor:

@@ -131,7 +131,8 @@ class TablesBuilder(AttentionMetadataBuilder[Tables | FixedTables]):
 
 def why_not_kernels(vllm_config: VllmConfig, spec: Any, device: Any) -> str | None:
     """Why the decoding kernels do not serve the model on this device; None where they do."""
-    if vllm_config.model_config.hf_config.attention != "nsa":
+    config = vllm_config.model_config.hf_config
+    if config.attention != "nsa" or config.dense_layers:
         return "its steps are planned on the host"
     heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
     q, k = (torch.empty(0, 1, n, spec.head_size, dtype=spec.dtype, device=device) for n in (heads, spec.num_kv_heads))

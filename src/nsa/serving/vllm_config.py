@@ -19,7 +19,7 @@ class NSAModelConfig(VerifyAndUpdateConfig):
         config = model.hf_config
         if config.attention in ("dense", "window"):
             return  # the twins are vLLM's own Llama
-        check_served(config.attention, config.dense_layers)
+        check_served(config.attention)
         if not cache.user_specified_block_size:
             # As if asked for: a platform would put its own in its place.
             cache.block_size, cache.user_specified_block_size = BLOCK_SIZE, True

@@ -9,16 +9,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models import llama
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index
 
 from nsa.models.configuration import SPARSE
-from nsa.serving.vllm_attention import ATTENTIONS
+from nsa.serving.vllm_attention import attention_of
 
 
 class SparseDecoderLayer(llama.LlamaDecoderLayer):
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
         config = config or vllm_config.model_config.hf_config
-        super().__init__(vllm_config, prefix, config, attn_layer_type=ATTENTIONS[config.attention])
+        attention = attention_of(config, extract_layer_index(prefix))
+        super().__init__(vllm_config, prefix, config, attn_layer_type=attention)
 
 
 class SparseForCausalLM(llama.LlamaForCausalLM):

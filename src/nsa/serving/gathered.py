@@ -1,13 +1,11 @@
-"""InfLLM-V2's step over block tables: every row's keys and values are gathered for its own time."""
+"""A step over block tables for which a row's keys and values are gathered for its time: InfLLM-V2, dense layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nsa.config import InfLLMv2Config
-from nsa.methods.infllm_v2 import infllm_v2_attention
 from nsa.serving.blocks import read, slots, write
 
 
@@ -20,12 +18,11 @@ def append_and_attend(
     table: Int[Tensor, "rows n"],
     starts: Sequence[int],
     lengths: Sequence[int],
-    config: InfLLMv2Config,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "tokens h e"]:
-    """`nsa.infllm_v2_attention` of new tokens, written to their blocks first, over their rows' tokens.
+    """`attention` of new tokens, written to their blocks first, over their rows' tokens.
 
-    Pooled keys are the means of keys that lie in the blocks, and are made again in every step, so that one cache is all
-    that there is: a step reads all keys of its rows, as dense attention does, and attends to those that are chosen.
+    One cache is all that there is: a step reads all keys of its rows, whatever the method then attends to.
 
     Args:
         q, k, v: rotated queries and keys, and values, of the packed tokens, row after row; what is behind the last of
@@ -34,7 +31,7 @@ def append_and_attend(
         table: block tables; 0 is the engine's null block, which is never written.
         starts: where each row's new tokens begin among the packed ones, and where the last ones end.
         lengths: tokens of each row, the new ones included.
-        config: block sizes and counts.
+        attention: of q [1, t, h, d], k [1, s, g, d] and v [1, s, g, e], queries being the last t of s positions.
 
     Returns:
         [tokens, h, e] in q's dtype, 0 for padding.
@@ -49,5 +46,5 @@ def append_and_attend(
         for x, to in zip((k, v), memory, strict=True):
             write(to, place[length - (new.stop - new.start) :], x[new])
         keys, values = (read(x, place)[None] for x in memory)
-        out[new] = infllm_v2_attention(q[new][None], keys, values, config)[0]
+        out[new] = attention(q[new][None], keys, values)[0]
     return out
