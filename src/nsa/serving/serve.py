@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from nsa.serving.arguments import ServeArguments
-from nsa.serving.checks import LOCAL, check_port, check_served, check_sizes, choose_engine, read_config, vllm_version
+from nsa.serving.checks import (
+    LOCAL,
+    check_port,
+    check_served,
+    check_sizes,
+    check_torchvision,
+    choose_engine,
+    read_config,
+    vllm_version,
+)
 
 CPU_MEMORY = 4.0  # GiB, where nothing else says how much the caches may take
 
@@ -40,6 +49,7 @@ def serve(arguments: ServeArguments) -> None:
         run(arguments)
         return
     check_served(config.get("attention", "nsa"))
+    check_torchvision()
     words, environment = vllm_command(arguments, name, config)
     if key:
         environment["VLLM_API_KEY"] = key  # and not among the words, which every user of the machine can read
