@@ -75,7 +75,7 @@ def check_torchvision() -> None:
     except (ImportError, OSError, RuntimeError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"torchvision does not load beside this torch ({why}), nor vLLM with it; expected one of the same build, or "
+            f"torchvision does not load beside this torch ({why}), nor vLLM with it; expected one of that build, or "
             "none, which is enough: pip uninstall -y torchvision torchaudio torchcodec"
         ) from error
 
