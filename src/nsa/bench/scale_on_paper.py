@@ -38,20 +38,13 @@ def blocks_of_a_chunk(t: int, config: NSAConfig) -> int:
     return (t // 2 + config.compress_block_size - 1) // config.compress_stride
 
 
-def bytes_of_a_layer(
-    length: int, ranks: int, width: int, config: NSAConfig, *, packed: bool = False
-) -> tuple[int, int]:
-    """Bytes that a rank receives in forward and in backward: keys and values in bf16 of `width` = HK D elements.
-
-    Of packed documents the window's keys and values are gathered as the raw ones are.
-    """
+def bytes_of_a_layer(length: int, ranks: int, width: int, config: NSAConfig) -> tuple[int, int]:
+    """Bytes that a rank receives in forward and in backward: keys and values in bf16 of `width` = HK D elements."""
     if ranks == 1:
         return 0, 0
     t = length // ranks
-    tokens = t * (2 if packed else 1) + 2 * blocks_of_a_chunk(t, config)
-    gathered = 2 * (ranks - 1) * tokens * width  # elements of k and v
-    reach = config.compress_block_size - 1 + (0 if packed else config.window_size - 1)
-    halos = 2 * 2 * reach * width
+    gathered = 2 * (ranks - 1) * (t + 2 * blocks_of_a_chunk(t, config)) * width  # elements of k and v
+    halos = 2 * 2 * (config.window_size - 1 + config.compress_block_size - 1) * width
     return gathered * LOW + halos * LOW, gathered * HIGH + halos * LOW
 
 
@@ -86,7 +79,7 @@ def layers(arguments: ScaleArguments) -> Table:
 
 
 def steps(arguments: ScaleArguments) -> Table:
-    """A training step of the preset's model on one packed row that P GPUs share, weights sharded over them."""
+    """A training step of the preset's model on one row that P GPUs share, weights sharded over them."""
     train = preset(arguments.preset)
     config = model_config(train, attention="nsa")
     nsa, hidden, num_layers = config.nsa_config, config.hidden_size, config.num_hidden_layers
@@ -101,7 +94,7 @@ def steps(arguments: ScaleArguments) -> Table:
     for length in (*arguments.lengths, ROW_LENGTH, 2 * ROW_LENGTH):
         for ranks in GPUS[1:]:
             compute, others = operations(length) / rate / ranks, (ranks - 1) / ranks
-            forward, backward = bytes_of_a_layer(length, ranks, width, nsa, packed=True)
+            forward, backward = bytes_of_a_layer(length, ranks, width, nsa)
             exchanged = num_layers * (2 * forward + backward)
             sharded = others * ((weights - outside) * (2 * LOW + HIGH) + outside * 2 * HIGH)
             per_ms = rate_between(ranks, arguments) / 1e3
@@ -121,4 +114,4 @@ def steps(arguments: ScaleArguments) -> Table:
         "tokens of the row", "GPUs", "computation, ms", "GB of keys, values", "GB of weights, gradients", "step, ms",
         "tokens/s", "GiB a GPU", "GPU hours for 1e9 tokens",
     ]  # fmt: skip
-    return Table(f"a step of {arguments.preset}, one row of packed documents", header, rows)
+    return Table(f"a step of {arguments.preset}, one row", header, rows)

@@ -8,10 +8,12 @@ means of what is gathered anyway, and every rank takes them itself.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from nsa.config import InfLLMv2Config
+from nsa.distributed.context import Window
 from nsa.distributed.layout import ContextLayout
 from nsa.functional import native_sparse_attention
 from nsa.methods.infllm_v2 import infllm_v2_attention
@@ -49,14 +51,11 @@ def context_parallel_attention(
     if k_win is k and v_win is v:
         ks_win, vs_win = ks, vs
     else:
-        # Packed sequences want all keys of the window's branch, too.
-        near = keys
-        if not layout.is_packed:
-            near = tuple(
-                (max(0, start - config.window_size + 1), stop)
-                for start, stop in layout.context.zigzag.spans(q.shape[1] * layout.context.size)
-            )
+        spans = layout.context.zigzag.spans(q.shape[1] * layout.context.size)
+        near = tuple((max(0, start - config.window_size + 1), stop) for start, stop in spans)
         ks_win, vs_win = windows(k_win, near), windows(v_win, near)
+        if layout.is_packed:  # whose lengths are those of all keys; before the window are zeros, which nobody reads
+            ks_win, vs_win = _from_the_first(ks_win, near), _from_the_first(vs_win, near)
     n = q.shape[1] // 2
     outs = [
         native_sparse_attention(
@@ -90,6 +89,11 @@ def context_parallel_infllm_v2(
         for i, (chunk, q_chunk) in enumerate(zip(layout.chunks, q.chunk(2, 1), strict=True))
     ]
     return torch.cat(outs, 1)
+
+
+def _from_the_first(parts: tuple[Tensor, ...], windows: tuple[Window, ...]) -> tuple[Tensor, ...]:
+    """Each part [b, n, g, d] as long as all tokens up to its end, zeros before it."""
+    return tuple(F.pad(part, (0, 0, 0, 0, first, 0)) for part, (first, _) in zip(parts, windows, strict=True))
 
 
 def _compressed(
