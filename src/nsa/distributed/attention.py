@@ -8,12 +8,11 @@ means of what is gathered anyway, and every rank takes them itself.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from nsa.config import InfLLMv2Config
-from nsa.distributed.context import Window
+from nsa.distributed.context import from_the_first
 from nsa.distributed.layout import ContextLayout
 from nsa.functional import native_sparse_attention
 from nsa.methods.infllm_v2 import infllm_v2_attention
@@ -55,7 +54,7 @@ def context_parallel_attention(
         near = tuple((max(0, start - config.window_size + 1), stop) for start, stop in spans)
         ks_win, vs_win = windows(k_win, near), windows(v_win, near)
         if layout.is_packed:  # whose lengths are those of all keys; before the window are zeros, which nobody reads
-            ks_win, vs_win = _from_the_first(ks_win, near), _from_the_first(vs_win, near)
+            ks_win, vs_win = from_the_first(ks_win, near), from_the_first(vs_win, near)
     n = q.shape[1] // 2
     outs = [
         native_sparse_attention(
@@ -89,11 +88,6 @@ def context_parallel_infllm_v2(
         for i, (chunk, q_chunk) in enumerate(zip(layout.chunks, q.chunk(2, 1), strict=True))
     ]
     return torch.cat(outs, 1)
-
-
-def _from_the_first(parts: tuple[Tensor, ...], windows: tuple[Window, ...]) -> tuple[Tensor, ...]:
-    """Each part [b, n, g, d] as long as all tokens up to its end, zeros before it."""
-    return tuple(F.pad(part, (0, 0, 0, 0, first, 0)) for part, (first, _) in zip(parts, windows, strict=True))
 
 
 def _compressed(

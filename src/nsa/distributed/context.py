@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import DeviceMesh, ProcessGroup
 
@@ -109,6 +110,11 @@ class Gathering:
     def wait(self) -> Tensor:
         self.work.wait()
         return self.parts
+
+
+def from_the_first(parts: tuple[Tensor, ...], windows: tuple[Window, ...]) -> tuple[Tensor, ...]:
+    """Each part [b, n, g, d] as long as all tokens up to its window's end, zeros before the window."""
+    return tuple(F.pad(part, (0, 0, 0, 0, first, 0)) for part, (first, _) in zip(parts, windows, strict=True))
 
 
 class _Windows(torch.autograd.Function):

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nsa.distributed import ContextParallel
+from nsa.distributed.context import from_the_first
 from nsa.distributed.layout import ContextLayout, boundaries, check_shard
 from nsa.models.configuration import SPARSE
 
@@ -101,11 +102,11 @@ def attend_in_context(
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     spans = shared.context.zigzag.spans(shared.total)
-    seen = tuple((0, stop) for _, stop in spans)
+    # Before a window's first key are zeros, which nobody reads.
+    seen = tuple((0 if window is None else max(0, start - window + 1), stop) for start, stop in spans)
+    ks, vs = (from_the_first(shared.context.windows(x, seen), seen) for x in (k, v))
     outs = []
-    for chunk, q_chunk, keys, values in zip(
-        spans, q.chunk(2, 1), shared.context.windows(k, seen), shared.context.windows(v, seen), strict=True
-    ):
+    for chunk, q_chunk, keys, values in zip(spans, q.chunk(2, 1), ks, vs, strict=True):
         b, t, s = len(q), q_chunk.shape[1], keys.shape[1]
         if shared.cu_seqlens is None:
             rows = torch.arange(b + 1, device=q.device, dtype=torch.int32)
