@@ -30,7 +30,8 @@ def config(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            get_num_attention_heads=lambda parallel: 4, hf_config=SimpleNamespace(attention="nsa", dense_layers=None)
+            get_num_attention_heads=lambda parallel: 4, get_num_kv_heads=lambda parallel: 2, get_head_size=lambda: 32,
+            dtype=torch.bfloat16, hf_config=SimpleNamespace(attention="nsa", dense_layers=None),
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=6), speculative_config=None,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
@@ -58,8 +59,9 @@ def test_decoding_is_captured_whole_where_the_kernels_serve(config, monkeypatch)
     config.model_config.hf_config.attention = "infllm_v2"
     assert TablesBuilder.get_cudagraph_support(config, MAIN) is AttentionCGSupport.NEVER
     config.model_config.hf_config.attention = "nsa"
-    wide = FullAttentionSpec(**{**SPEC, "head_size": 264})
-    assert TablesBuilder.get_cudagraph_support(config, wide) is AttentionCGSupport.NEVER
+    config.model_config.dtype = torch.float64
+    assert TablesBuilder.get_cudagraph_support(config, MAIN) is AttentionCGSupport.NEVER
+    config.model_config.dtype = torch.bfloat16
     config.speculative_config = SimpleNamespace(num_speculative_tokens=16, parallel_drafting=False)
     assert TablesBuilder.get_cudagraph_support(config, MAIN) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -74,16 +74,14 @@ class TablesBuilder(AttentionMetadataBuilder[Tables | FixedTables]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.is_on_kernels = why_not_kernels(vllm_config, kv_cache_spec, device) is None
-        # Steps of drafts, in which rows may have several tokens, are decoding steps too.
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.is_on_kernels = why_not_kernels(vllm_config, device) is None
         self.has_drafts = vllm_config.speculative_config is not None
         self.rows = vllm_config.scheduler_config.max_num_seqs
         self.fixed: FixedTables | None = None
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        if why_not_kernels(vllm_config, kv_cache_spec, current_platform.device_type) is not None:
+        if why_not_kernels(vllm_config, current_platform.device_type) is not None:
             return AttentionCGSupport.NEVER
         if max_decode_query_len(vllm_config) > MAX_QUERIES:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -129,13 +127,13 @@ class TablesBuilder(AttentionMetadataBuilder[Tables | FixedTables]):
         return FixedTables(1, len(self.layer_names), empty(rows, width), empty(rows), empty(rows), arrivals)
 
 
-def why_not_kernels(vllm_config: VllmConfig, spec: Any, device: Any) -> str | None:
+def why_not_kernels(vllm_config: VllmConfig, device: Any) -> str | None:
     """Why the decoding kernels do not serve the model on this device; None where they do."""
-    config = vllm_config.model_config.hf_config
+    model, config = vllm_config.model_config, vllm_config.model_config.hf_config
     if config.attention != "nsa" or config.dense_layers:
         return "its steps are planned on the host"
-    heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
-    q, k = (torch.empty(0, 1, n, spec.head_size, dtype=spec.dtype, device=device) for n in (heads, spec.num_kv_heads))
+    heads = (f(vllm_config.parallel_config) for f in (model.get_num_attention_heads, model.get_num_kv_heads))
+    q, k = (torch.empty(0, 1, n, model.get_head_size(), dtype=model.dtype, device=device) for n in heads)
     return why_not_triton(q, k, k)
 
 
