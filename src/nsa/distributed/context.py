@@ -56,18 +56,19 @@ class ContextParallel:
         """[b, 2 m, ...] of every rank -> [b, 2 m P, ...], chunks in their order; without gradients."""
         if self.size == 1:
             return x
-        parts = (started or self.start(x)).wait()
-        low, high = parts.unflatten(0, (self.size, -1)).unflatten(2, (2, -1)).unbind(2)  # [P, b, m, ...]
-        return torch.cat([low, high.flip(0)]).transpose(0, 1).flatten(1, 2)
+        parts = (
+            (started or self.start(x)).wait().unflatten(0, (self.size, -1)).unflatten(2, (2, -1))
+        )  # [P, b, 2, m, ...]
+        return torch.cat([*parts[:, :, 0].unbind(), *reversed(parts[:, :, 1].unbind())], 1)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """The inverse of `gather` for gradients: what all ranks have for this rank's part, added up."""
         if self.size == 1:
             return x
-        low, high = x.unflatten(1, (2, self.size, -1)).unbind(1)  # [b, P, m, ...]
-        parts = torch.stack([low, high.flip(1)], 2).transpose(0, 1).flatten(2, 3).flatten(0, 1)
+        chunks = x.chunk(2 * self.size, 1)
+        parts = torch.cat([torch.cat([chunks[rank], chunks[-1 - rank]], 1) for rank in range(self.size)])
         own = torch.empty_like(parts[: len(x)])
-        dist.reduce_scatter_tensor(own, parts.contiguous(), group=self.group)
+        dist.reduce_scatter_tensor(own, parts, group=self.group)
         return own
 
     def windows(
@@ -138,8 +139,10 @@ class _Windows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wide = torch.promote_types(ctx.dtype, torch.float32)
-        total = grads[0].new_zeros(ctx.shape, dtype=wide)
-        for (start, stop), grad in zip(ctx.windows, grads, strict=True):
+        total = grads[0].new_empty(ctx.shape, dtype=wide)
+        first, end = ctx.windows[-1]
+        total[:, :first], total[:, first:end], total[:, end:] = 0, grads[-1], 0
+        for (start, stop), grad in zip(ctx.windows[:-1], grads[:-1], strict=True):
             total[:, start:stop] += grad
         if ctx.order is not None and total.shape[1] > 0:
             exists = ctx.order.exists.view(1, -1, *[1] * (total.dim() - 2))
