@@ -88,12 +88,12 @@ def test_the_tiling_is_chosen_by_size(monkeypatch):
 
         monkeypatch.setattr(MODULE, name, recorded)
     generator = torch.Generator().manual_seed(0)
-    for t, s in ((1, 300), (100, 100), (100, 300)):
-        block_indices = random_selection(Layout(t=t, s=s), SMALL, 1, generator)
+    for b, t, s in ((1, 1, 300), (1, 100, 100), (1, 100, 300), (20, 8, 20)):
+        block_indices = random_selection(Layout(b=b, t=t, s=s), SMALL, 1, generator)
         selected_attention(
-            torch.randn(1, t, 1, 2), torch.randn(1, s, 1, 2), torch.randn(1, s, 1, 2), block_indices, SMALL
+            torch.randn(b, t, 1, 2), torch.randn(b, s, 1, 2), torch.randn(b, s, 1, 2), block_indices, SMALL
         )
-    assert chosen == ["_tiles_by_query", "_tiles_masked", "_tiles_by_block"]
+    assert chosen == ["_tiles_by_query", "_tiles_masked", "_tiles_by_block", "_tiles_masked"]
 
 
 @pytest.mark.parametrize(("index", "got"), [(5, "-1 to 5"), (-2, "-2 to 0")])

@@ -56,9 +56,8 @@ class ContextParallel:
         """[b, 2 m, ...] of every rank -> [b, 2 m P, ...], chunks in their order; without gradients."""
         if self.size == 1:
             return x
-        parts = (
-            (started or self.start(x)).wait().unflatten(0, (self.size, -1)).unflatten(2, (2, -1))
-        )  # [P, b, 2, m, ...]
+        parts = (started or self.start(x)).wait()
+        parts = parts.unflatten(0, (self.size, -1)).unflatten(2, (2, -1))  # [P, b, 2, m, ...]
         return torch.cat([*parts[:, :, 0].unbind(), *reversed(parts[:, :, 1].unbind())], 1)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from nsa.streams import Blocks, Stream
 
 Tiling = Literal["by_query", "by_block", "masked"]
 
-# Up to this many queries, gathering each one's blocks is cheapest (decoding).
-MAX_QUERIES_TO_GATHER = 8
+# Up to this many queries, gathering each one's blocks is cheapest (decoding); but where everything may be scored, not
+# for so many rows and heads.
+MAX_QUERIES_TO_GATHER, MAX_GATHERS = 8, 64
 # Up to this many times the n*l' keys that a query reads, scoring everything and masking is cheapest.
 MAX_CONTEXT_TO_MASK = 4
 # Queries that share a mask; more would mostly add keys after the first of them.
@@ -93,7 +94,7 @@ def block_tiles(
                     f"selected_attention: block indices should lie between -1 and {blocks - 1} "
                     f"({part.num_keys} keys), got {int(chosen.min())} to {int(chosen.max())}"
                 )
-            way = tiling or _cheapest(part, chosen.shape[3] * size)
+            way = tiling or _cheapest(part, chosen.shape, size)
             if way == "by_query":
                 yield from _tiles_by_query(part, chosen, size)
             elif way == "by_block":
@@ -104,10 +105,13 @@ def block_tiles(
     return tiles
 
 
-def _cheapest(part: Part, keys_per_query: int) -> Tiling:
-    if part.num_queries <= MAX_QUERIES_TO_GATHER:
+def _cheapest(part: Part, shape: torch.Size, size: int) -> Tiling:
+    """Of lists of blocks of this shape [rows, g, t, n]."""
+    rows, groups, t, n = shape
+    can_mask = part.num_keys <= MAX_CONTEXT_TO_MASK * n * size
+    if t <= MAX_QUERIES_TO_GATHER and not (can_mask and rows * groups * t > MAX_GATHERS):
         return "by_query"
-    return "masked" if part.num_keys <= MAX_CONTEXT_TO_MASK * keys_per_query else "by_block"
+    return "masked" if can_mask else "by_block"
 
 
 def _tiles_by_query(part: Part, chosen: Tensor, size: int) -> Iterator[Tile]:
