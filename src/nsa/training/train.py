@@ -120,6 +120,10 @@ def _train(
     model = make(config, tokenizer)
     train_selectors(model, config.selector_loss / arguments.gradient_accumulation_steps)
     if world is not None:
+        if config.compile and config.cuda_graphs and not arguments.use_cpu:
+            say(
+                "several processes compile each layer and make no CUDA graphs: gathered weights lie elsewhere each time"
+            )
         distribute(model, world, config, on_cpu=arguments.use_cpu)
     elif config.compile:
         compile_parts(model, on_cpu=arguments.use_cpu, cuda_graphs=config.cuda_graphs)
