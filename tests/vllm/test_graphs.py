@@ -7,8 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm_models import engine, expected, greedy, prompts, written
 
 from nsa.config import NSAConfig
+from nsa.serving import vllm_cache
 from nsa.serving.vllm_cache import FixedTables, Tables, TablesBuilder, decode_step_of
 
 SPEC = {"block_size": 256, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
@@ -112,3 +114,15 @@ def test_layers_share_a_step_that_is_made_anew_in_every_pass(config):
     assert first[2].tolist() == [299, 6]
     assert made[0].tolist() == [[299, 272], [6, 0]]  # of the token, and of the block that would end with its stride
     assert first[0].table_win.data_ptr() == win.table.data_ptr()
+
+
+def test_the_steps_that_graphs_hold_write_what_generate_writes(folders, monkeypatch):
+    """In the engine, over its own tables; here with the operations that the kernels are compared with."""
+    monkeypatch.setattr(vllm_cache, "why_not_kernels", lambda *_: None)
+    steps, real = [], TablesBuilder._fixed
+    monkeypatch.setattr(TablesBuilder, "_fixed", lambda *given: steps.append(given[2]) or real(*given))
+    options = {"max_num_batched_tokens": 200, "max_num_seqs": 8, "max_model_len": 1024, "num_gpu_blocks_override": 16}
+    given = prompts(1, 31, 250, 245, 500, 252, seed=15)
+    llm = engine(folders["nsa"], **options)
+    assert written(greedy(llm, given, 12)) == expected(folders["nsa"], given, 12)
+    assert len(set(steps)) > 1  # rows: alone, and several
