@@ -61,7 +61,7 @@ def _work(rank, size, cases, folder, number):
     store, backend = f"file://{folder}/store-{number}", os.environ.get("NSA_TEST_BACKEND", "gloo")
     if "nccl" in backend:
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=90))
     for name, case in cases.items():
         log = Path(folder) / f"{name.replace('/', '-')}-{rank}"
         try:
