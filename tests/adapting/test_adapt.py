@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from nsa.adapting import adapt as module
 from nsa.adapting.layers import is_new
 from nsa.cli import main
+from nsa.modules import attention
 from nsa.training.train import train
 
 FLAGS = ["--batch-tokens", "256", "--eval-tokens", "256", "--device", "cpu", "--quiet", "--save-every", "3",
@@ -82,6 +83,21 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folders, tmp_path, monk
     whole, cut = (weights(tmp_path / name / "stage-2") for name in ("whole", "cut"))
     assert all(torch.equal(cut[name], weight) for name, weight in whole.items())
     assert not any("parametrizations" in name for name in whole)
+
+
+def test_bfloat16_is_that_of_both_stages(folders, tmp_path, monkeypatch):
+    seen = set()
+    project = attention.project
+
+    def listen(x, layers):
+        found = project(x, layers)
+        seen.add((torch.is_grad_enabled(), found[0].dtype))
+        return found
+
+    monkeypatch.setattr(attention, "project", listen)
+    stages = ["--first", "64x1", "--second", "64x1", "--no-twin", "--dtype", "bfloat16"]
+    assert call(folders, tmp_path / "out", *stages) == 0
+    assert {dtype for trained, dtype in seen if trained} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

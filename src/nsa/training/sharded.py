@@ -10,7 +10,7 @@ put together again.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,6 @@ class ShardedTrainer(WholeCheckpointTrainer):
             for group in optimizer.param_groups:
                 group.update(fused=False, foreach=False)
         return optimizer
-
-    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
-        """accelerate's place in the model's forward is not taken."""
-        return torch.autocast(self.args.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = super()._clip_grad_norm(model)

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,10 @@ class WholeCheckpointTrainer(Trainer):
         return loss
 
     # Losses
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Around all of a loss. accelerate's is around the model's own forward, which not every loss calls."""
+        return torch.autocast(self.args.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # nsa.costs.flops counts; this one looks at every parameter in every step
