@@ -1,4 +1,4 @@
-"""The decoding kernels on the CPU, in Triton's interpreter; `test_interpreter.py` runs this file in its own process.
+"""The decoding kernels on the CPU, in Triton's interpreter; `test_interpreter_decoding.py` runs this file.
 
 As in interpreted.py, sizes are tiny. Programs run one after another here, so the last one to arrive is always the same;
 what another order does is left to `tests/gpu`.

@@ -1,4 +1,4 @@
-"""InfLLM-V2 on the kernels, in Triton's interpreter; `test_interpreter.py` runs this file."""
+"""InfLLM-V2 on the kernels, in Triton's interpreter; `test_interpreter_function.py` runs this file."""
 
 import pytest
 import torch

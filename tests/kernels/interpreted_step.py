@@ -1,4 +1,4 @@
-"""The products and norms of a decoding step in Triton's interpreter; `test_interpreter.py` runs this file."""
+"""The products and norms of a decoding step in Triton's interpreter; `test_interpreter_decoding.py` runs this file."""
 
 import pytest
 import torch

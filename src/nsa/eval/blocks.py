@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.methods.registry import TRAINED
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.infllm_v2 import InfLLMv2Attention
 
@@ -80,9 +81,7 @@ def _selection(config: NSAConfig | InfLLMv2Config, scores: Tensor, indices: Tens
 
 def keys_per_query(attention: str, config: NSAConfig | InfLLMv2Config, context: int) -> int:
     """The formula: keys that the last of `context` positions reads in each kind of twin."""
-    if attention in ("nsa", "infllm_v2"):
-        return config.keys_per_query(context)
-    return min(context, config.window_size) if attention == "window" else context
+    return TRAINED[attention].reads(config).last(context).keys
 
 
 def counted_keys(layers: Sequence[LayerSelection], position: int) -> float:

@@ -19,6 +19,8 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from nsa.costs.devices import peak_of
+from nsa.costs.flops import flops_per_token, mean_keys
 from nsa.models import NSALlamaConfig
 from nsa.training.cache import Cache
 from nsa.training.clock import Clock
@@ -26,7 +28,6 @@ from nsa.training.compiling import compile_parts
 from nsa.training.config import TrainConfig, differences
 from nsa.training.corpus import read_corpus
 from nsa.training.data import FixedBatches, TrainingBatches
-from nsa.training.flops import flops_per_token, mean_keys, peak_of
 from nsa.training.folder import (
     at_home,
     check_checkpoint,

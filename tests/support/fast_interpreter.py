@@ -1,0 +1,33 @@
+"""Triton's interpreter without what makes it slow: imported, in a process of its own, before kernels run.
+
+At every call of a function inside a kernel it puts its own operations in the place of the language's again, which takes
+longer than most such functions. Here it does so once a launch for every module that has such functions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from triton.runtime import interpreter
+
+_patch, _launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+_patched: set[int] = set()
+
+
+class _Nothing:
+    def restore(self) -> None:
+        """What was not patched again."""
+
+
+def _patch_once(function: Callable[..., Any]) -> Any:
+    if id(function.__globals__) in _patched:
+        return _Nothing()
+    _patched.add(id(function.__globals__))
+    return _patch(function)
+
+
+def _launch_anew(executor: Any, *args: Any, **kwargs: Any) -> None:
+    _patched.clear()
+    _launch(executor, *args, **kwargs)
+
+
+interpreter._patch_lang, interpreter.GridExecutor.__call__ = _patch_once, _launch_anew
