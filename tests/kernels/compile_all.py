@@ -58,21 +58,11 @@ def compile_instead(architecture: int) -> None:
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.params):
             value, name = values[parameter.name], parameter.name
-            specialized = isinstance(value, int) and not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (specialized and value == 1):
+            if parameter.is_constexpr:
                 signature[name], constants[(i,)] = "constexpr", value
-                continue
-            if isinstance(value, torch.Tensor):
-                signature[name] = TYPES[value.dtype]
-            elif isinstance(value, TensorDescriptor):
-                kind = TYPES[value.base.dtype].removeprefix("*")
-                signature[name] = f"tensordesc<{kind}{list(value.block_shape)},{value.layout!r}>"
-            elif isinstance(value, float):
-                signature[name] = "fp32"
             else:
-                signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+                special = not parameter.do_not_specialize
+                signature[name] = signature_of(value, (i,), special, constants, attributes)
         language = GluonASTSource if isinstance(self, GluonJITFunction) else ASTSource
         source = language(fn=self, signature=signature, constexprs=constants, attrs=attributes)
         name = self.fn.__name__ + (" with parts" if values.get("PARTS") is True else "")
@@ -80,6 +70,26 @@ def compile_instead(architecture: int) -> None:
         report(name, triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
 
     JITFunction.run = run
+
+
+def signature_of(value: Any, path: tuple[int, ...], special: bool, constants: dict, attributes: dict) -> Any:
+    """Of an argument, or of those in a tuple; and what is known of the one at this path."""
+    if isinstance(value, tuple):
+        return tuple(signature_of(x, (*path, i), special, constants, attributes) for i, x in enumerate(value))
+    specialized = isinstance(value, int) and special
+    if value is None or (specialized and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        kind = TYPES[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{kind}{list(value.block_shape)},{value.layout!r}>"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if abs(value) < 2**31 else "i64"
 
 
 def report(name: str, kernel: Any) -> None:

@@ -14,7 +14,7 @@ from nsa.kernels.integers import cdiv
 from nsa.kernels.launch import Heads, empty, tile_for
 from nsa.kernels.layout import Layout
 from nsa.kernels.split_sums import sum_splits
-from nsa.kernels.start import start_kernel
+from nsa.kernels.start import start_kernel, strides_of
 from nsa.kernels.tiles import (
     add_product,
     columns,
@@ -64,12 +64,13 @@ def _dq_range(
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "window"])
 def contiguous_dq_kernel(
     q, k, v, d_out, lse, delta, dq, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys,
-    window, scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_ob, stride_ot, stride_oh,
+    window, scale, strides,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
     LAYOUT: tl.constexpr, ADD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    (stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg, stride_ob,
+     stride_ot, stride_oh) = strides  # fmt: skip
     group, row = wide(tl.program_id(1)), tl.program_id(2)
     pid = tl.program_id(0)
     if LAYOUT != 1:
@@ -185,13 +186,13 @@ def _dkdv_range(
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "window", "key_rows", "splits", "split_stride"])
 def contiguous_dkdv_kernel(
     q, k, v, d_out, lse, delta, dk, dv, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first,
-    num_queries, num_keys, window, key_rows, splits, split_stride, scale,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_ob, stride_ot, stride_oh,
+    num_queries, num_keys, window, key_rows, splits, split_stride, scale, strides,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
     LAYOUT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    (stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg, stride_ob,
+     stride_ot, stride_oh) = strides  # fmt: skip
     group = wide(tl.program_id(1))
     row, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     tile, q_start, t, s, k_start = locate(
@@ -291,7 +292,7 @@ def contiguous_dq(
     start_kernel(
         contiguous_dq_kernel, (tiles.count, heads.g, layout.b),
         q, k, v, d_out, lse, delta, dq, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
-        window or 0, scale, *_strides(q, k, v, d_out), **_constants(heads, layout, window),
+        window or 0, scale, strides_of(q, k, v, d_out), **_constants(heads, layout, window),
         ADD=add_to is not None, **tile.constants,
     )  # fmt: skip
     return dq
@@ -324,14 +325,10 @@ def contiguous_dkdv(
     start_kernel(
         contiguous_dkdv_kernel, (tiles.count, heads.g, layout.b * splits),
         q, k, v, d_out, lse, delta, dk, dv, *layout.arguments, tiles.sequence, tiles.first, layout.t, layout.s,
-        window or 0, key_rows, splits, layout.b * key_rows * heads.g, scale, *_strides(q, k, v, d_out),
+        window or 0, key_rows, splits, layout.b * key_rows * heads.g, scale, strides_of(q, k, v, d_out),
         **_constants(heads, layout, window), **tile.constants,
     )  # fmt: skip
     return sum_splits(dk, dv, k, v) if many else (dk, dv)
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
 def _constants(heads: Heads, layout: Layout, window: int | None) -> dict[str, int]:

@@ -21,7 +21,7 @@ from nsa.kernels.integers import cdiv
 from nsa.kernels.inverse import WORK_ITEMS, invert
 from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
-from nsa.kernels.start import start_kernel
+from nsa.kernels.start import start_kernel, strides_of
 from nsa.kernels.tiles import (
     add_product,
     columns,
@@ -122,17 +122,17 @@ def _before(picks, begin, end, pick):
 
 @triton.jit(do_not_specialize=["blocks", "num_queries", "num_keys", "num_rows", "per_item", "first_query", "end_query"])
 def selected_dkdv_kernel(
-    q, k, v, d_out, lse, delta, dk, dv, parts, picks, segment_start, item_start, item_segment, block_sequence,
-    block_start, cu_q, cu_k, lengths, segments, blocks, num_queries, num_keys, num_rows, num_heads, per_item,
-    first_query, end_query, scale,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_ob, stride_ot, stride_oh,
+    q, k, v, d_out, lse, delta, dk, dv, parts, picks, segment_start, item_start, item_segment, where,
+    segments, blocks, num_queries, num_keys, num_rows, num_heads, per_item, first_query, end_query, scale, strides,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, SELECT: tl.constexpr, LAYOUT: tl.constexpr,
     N: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SPLIT: of the queries first_query .. end_query only, added to what the queries before them gave."""
+    block_sequence, block_start, cu_q, cu_k, lengths = where
+    (stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg, stride_ob,
+     stride_ot, stride_oh) = strides  # fmt: skip
     item = tl.program_id(0)
     if item >= tl.load(item_start + segments):
         return
@@ -281,9 +281,9 @@ def write_dkdv(
         start_kernel(
             selected_dkdv_kernel, (index.items, steps),
             q, k, v, d_out, lse, delta, dk_items, dv_items, parts.out if parts else None,
-            index.picks, index.segment_start, index.item_start, index.item_segment, *where,
+            index.picks, index.segment_start, index.item_start, index.item_segment, where,
             segments, index.blocks, layout.t, layout.s, layout.b, of.h, index.per_item, first, end, scale,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
+            strides_of(q, k, v, d_out),
             **heads.constants, SELECT=config.select_block_size, LAYOUT=layout.kind, N=block_indices.shape[3],
             PARTS=parts is not None, SPLIT=len(pieces) > 1, **tile.constants,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads, TileSize, tile_for
 from nsa.kernels.layout import PACKED, Layout
 from nsa.kernels.selected_backward import keys_of
-from nsa.kernels.start import start_kernel
+from nsa.kernels.start import start_kernel, strides_of
 from nsa.kernels.tiles import LN2, columns, dot_columns, load_columns, load_rows, wide
 
 MAX_SELECT, MAX_D, MAX_E = 128, 192, 128
@@ -140,12 +140,12 @@ def list_picks_kernel(
 @triton.jit(do_not_specialize=["first", "blocks", "num_queries", "num_keys", "num_rows"])
 def selected_parts_kernel(
     q, k, v, part_out, statistics, listed, starts, ends, item_starts, item_segments, totals, block_sequence,
-    block_start, cu_q, cu_k, lengths, first, blocks, num_queries, num_keys, num_rows, scale_log2,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
+    block_start, cu_q, cu_k, lengths, first, blocks, num_queries, num_keys, num_rows, scale_log2, strides,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, SELECT: tl.constexpr,
     LAYOUT: tl.constexpr, PER_ITEM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg = strides
     item = tl.program_id(0)
     if item >= tl.load(totals + 1):
         return
@@ -303,7 +303,7 @@ def selected_forward_by_block(
             selected_parts_kernel, (cdiv(picks, per_item) + min(segments, picks),),
             q, k, v, part_out, statistics, listed, starts, ends, item_starts, item_segments, totals,
             block_sequence, block_start, *lengths, first, blocks, *sizes, scale * 1.4426950408889634,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            strides_of(q, k, v),
             **heads.constants, **common, PER_ITEM=per_item, **tile.constants,
         )  # fmt: skip
         start_kernel(

@@ -15,7 +15,7 @@ from nsa.kernels import hopper
 from nsa.kernels import selected_by_block as by_block
 from nsa.kernels.launch import Heads, TileSize, empty, tile_for
 from nsa.kernels.layout import Layout
-from nsa.kernels.start import start_kernel
+from nsa.kernels.start import start_kernel, strides_of
 from nsa.kernels.tiles import (
     add_product,
     columns,
@@ -159,12 +159,13 @@ def selected_forward_kernel(
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def selected_dq_kernel(
     q, k, v, d_out, lse, delta, dq, items, counts, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first,
-    num_queries, num_keys, scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
-    stride_vb, stride_vs, stride_vg, stride_ob, stride_ot, stride_oh,
+    num_queries, num_keys, scale, strides,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DR: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, SELECT: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    (stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg, stride_ob,
+     stride_ot, stride_oh) = strides  # fmt: skip
     pid, group, row = tl.program_id(0), wide(tl.program_id(1)), tl.program_id(2)
     tile, q_start, t, s, k_start = locate(
         pid, row, cu_q, cu_k, key_start, lengths, tile_sequence, tile_first, num_queries, num_keys, LAYOUT
@@ -262,7 +263,7 @@ def selected_dq(
     start_kernel(
         selected_dq_kernel, (tiles.count, heads.g, layout.b),
         q, k, v, d_out, lse, delta, dq, items, counts, *layout.arguments, tiles.sequence, tiles.first,
-        layout.t, layout.s, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
+        layout.t, layout.s, scale, strides_of(q, k, v, d_out),
         **heads.constants, SELECT=config.select_block_size, N=block_indices.shape[3], LAYOUT=layout.kind,
         ADD=add_to is not None, **tile.constants,
     )  # fmt: skip

@@ -49,7 +49,11 @@ def key_of(kernel: Any, arguments: tuple) -> list:
     specialized = _specialized.get(kernel.fn)
     if specialized is None:
         specialized = _specialized[kernel.fn] = tuple(not parameter.do_not_specialize for parameter in kernel.params)
-    return [
+    return [_key_of(x, special) for x, special in zip(arguments, specialized, strict=False)]
+
+
+def _key_of(x: Any, special: bool) -> Any:
+    return (
         (-_WIDE <= x < _WIDE) + 2 * special * (1 + (x % 16 == 0) + 2 * (x == 1))
         if type(x) is int
         else (x.dtype, x.data_ptr() % 16 == 0)
@@ -58,6 +62,12 @@ def key_of(kernel: Any, arguments: tuple) -> list:
         if x is None
         else (x.base.dtype, *x.block_shape)  # a descriptor, whose layout follows from these
         if hasattr(x, "block_shape")
+        else tuple(_key_of(one, special) for one in x)
+        if type(x) is tuple
         else type(x)
-        for x, special in zip(arguments, specialized, strict=False)
-    ]
+    )
+
+
+def strides_of(*tensors: Tensor) -> tuple[int, ...]:
+    """Of rows, tokens and heads of each, one argument of a kernel; their last dimension is contiguous."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
