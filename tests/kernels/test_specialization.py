@@ -26,14 +26,18 @@ def compiled_for(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         key = {name: value for name, value in kwargs.items() if name not in self.arg_names}  # warps, registers
         for parameter in self.params:
             value = values[parameter.name]
-            if parameter.is_constexpr or value is None:
-                key[parameter.name] = value
-            elif isinstance(value, torch.Tensor):
-                key[parameter.name] = value.dtype
-            elif isinstance(value, int):
-                wide = "i64" if abs(value) >= 2**31 else "i32"
-                key[parameter.name] = wide if parameter.do_not_specialize else (wide, value == 1, value % 16 == 0)
+            key[parameter.name] = value if parameter.is_constexpr else kind(value, not parameter.do_not_specialize)
         found[self.fn.__name__] = key
+
+    def kind(value: Any, special: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(x, special) for x in value)
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        if isinstance(value, int):
+            wide = "i64" if abs(value) >= 2**31 else "i32"
+            return (wide, value == 1, value % 16 == 0) if special else wide
+        return value if value is None else type(value)
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(launch, "shared_memory", lambda device: 232448)

@@ -20,6 +20,7 @@ from nsa.kernels.decode_finish import decode_finish_kernel
 from nsa.kernels.decode_split import decode_split_kernel
 from nsa.kernels.integers import cdiv, next_power_of_2
 from nsa.kernels.launch import Heads
+from nsa.kernels.start import strides_of
 from nsa.streams import Branches
 
 LOG2E = 1.4426950408889634
@@ -221,11 +222,11 @@ def attend(
     is_small = parts * heads.g * b * tiles <= at_once
     chunk = max(PLAN.chunk * (2 // slots), padded_n, tile_blocks)
     decode_split_kernel[(parts * heads.g * b * tiles,)](
-        q, cos, sin, tensors.k_cmp, tensors.v_cmp, k_win, v_win, tensors.block_table, window_table, tensors.lengths,
-        tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.sums, work.tops,
+        q, (cos, sin), (tensors.k_cmp, tensors.v_cmp, k_win, v_win), (tensors.block_table, window_table),
+        tensors.lengths, tensors.arrivals, (work.part_acc, work.part_top, work.part_total), work.sums, work.tops,
         work.scores, work.picks, work.bits, t, heads.g, b * tiles, pages, window_pages, config.window_size, runs,
         int(is_small), num_blocks, num_tops, scale * LOG2E,
-        *q.stride()[:3], *(x.stride(i) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win) for i in (0, 2)),
+        strides_of(q), tuple(x.stride(i) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win) for i in (0, 2)),
         *(x.stride(1) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win)), GP=group,
         REACH=config.compress_block_size // stride, PER_BLOCK=per_block,
         PER_BLOCK_PADDED=per_block_padded, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
@@ -239,10 +240,11 @@ def attend(
     is_crowded = PLAN.shares * heads.g * b * t * head_tiles > at_once > 0
     together, stages = (PLAN.together, PLAN.together_stages) if is_crowded else (1, PLAN.finish_stages)
     decode_finish_kernel[((PLAN.shares // together + merges) * heads.g * b * t * head_tiles,)](
-        q, cos, sin, tensors.k, tensors.v, gates, out, tensors.block_table, tensors.lengths, counts,
-        tensors.arrivals, work.part_acc, work.part_top, work.part_total, work.others, work.slc_acc, work.slc_top,
-        work.slc_total, work.picks, t, heads.g, b * t * head_tiles, pages, config.window_size, runs, scale * LOG2E,
-        *q.stride()[:3], *gates.stride()[:3], *(x.stride(i) for x in (tensors.k, tensors.v) for i in (0, 2)),
+        q, (cos, sin), (tensors.k, tensors.v), gates, out, tensors.block_table, tensors.lengths, counts,
+        tensors.arrivals, (work.part_acc, work.part_top, work.part_total), work.others,
+        (work.slc_acc, work.slc_top, work.slc_total), work.picks,
+        t, heads.g, b * t * head_tiles, pages, config.window_size, runs, scale * LOG2E,
+        strides_of(q), strides_of(gates), tuple(x.stride(i) for x in (tensors.k, tensors.v) for i in (0, 2)),
         tensors.k.stride(1), tensors.v.stride(1),
         ROWS=TILE_ROWS, HAS_COUNTS=counts is not None, TILE_STRIDES=tile_strides,
         WINDOW_SPLITS_PADDED=next_power_of_2(window_splits), WINDOW_KEYS=window_keys, SHARES=PLAN.shares,
@@ -364,10 +366,10 @@ def append(
     slices = [min(32 if is_fp32 else 64, x) for x in (padded_d, padded_e)]
     inner = 16 if is_fp32 else min(64, 8192 // max(padded_d, padded_e))
     decode_append_kernel[(b * t + cdiv(flat, ROWS) * sum(parts),)](
-        *new, cos, sin, *memory, *layers_k, *layers_v, cos_cmp, sin_cmp, *hidden, tensors.block_table, window_table,
-        raw_table, tensors.lengths, counts, tensors.arrivals, b, t, g, num_new, pages, window_table.shape[1],
-        raw_table.shape[1], pages * page_size, *units, *parts,
-        *(stride for x in new for stride in x.stride()[:3]), *(stride for x in memory for stride in x.stride()[:3]),
+        tuple(new), (cos, sin), tuple(memory), tuple(layers_k), tuple(layers_v), (cos_cmp, sin_cmp), tuple(hidden),
+        (tensors.block_table, window_table, raw_table), tensors.lengths, counts, tensors.arrivals,
+        b, t, g, num_new, pages, window_table.shape[1], raw_table.shape[1], pages * page_size,
+        tuple(units), tuple(parts), strides_of(*new), strides_of(*memory),
         GROUPS=next_power_of_2(g), D=d, DP=padded_d, E=e, EP=padded_e, BLOCK=config.compress_block_size,
         STRIDE=config.compress_stride, PAGE_TOKENS=0 if pages == 1 else page_size,
         PAGE_STRIDES=0 if pages == 1 else page_size // config.compress_stride, RING=memory[2].shape[1],

@@ -309,18 +309,8 @@ def _factors(cos, sin, at, mask):
 # One kernel for caches of every size.
 @triton.jit(do_not_specialize=["rows", "pages_per_row", "window_pages", "raw_pages", "room"])
 def decode_append_kernel(
-    k, v, k_win, v_win, k_raw, v_raw, cos, sin, to_k, to_v, to_k_win, to_v_win, to_k_raw, to_v_raw, to_k_cmp, to_v_cmp,
-    position_encoding_k, weight_in_k, bias_in_k, weight_out_k, bias_out_k,
-    position_encoding_v, weight_in_v, bias_in_v, weight_out_v, bias_out_v, cos_cmp, sin_cmp, hidden_k, hidden_v,
-    block_table, window_table, raw_table, lengths, counts, arrivals,
-    rows, t, groups, num_new, pages_per_row, window_pages, raw_pages, room, units_k, units_v, parts_k, parts_v,
-    stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
-    stride_kwb, stride_kwt, stride_kwg, stride_vwb, stride_vwt, stride_vwg,
-    stride_krb, stride_krt, stride_krg, stride_vrb, stride_vrt, stride_vrg,
-    stride_tkp, stride_tks, stride_tkg, stride_tvp, stride_tvs, stride_tvg,
-    stride_tkwp, stride_tkws, stride_tkwg, stride_tvwp, stride_tvws, stride_tvwg,
-    stride_tkrp, stride_tkrs, stride_tkrg, stride_tvrp, stride_tvrs, stride_tvrg,
-    stride_tkcp, stride_tkcs, stride_tkcg, stride_tvcp, stride_tvcs, stride_tvcg,
+    new_tokens, factors, memory, phi_k, phi_v, factors_cmp, hidden, tables, lengths, counts, arrivals,
+    rows, t, groups, num_new, pages_per_row, window_pages, raw_pages, room, units, parts, new_strides, strides,
     GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE_TOKENS: tl.constexpr, PAGE_STRIDES: tl.constexpr,
     RING: tl.constexpr, RAW_RING: tl.constexpr, PAGED: tl.constexpr, HAS_WINDOW: tl.constexpr, ROTATE: tl.constexpr,
@@ -328,6 +318,23 @@ def decode_append_kernel(
     SLICE_D: tl.constexpr, SLICE_E: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    k, v, k_win, v_win, k_raw, v_raw = new_tokens
+    to_k, to_v, to_k_win, to_v_win, to_k_raw, to_v_raw, to_k_cmp, to_v_cmp = memory
+    cos, sin = factors
+    cos_cmp, sin_cmp = factors_cmp
+    position_encoding_k, weight_in_k, bias_in_k, weight_out_k, bias_out_k = phi_k
+    position_encoding_v, weight_in_v, bias_in_v, weight_out_v, bias_out_v = phi_v
+    hidden_k, hidden_v = hidden
+    units_k, units_v = units
+    parts_k, parts_v = parts
+    block_table, window_table, raw_table = tables
+    (stride_kb, stride_kt, stride_kg, stride_vb, stride_vt, stride_vg,
+     stride_kwb, stride_kwt, stride_kwg, stride_vwb, stride_vwt, stride_vwg,
+     stride_krb, stride_krt, stride_krg, stride_vrb, stride_vrt, stride_vrg) = new_strides  # fmt: skip
+    (stride_tkp, stride_tks, stride_tkg, stride_tvp, stride_tvs, stride_tvg,
+     stride_tkwp, stride_tkws, stride_tkwg, stride_tvwp, stride_tvws, stride_tvwg,
+     stride_tkrp, stride_tkrs, stride_tkrg, stride_tvrp, stride_tvrs, stride_tvrg,
+     stride_tkcp, stride_tkcs, stride_tkcg, stride_tvcp, stride_tvcs, stride_tvcg) = strides  # fmt: skip
     wait_for_last(PDL)
     pid = tl.program_id(0)
     if pid < rows * t:

@@ -54,11 +54,9 @@ def _store_share(slc_acc, slc_top, slc_total, acc, totals, top, to, mask, e, E: 
 
 @triton.jit(do_not_specialize=["row_tiles", "pages_per_row", "window", "runs"])
 def decode_finish_kernel(
-    q, cos, sin, k, v, gates, out, block_table, lengths, counts, arrivals,
-    part_acc, part_top, part_total, others, slc_acc, slc_top, slc_total, picks,
-    t, groups, row_tiles, pages_per_row, window, runs, scale_log2,
-    stride_qb, stride_qt, stride_qh, stride_gb, stride_gt, stride_gh,
-    stride_kp, stride_kg, stride_vp, stride_vg, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr,
+    q, factors, memory, gates, out, block_table, lengths, counts, arrivals, partials, others, slc, picks,
+    t, groups, row_tiles, pages_per_row, window, runs, scale_log2, q_strides, gates_strides, strides,
+    K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     STRIDE: tl.constexpr, SELECT: tl.constexpr, SELECT_PADDED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, ROTATE: tl.constexpr, HAS_COUNTS: tl.constexpr,
@@ -68,6 +66,13 @@ def decode_finish_kernel(
     HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    cos, sin = factors
+    k, v = memory
+    part_acc, part_top, part_total = partials
+    slc_acc, slc_top, slc_total = slc
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_gb, stride_gt, stride_gh = gates_strides
+    stride_kp, stride_kg, stride_vp, stride_vg = strides
     let_next_begin(PDL)
     PROGRAMS: tl.constexpr = SHARES // TOGETHER
     # All shares come first: they take longest.

@@ -151,11 +151,9 @@ def _select(
     ]
 )  # fmt: skip
 def decode_split_kernel(
-    q, cos, sin, k_cmp, v_cmp, k_win, v_win, block_table, window_table, lengths, arrivals,
-    part_acc, part_top, part_total, sums, tops, scores, picks, bits,
+    q, factors, memory, tables, lengths, arrivals, partials, sums, tops, scores, picks, bits,
     t, groups, row_tiles, pages_per_row, window_pages, window, runs, is_small, num_blocks, num_tops, scale_log2,
-    stride_qb, stride_qt, stride_qh,
-    stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg,
+    q_strides, strides,
     KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     REACH: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr,
@@ -166,6 +164,12 @@ def decode_split_kernel(
     BLOCKS: tl.constexpr, HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    cos, sin = factors
+    k_cmp, v_cmp, k_win, v_win = memory
+    block_table, window_table = tables
+    part_acc, part_top, part_total = partials
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg = strides
     # All runs over compressed keys come first, so that the selections have ended when the window's have.
     pid = tl.program_id(0)
     split, rest = pid % runs, pid // runs
