@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CHECKS, Case, Run, whole
+from fast_interpreter import few_programs
 from layouts import Layout
 from poison import poisoned_memory
 
@@ -48,7 +49,8 @@ def test_every_kernel_is_within_the_budget(check: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("check", ["compressed", "window", "selected", "selection", "whole"])
 @pytest.mark.parametrize(("d", "e"), [(192, 128), (96, 64), (40, 8)])  # 128 + 64, 64 + 32, 32 + 8 of 16
-def test_widths_that_are_sums_of_two_powers_of_two(d: int, e: int, check: str) -> None:
+def test_widths_that_are_sums_of_two_powers_of_two(d: int, e: int, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_programs(monkeypatch)
     case = Case(layout=whole(21), config=SMALL, dtype=torch.float32, h=2, g=1, d=d, e=e)
     heads = Heads(2, 1, d, e)
     assert heads.split_d[1] > 0
@@ -73,7 +75,8 @@ LAYOUTS_HERE = {
 
 @pytest.mark.parametrize("check", ["selection", "whole"])
 @pytest.mark.parametrize("name", LAYOUTS_HERE)
-def test_every_layout_is_within_the_budget(name: str, check: str) -> None:
+def test_every_layout_is_within_the_budget(name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_programs(monkeypatch)
     case = Case(layout=LAYOUTS_HERE[name], config=SMALL, dtype=torch.float32, h=4, g=2, d=8, e=16)
     getattr(Run(case, "cpu"), check)()
 
@@ -133,7 +136,8 @@ def test_keys_past_a_ragged_row_get_no_gradient(check: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["tied", "near_uniform", "peaked"])
-def test_every_family_selects_by_score(family: str) -> None:
+def test_every_family_selects_by_score(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_programs(monkeypatch)
     case = Case(layout=whole(66), config=SMALL, dtype=torch.float32, h=2, g=1, d=8, e=8, family=family)
     Run(case, "cpu").selection()
 

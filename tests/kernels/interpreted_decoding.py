@@ -6,6 +6,7 @@ what another order does is left to `tests/gpu`.
 
 from dataclasses import replace
 
+import fast_interpreter  # noqa: F401
 import pytest
 import torch
 from decode_checks import check_append, check_attention

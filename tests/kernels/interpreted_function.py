@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from fast_interpreter import few_programs
 from poison import poisoned_memory
 
 from nsa.backend import resolve, use_backend
@@ -31,6 +32,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned_memory(monkeypatch)
+    few_programs(monkeypatch)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from fast_interpreter import few_programs
 from function_cases import check, make_case
 from poison import poisoned_memory
 
@@ -19,6 +20,7 @@ CASES = int(os.environ.get("CASES", "0"))
 @pytest.mark.parametrize("gradients", [False, True], ids=["output", "gradients"])
 def test_random_calls_equal_the_brute_force(gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned_memory(monkeypatch)
+    few_programs(monkeypatch)
     dtypes = [torch.float32, torch.float16]
     for seed in range(CASES or 5):
         case = make_case(seed, largest=12, rows=12, multiple=8, dtypes=dtypes)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fast_interpreter import few_programs
 from infllm_v2_checks import check
 from layouts import Layout
 from poison import poisoned_memory
@@ -18,6 +19,7 @@ DENSE = InfLLMv2Config(kernel_size=4, kernel_stride=2, block_size=4, window_size
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned_memory(monkeypatch)
+    few_programs(monkeypatch)
 
 
 @pytest.mark.parametrize(

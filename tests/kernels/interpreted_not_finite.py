@@ -6,6 +6,7 @@ same sequence and KV head, and none else. The selection has its forced blocks wh
 
 from dataclasses import replace
 
+import fast_interpreter  # noqa: F401
 import pytest
 import torch
 from decode_checks import check_not_finite

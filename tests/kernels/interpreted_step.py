@@ -1,5 +1,6 @@
 """The products and norms of a decoding step in Triton's interpreter; `test_interpreter_decoding.py` runs this file."""
 
+import fast_interpreter  # noqa: F401
 import pytest
 import torch
 from poison import poisoned_memory

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what makes it slow: imported, in a process of its own, before kernels run.
+"""Triton's interpreter without what makes it slow; imported before kernels run, in a process of its own.
 
 At every call of a function inside a kernel it puts its own operations in the place of the language's again, which takes
 longer than most such functions. Here it does so once a launch for every module that has such functions.
@@ -7,7 +7,10 @@ longer than most such functions. Here it does so once a launch for every module 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from triton.runtime import interpreter
+
+from nsa.kernels import selection
 
 _patch, _launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
 _patched: set[int] = set()
@@ -31,3 +34,8 @@ def _launch_anew(executor: Any, *args: Any, **kwargs: Any) -> None:
 
 
 interpreter._patch_lang, interpreter.GridExecutor.__call__ = _patch_once, _launch_anew
+
+
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program takes as long whatever its size: the best blocks of all queries of a tile in one, not of two."""
+    monkeypatch.setattr(selection, "TOP_QUERIES", 64)

@@ -14,13 +14,7 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 
 def check_file(name: str, cases: Callable[[int], range]) -> None:
     """All tests of tests/kernels/NAME pass; `cases` is the fixture."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CASES": str(len(cases(0))),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    command += ["-p", "fast_interpreter", name]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CASES": str(len(cases(0)))}
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", name]
     done = subprocess.run(command, cwd=KERNELS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
