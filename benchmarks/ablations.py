@@ -14,29 +14,36 @@ import subprocess
 import sys
 from pathlib import Path
 
-CURRICULUM = ("512x600:repeated=0.1:retrieval=0.1:puzzles=0.2", "4096x2600:retrieval=0.05:puzzles=0.1")
-COMMON = (
-    *("--preset", "small", "--curriculum", *CURRICULUM, "--accumulation", "1", "--answer-weight", "3"),
-    *("--selector-loss", "0", "--eval-every", "800", "--save-every", "0", "--log-every", "20"),
-)
-GATES = ("--compressed-gate-bias", "-4", "--selected-gate-bias", "4", "--window-gate-bias", "-4")
-SELECTOR = ("--selector-loss", "0.5")
-SHORT = ("--curriculum", "512x1400:repeated=0.1:retrieval=0.1:puzzles=0.2", "4096x1800:retrieval=0.05:puzzles=0.1")
-ROWS: dict[str, tuple[str, ...]] = {
-    "dense": ("--attention", "dense"),
-    "window": ("--attention", "window"),
-    "nsa": (),
-    "nsa-shared": ("--nsa.shared-kv",),
+SHORT_ROWS, LONG_ROWS = "repeated=0.1:retrieval=0.1:puzzles=0.2", "retrieval=0.05:puzzles=0.1"
+Flags = dict[str, tuple[str, ...]]
+COMMON: Flags = {
+    "preset": ("small",),
+    "curriculum": (f"512x600:{SHORT_ROWS}", f"4096x2600:{LONG_ROWS}"),
+    "accumulation": ("1",),
+    "answer-weight": ("3",),
+    "selector-loss": ("0",),
+    "eval-every": ("800",),
+    "save-every": ("0",),
+    "log-every": ("20",),
+}
+GATES: Flags = {"compressed-gate-bias": ("-4",), "selected-gate-bias": ("4",), "window-gate-bias": ("-4",)}
+SELECTOR: Flags = {"selector-loss": ("0.5",)}
+SHORT: Flags = {"curriculum": (f"512x1400:{SHORT_ROWS}", f"4096x1800:{LONG_ROWS}")}
+ROWS: dict[str, Flags] = {
+    "dense": {"attention": ("dense",)},
+    "window": {"attention": ("window",)},
+    "nsa": {},
+    "nsa-shared": {"nsa.shared-kv": ()},
     "nsa-gates": GATES,
     "nsa-selector": SELECTOR,
-    "nsa-gates-selector": (*GATES, *SELECTOR),
-    "infllm_v2": ("--attention", "infllm_v2"),
-    "dense-short": ("--attention", "dense", *SHORT),
-    "nsa-selector-short": (*SELECTOR, *SHORT),
-    "nsa-all-blocks": ("--nsa.num-selected-blocks", "128"),
-    "nsa-phi-mean": ("--nsa.compression", "mean"),
-    "nsa-phi-linear": ("--nsa.compression", "linear"),
-    "nsa-halves": ("--nsa.select-block-size", "16", "--nsa.num-selected-blocks", "32"),
+    "nsa-gates-selector": GATES | SELECTOR,
+    "infllm_v2": {"attention": ("infllm_v2",)},
+    "dense-short": {"attention": ("dense",)} | SHORT,
+    "nsa-selector-short": SELECTOR | SHORT,
+    "nsa-all-blocks": {"nsa.num-selected-blocks": ("128",)},
+    "nsa-phi-mean": {"nsa.compression": ("mean",)},
+    "nsa-phi-linear": {"nsa.compression": ("linear",)},
+    "nsa-halves": {"nsa.select-block-size": ("16",), "nsa.num-selected-blocks": ("32",)},
 }
 
 
@@ -52,9 +59,13 @@ def main() -> None:
         for row in arguments.rows:
             out = arguments.out / f"{row}-seed{seed}"
             if not arguments.table and not (out / "model.safetensors").exists():
-                flags = ("--data", arguments.data, "--seed", str(seed), *COMMON, *ROWS[row], *others)
+                flags = ("--data", arguments.data, "--seed", str(seed), *flags_of(row), *others)
                 subprocess.run([sys.executable, "-m", "nsa", "train", "--out", str(out), *flags], check=True)
     print(table(arguments.out))
+
+
+def flags_of(row: str) -> list[str]:
+    return [word for name, values in (COMMON | ROWS[row]).items() for word in (f"--{name}", *values)]
 
 
 def table(folder: Path) -> str:

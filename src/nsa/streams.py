@@ -85,7 +85,8 @@ class Branches(NamedTuple):
     def of_tokens(cls, *tensors: Tensor) -> "Branches":
         """Of keys and values of new tokens, none of them pooled yet: `tensors` of what this returns."""
         k_raw, v_raw, k, v, k_win, v_win = tensors
-        return cls(Stream(k_raw, v_raw), Stream(k, v), Stream(k_win, v_win))
+        where = Sequences()  # not the default's object, which torch.compile of PyTorch 2.11 cannot look into
+        return cls(Stream(k_raw, v_raw, where=where), Stream(k, v, where=where), Stream(k_win, v_win, where=where))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
