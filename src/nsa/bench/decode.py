@@ -87,7 +87,7 @@ def _cell(arguments: DecodeArguments, length: int, batch: int, bandwidth: float,
         first: Runs = {name: run[:1] for name, run in (runs | rivals).items()}
         yield entry("attention, one cache again and again", first)
     served: Runs = {}
-    if 2 * number * cache < free:
+    if 4 * number * cache < free:
         paged = [_Served(arguments, config, length - i % config.compress_stride, batch, device) for i in range(number)]
         served["NSA, block tables"] = [layer.step for layer in paged]
     static: Runs = {"NSA": [layer.step for layer in layers]}
@@ -187,6 +187,7 @@ class _Served(_Layer):
             *pair(batch * per_row, PAGE), *pair(batch * per_row, PAGE // config.compress_stride),
             *pair(of_window, PAGE), *pair(of_raw, PAGE),
         )  # fmt: skip
+        self.tensors = replace(self.tensors, **vars(self.memory))
         lengths, counts = self.tensors.lengths, torch.ones_like(self.tensors.lengths)
         self.tables = DecodeTables(1, self.tensors.block_table, window, raw, lengths + 1, counts, self.tensors.arrivals)
         self.factors = replace(self.factors, counts=counts)
