@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nsa.decode_step import DecodeStep
 from nsa.distributed import ContextParallel
+from nsa.methods.registry import TRAINED
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import SPARSE
 from nsa.models.context import forward_arguments
@@ -89,10 +90,14 @@ class SparseDecoder(Transformers):
             if past_key_values.is_step(embeds.shape[1]) and self.can_step():
                 return self._forward_step(embeds, attention_mask, past_key_values, use_cache=use_cache, **kwargs)
             kwargs.update(factors=RotaryFactors(self.rotary), token_mask=attention_mask)
-        if self.config.dense_layers:  # which take the mask, or the positions of packed sequences, as transformers does
+        if (
+            self.config.dense_layers
+        ):  # whose attention is told of padding and packed sequences too
             kwargs["attention_mask"] = attention_mask
-            if packed and position_ids is None:
-                position_ids = packing(embeds, None, None, **packed)["position_ids"]
+            if packed:
+                names = packing(embeds, position_ids, None, **packed)
+                position_ids = names.pop("position_ids")
+                kwargs |= names if self.config._attn_implementation == TRAINED["dense"].implementation else {}
         return super().forward(
             inputs_embeds=embeds, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
             **kwargs,

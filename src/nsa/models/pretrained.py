@@ -49,6 +49,8 @@ class SparsePreTrained(Transformers):
         attention, own = self.config.attention, TRAINED[self.config.attention].implementation
         of_others = {method.implementation for name, method in TRAINED.items() if name != "dense"}
         if self.config.dense_layers and attn_implementation not in of_others:
+            if self.config.model_type == "nsa_llama":  # a family's own layers may do more than the twin
+                attn_implementation = attn_implementation or TRAINED["dense"].implementation
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         if attention == "dense" and attn_implementation not in of_others:
             return super()._check_and_adjust_attn_implementation(attn_implementation or own, *args, **kwargs)

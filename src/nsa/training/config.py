@@ -116,6 +116,8 @@ class TrainConfig:
     """The same of the selected branch."""
     window_gate_bias: float = 0.0
     """The same of the window branch."""
+    dense_layers: tuple[int, ...] = ()
+    """Numbers of the layers, from 0, that keep dense attention beside those with NSA or InfLLM-V2."""
     nsa: NSAConfig = field(default_factory=NSAConfig)
     """NSA's block sizes and counts; the window twin uses the same window."""
     infllm_v2: InfLLMv2Config = field(default_factory=InfLLMv2Config)
@@ -199,7 +201,8 @@ class TrainConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             paths = {name: Path(values[name]) for name in ("out", "cache_dir") if values.get(name) is not None}
-            tuples = {name: tuple(values[name]) for name in ("curriculum", "report_to") if name in values}
+            lists = ("curriculum", "report_to", "dense_layers")
+            tuples = {name: tuple(values[name]) for name in lists if name in values}
             sizes = {
                 "nsa": NSAConfig.from_dict(values["nsa"]),
                 "infllm_v2": InfLLMv2Config.from_dict(values.get("infllm_v2", {})),
@@ -223,6 +226,10 @@ class TrainConfig:
             )
         if self.tokenizer != "bytes" and self.tokenizer != "bpe" and not at_home(self.tokenizer).is_dir():
             raise ValueError(f"tokenizer should be bytes, bpe or a folder, got {self.tokenizer!r}")
+        if self.dense_layers and (self.cp > 1 or self.tp > 1):
+            raise ValueError(
+                f"dense_layers: expected none, or cp=1 and tp=1, got {self.dense_layers}, cp={self.cp}, tp={self.tp}"
+            )
         if self.selector_loss and self.attention == "nsa" and (self.cp > 1 or self.tp > 1):
             raise ValueError(
                 "selector_loss needs whole sequences and all heads on a rank: expected cp=1, tp=1 or selector_loss=0, "

@@ -21,6 +21,7 @@ def model_config(config: TrainConfig, vocab_size: int | None = None, **values: A
         "attention": attention,
         "nsa": config.nsa.to_dict(),
         "infllm_v2": config.infllm_v2.to_dict() if attention == "infllm_v2" else None,
+        "dense_layers": list(config.dense_layers) or None,
         "vocab_size": vocabulary(config) if vocab_size is None else vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
