@@ -23,6 +23,7 @@ COMMANDS = {
     "info": "memory, keys read and decoding time of a model, planned",
     "serve": "an OpenAI server for a trained model, on vLLM",
     "eval": "judge models at long context: needle, recall, perplexity",
+    "report": "training runs side by side, on one page",
     "compare": "attention methods side by side, at one budget",
     "convert": "make a dense checkpoint sparse: Llama, Qwen, Mistral, Phi, Gemma",
     "adapt": "train a converted model beside the dense one it came from",

@@ -58,6 +58,7 @@ def lines_of(folder: Path) -> dict[str, list[list[str]]]:
             [at["llama"], at["nsa"], *EVAL, *text, "--json"],
             [at["llama"], *EVAL, "--output", at["out"]],
         ],
+        "report": [[at["nsa"], "--output", at["out"]], [at["nsa"], "--json"], [at["nsa"], "--eval", at["bench.json"]]],
         "compare": [[at["llama"], *COMPARE, *text, "--output", at["rows"]]],
         "adapt": [
             [at["nsa"], "--dense", at["llama"], "--out", at["out"], "--data", str(folder / "text"), *ADAPT, *more]
@@ -91,7 +92,9 @@ def write_files(folder: Path) -> None:
     for name in ("llama", "nsa"):
         byte_tokenizer().save_pretrained(folder / name)
     (folder / "nsa" / "train_config.json").write_text('{"data": "python", "nsa": {}}')
-    (folder / "nsa" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "seconds": 0.5}\n')
+    (folder / "nsa" / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.5, "seconds": 0.5, "tokens": 32, "eval_text_loss": 2.25}\n'
+    )
     (folder / "text").mkdir()
     (folder / "text" / "words.txt").write_text("one of the lines of a text\n" * 300)
     (folder / "a.whl").write_bytes(b"PK")

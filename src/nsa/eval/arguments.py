@@ -72,6 +72,34 @@ class DemoArguments:
 
 
 @dataclass(frozen=True)
+class ReportArguments:
+    """Training runs side by side on one page: curves, and a table with differences from the dense twin, seed by seed.
+
+    Runs whose configurations differ in their seed alone are one recipe, named after its folder without `-seedN`.
+
+    Examples:
+        nsa report runs/nsa runs/dense --output report.html
+        nsa report runs/*-seed* --eval judged/eval.json --output evidence.html
+        nsa report runs/*-seed* --reference dense --markdown
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    """Folders of `nsa train`, finished or not."""
+    reference: Annotated[str | None, tyro.conf.arg(metavar="RECIPE")] = None
+    """What the others are set against. Default: the first recipe with dense attention, if there is one."""
+    eval: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """An eval.json of `nsa eval`, whose tables and pictures follow on the page."""
+    title: str = "Training runs"
+    """The page's."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """The page, a .html file that needs nothing beside it; one that is there is replaced."""
+    markdown: bool = False
+    """Print the table in Markdown."""
+    json: bool = False
+    """Print everything that was read as JSON."""
+
+
+@dataclass(frozen=True)
 class CompareArguments:
     """Attention methods side by side on one model, at one budget of keys read per query.
 

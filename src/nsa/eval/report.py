@@ -33,6 +33,7 @@ class Report:
     keys: KeysRead | None = None
     samples: dict[str, tuple[str, str]] = field(default_factory=dict)
     costs: Costs | None = None
+    recipes: Any = None  # nsa.eval.recipes_report.Recipes
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate], result: Result, *, text: str, **more: Any) -> "Report":
@@ -57,6 +58,7 @@ class Report:
             title=self.title,
             lead=self.lead,
             tiles=self.tiles,
+            recipes=self.recipes,
             colors=colors,
             costs=_costs(result, self.costs, colors) if self.costs else None,
             names=result.names,

@@ -90,9 +90,7 @@ class SparseDecoder(Transformers):
             if past_key_values.is_step(embeds.shape[1]) and self.can_step():
                 return self._forward_step(embeds, attention_mask, past_key_values, use_cache=use_cache, **kwargs)
             kwargs.update(factors=RotaryFactors(self.rotary), token_mask=attention_mask)
-        if (
-            self.config.dense_layers
-        ):  # whose attention is told of padding and packed sequences too
+        if self.config.dense_layers:  # whose attention is told of padding and packed sequences too
             kwargs["attention_mask"] = attention_mask
             if packed:
                 names = packing(embeds, position_ids, None, **packed)
