@@ -9,10 +9,10 @@ fast on a P-th of the queries as on all. What P GPUs wait for each other is not 
 
 from nsa.bench.scale_arguments import ScaleArguments
 from nsa.config import NSAConfig
+from nsa.costs.flops import flops_per_token, mean_keys, weights_per_token
 from nsa.models import NSALlamaConfig
 from nsa.models.loss import CHUNK
 from nsa.report.table import Table
-from nsa.training.flops import flops_per_token, mean_keys, weights_per_token
 from nsa.training.presets import preset
 from nsa.training.sizes import model_config
 
