@@ -242,15 +242,19 @@ def _phi(
 
 @triton.jit
 def _compress(
-    x, ring, to, position_encoding, weight_in, bias_in, weight_out, bias_out, cos, sin, hidden, arrival, part, parts,
-    block_table, raw_table, flat, row, number, head, length, new, last, complete, t, num_new, pages_per_row, raw_pages,
-    room, units, stride_xb, stride_xt, stride_xg, stride_r, stride_s, stride_g, stride_p, stride_c, stride_h,
+    x, ring, to, phi, factors, hidden, arrival, part, parts, block_table, raw_table, flat, row, number, head, length,
+    new, last, complete, t, num_new, pages_per_row, raw_pages, room, units, x_strides, ring_strides, strides,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RING: tl.constexpr,
     PAGED: tl.constexpr, PAGE_STRIDES: tl.constexpr, ROTATE: tl.constexpr, KIND: tl.constexpr, UNITS: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of phi of a tile's blocks, keys or values; the last of them writes the compressed ones."""
+    position_encoding, weight_in, bias_in, weight_out, bias_out = phi
+    cos, sin = factors
+    stride_xb, stride_xt, stride_xg = x_strides
+    stride_r, stride_s, stride_g = ring_strides
+    stride_p, stride_c, stride_h = strides
     # What the parts leave for a block: the first layer's units, then the mean; only the one for linear, or mean.
     hidden += wide(flat) * (units + (0 if KIND == 1 else D))
     first = (last + 1) * STRIDE - BLOCK
@@ -321,9 +325,6 @@ def decode_append_kernel(
     k, v, k_win, v_win, k_raw, v_raw = new_tokens
     to_k, to_v, to_k_win, to_v_win, to_k_raw, to_v_raw, to_k_cmp, to_v_cmp = memory
     cos, sin = factors
-    cos_cmp, sin_cmp = factors_cmp
-    position_encoding_k, weight_in_k, bias_in_k, weight_out_k, bias_out_k = phi_k
-    position_encoding_v, weight_in_v, bias_in_v, weight_out_v, bias_out_v = phi_v
     hidden_k, hidden_v = hidden
     units_k, units_v = units
     parts_k, parts_v = parts
@@ -397,23 +398,21 @@ def decode_append_kernel(
         if tl.sum(complete.to(tl.int32), 0) > 0:
             if part < parts_k:
                 _compress(
-                    k_raw, to_k_raw, to_k_cmp, position_encoding_k, weight_in_k, bias_in_k, weight_out_k, bias_out_k,
-                    cos_cmp, sin_cmp, hidden_k, arrivals + 1 + 2 * tile, part, parts_k, block_table, raw_table, flat,
-                    of_row, number, head, of_length, of_new, last, complete, t, num_new, pages_per_row, raw_pages,
-                    room, units_k,
-                    stride_krb, stride_krt, stride_krg, stride_tkrp, stride_tkrs, stride_tkrg,
-                    stride_tkcp, stride_tkcs, stride_tkcg, D, DP, BLOCK, STRIDE, RAW_RING, PAGED, PAGE_STRIDES,
-                    True, KIND, UNITS, ROWS, WARPS, SLICE_D, INNER, STAGES, PRECISION,
+                    k_raw, to_k_raw, to_k_cmp, phi_k, factors_cmp, hidden_k, arrivals + 1 + 2 * tile, part, parts_k,
+                    block_table, raw_table, flat, of_row, number, head, of_length, of_new, last, complete, t, num_new,
+                    pages_per_row, raw_pages, room, units_k, (stride_krb, stride_krt, stride_krg),
+                    (stride_tkrp, stride_tkrs, stride_tkrg), (stride_tkcp, stride_tkcs, stride_tkcg),
+                    D, DP, BLOCK, STRIDE, RAW_RING, PAGED, PAGE_STRIDES, True, KIND,
+                    UNITS, ROWS, WARPS, SLICE_D, INNER, STAGES, PRECISION,
                 )  # fmt: skip
             else:
                 _compress(
-                    v_raw, to_v_raw, to_v_cmp, position_encoding_v, weight_in_v, bias_in_v, weight_out_v, bias_out_v,
-                    cos_cmp, sin_cmp, hidden_v, arrivals + 2 + 2 * tile, part - parts_k, parts_v, block_table,
-                    raw_table, flat, of_row, number, head, of_length, of_new, last, complete, t, num_new,
-                    pages_per_row, raw_pages, room, units_v,
-                    stride_vrb, stride_vrt, stride_vrg, stride_tvrp, stride_tvrs, stride_tvrg,
-                    stride_tvcp, stride_tvcs, stride_tvcg, E, EP, BLOCK, STRIDE, RAW_RING, PAGED, PAGE_STRIDES,
-                    False, KIND, UNITS, ROWS, WARPS, SLICE_E, INNER, STAGES, PRECISION,
+                    v_raw, to_v_raw, to_v_cmp, phi_v, factors_cmp, hidden_v, arrivals + 2 + 2 * tile, part - parts_k,
+                    parts_v, block_table, raw_table, flat, of_row, number, head, of_length, of_new, last, complete, t,
+                    num_new, pages_per_row, raw_pages, room, units_v, (stride_vrb, stride_vrt, stride_vrg),
+                    (stride_tvrp, stride_tvrs, stride_tvrg), (stride_tvcp, stride_tvcs, stride_tvcg),
+                    E, EP, BLOCK, STRIDE, RAW_RING, PAGED, PAGE_STRIDES, False, KIND,
+                    UNITS, ROWS, WARPS, SLICE_E, INNER, STAGES, PRECISION,
                 )  # fmt: skip
     if is_last:
         for first in tl.range(0, rows, 128):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.files import write_whole
+from nsa.methods.registry import Attention
 from nsa.training.curriculum import Stage, parse_curriculum
 from nsa.training.folder import CONFIG_FILE, at_home
 from nsa.training.limits import ANY, Limits, check_numbers
@@ -70,7 +71,7 @@ class TrainConfig:
     """Folder for checkpoints, metrics, the configuration and the final model: new, empty, or a run's with --resume."""
     preset: str = "demo"
     """Where the values of all other flags start from: demo, small or 1b."""
-    attention: Literal["nsa", "infllm_v2", "dense", "window"] = "nsa"
+    attention: Attention = "nsa"
     """NSA, InfLLM-V2, or a twin without sparsity; they differ in nothing else."""
     resume: bool = False
     """Continue from the last checkpoint in `out`, exactly as if it had not stopped; with its configuration."""
