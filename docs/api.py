@@ -19,6 +19,7 @@ MODULES = {
     "nsa.ops.selected_attention": ("selected_attention",),
     "nsa.ops.window_attention": ("window_attention",),
     "nsa.ops.combine": ("combine",),
+    "nsa.methods.infllm_v2": ("infllm_v2_attention",),
     "nsa.distributed": None,
     "nsa.serving": None,
     "nsa.testing": None,
