@@ -15,7 +15,7 @@ from nsa.bench.generate import Clock, filled_cache, filled_dense_cache, random_m
 from nsa.bench.result import Entry, Result
 from nsa.bench.show import markdown, tables, write
 from nsa.cli import main, parse
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 
 SMALL = GenerateArguments(
     layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, intermediate_size=48, vocab_size=64
@@ -43,7 +43,7 @@ def test_a_filled_cache_is_full_of_finite_numbers_and_decodes():
     model = random_model(SMALL, "nsa", "cpu")
     with torch.no_grad():
         cache = filled_cache(model, 3, 200, 8)
-        decoder = Decoder(model, cache, masked=False, capture=False)
+        decoder = CapturedStep(model, cache, masked=False, capture=False)
         for _ in range(8):
             assert decoder(torch.randint(64, (3, 1))).isfinite().all()
     assert [layer.lengths for layer in cache.caches] == [[208] * 3] * 2

@@ -12,7 +12,7 @@ from nsa.backend import use_backend
 from nsa.cache import LayerCache, PagedNSACache, StaticNSACache, convert
 from nsa.kernels.decode_append import decode_append_kernel
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 from nsa.models.plan import plan
 from nsa.testing import assert_close_to_fp64
 
@@ -182,7 +182,7 @@ def test_a_replay_is_the_step_bit_by_bit_also_after_the_cache_grew(layout, dtype
     for capture in (True, False):
         cache = model_cache(built, layout)
         built(ids[:, :100], attention_mask=mask[:, :100], past_key_values=cache)
-        decoder = Decoder(built, cache, masked=True, capture=capture)
+        decoder = CapturedStep(built, cache, masked=True, capture=capture)
         logits = [decoder(ids[:, at : at + 1], mask[:, : at + 1]) for at in range(100, 300)]
         found.append(torch.cat(logits, dim=1))
         assert (decoder.graph is not None) == capture
@@ -198,7 +198,7 @@ def test_replays_give_what_the_whole_gives(layout) -> None:
     with use_backend("triton"):
         cache = model_cache(built, layout)
         first = built(ids[:, :200], past_key_values=cache).logits
-        decoder = Decoder(built, cache, masked=False)
+        decoder = CapturedStep(built, cache, masked=False)
         found = torch.cat([first, *(decoder(ids[:, at : at + 1]) for at in range(200, 300))], dim=1)
     with use_backend("torch"):
         plain = built(ids, use_cache=False).logits
@@ -214,7 +214,7 @@ def test_crop_and_reorder_between_replays(layout) -> None:
     for capture in (True, False):
         cache = model_cache(built, layout)
         built(ids[:, :250], past_key_values=cache)
-        decoder, logits = Decoder(built, cache, masked=False, capture=capture), []
+        decoder, logits = CapturedStep(built, cache, masked=False, capture=capture), []
         for at in range(250, 300):
             logits.append(decoder(ids[:, at : at + 1]))
             if at % 7 == 0:
@@ -235,7 +235,7 @@ def test_no_decoding_step_waits_for_the_device(layout, masked) -> None:
     mask = torch.ones(3, 200, dtype=torch.long, device="cuda") if masked else None
     cache = model_cache(built, layout)
     built(ids[:, :120], past_key_values=cache)
-    decoder = Decoder(built, cache, masked=masked)
+    decoder = CapturedStep(built, cache, masked=masked)
 
     def steps(first: int) -> None:
         for at in range(first, first + 35):

@@ -9,7 +9,7 @@ from step_checks import USES, check_begin, check_project, check_rms_norm
 from nsa.backend import use_backend
 from nsa.kernels import step as kernels
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 from nsa.testing import assert_close_to_fp64
 
 torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def test_a_step_of_the_model_is_that_of_the_operations(monkeypatch: pytest.Monke
     cache = NSALlamaCache(config, layout="static", max_length=64)
     with use_backend("torch"):
         model(ids[:, :32], past_key_values=cache)
-    decoder = Decoder(model, cache, masked=False, capture=False)
+    decoder = CapturedStep(model, cache, masked=False, capture=False)
     found = torch.cat([decoder(ids[:, at : at + 1]) for at in range(32, 36)], dim=1)
     assert len(calls) == 4 * (2 * 6 + 1)
     with use_backend("torch"):

@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 
 from nsa.models import NSALlamaForCausalLM, generation
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 
 
 @pytest.fixture
 def graphs_without_capture(monkeypatch):
     """generate() as on a GPU, each step run where a replay would be."""
-    monkeypatch.setattr(generation, "Decoder", partial(Decoder, capture=False))
+    monkeypatch.setattr(generation, "CapturedStep", partial(CapturedStep, capture=False))
     monkeypatch.setattr(NSALlamaForCausalLM, "_why_no_cuda_graph", lambda self, config: None)

@@ -8,7 +8,7 @@ import torch
 from tiny_llama import SIZES, model, tokens
 
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 
 LAYOUTS = ("growing", "static", "paged")
 
@@ -69,7 +69,7 @@ def test_the_captured_step_is_the_step(layout):
     with torch.no_grad():
         cache = new_cache(built, layout)
         in_chunks(built, ids, [295], cache, mask)
-        decoder = Decoder(built, cache, masked=True, capture=False)
+        decoder = CapturedStep(built, cache, masked=True, capture=False)
         for column in range(295, 300):
             assert decoder.serves(ids[:, column : column + 1], mask)
             logits = decoder(ids[:, column : column + 1], mask[:, : column + 1])
@@ -87,7 +87,7 @@ def test_a_decoder_serves_its_own_addresses_only():
     with torch.no_grad():
         cache = new_cache(built, "paged")
         built(ids, past_key_values=cache)
-        decoder = Decoder(built, cache, masked=False, capture=False)
+        decoder = CapturedStep(built, cache, masked=False, capture=False)
         cache.reorder_cache(torch.tensor([1, 1]))
         assert decoder.serves(ids[:, :1], None)
         assert not decoder.serves(ids[:, :1], torch.ones(2, 21))
@@ -103,8 +103,8 @@ def test_weights_side_by_side_are_the_models_own(tmp_path):
     with torch.no_grad():
         cache = new_cache(built, "static")
         built(ids, past_key_values=cache)
-        decoder = Decoder(built, cache, masked=False, capture=False)
-        again = Decoder(built, cache, masked=False, capture=False)
+        decoder = CapturedStep(built, cache, masked=False, capture=False)
+        again = CapturedStep(built, cache, masked=False, capture=False)
         for one, other in zip(decoder.decoder.layers, again.decoder.layers, strict=True):
             assert one.inputs.weight.data_ptr() == other.inputs.weight.data_ptr()
             assert one.inputs.weight.data_ptr() == one.attention.q_proj.weight.data_ptr()
@@ -116,7 +116,7 @@ def test_weights_side_by_side_are_the_models_own(tmp_path):
         whole = built(torch.cat([ids, ids[:, :1]], dim=1)).logits[:, -1:]
         cache = new_cache(built, "static")
         built(ids, past_key_values=cache)
-        again = Decoder(built, cache, masked=False, capture=False)
+        again = CapturedStep(built, cache, masked=False, capture=False)
         again.decoder = decoder.decoder
         torch.testing.assert_close(again(ids[:, :1]), whole, rtol=1e-9, atol=1e-9)
     built.save_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_a_model_with_more_than_its_weights_steps_by_its_modules():
     with torch.no_grad():
         cache = new_cache(built, "static")
         built(ids[:, :20], past_key_values=cache)
-        decoder = Decoder(built, cache, masked=False, capture=False)
+        decoder = CapturedStep(built, cache, masked=False, capture=False)
         assert decoder.decoder is None
         torch.testing.assert_close(decoder(ids[:, 20:]), built(ids).logits[:, 20:], rtol=1e-9, atol=1e-9)
 

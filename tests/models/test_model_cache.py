@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 from nsa.testing import assert_close_to_fp64
 
 SIZES = {
@@ -79,7 +79,7 @@ def test_a_replay_that_stops_before_it_began_leaves_the_host_no_token_ahead(mask
     built, ids, cache = model().double(), tokens(40), new_cache(NSALlamaConfig(nsa=NSA, **SIZES), "static")
     mask = torch.ones(2, 40, dtype=torch.long) if masked else None
     in_chunks(built, ids[:, :30], [29, 1], cache)
-    decoder = Decoder(built, cache, masked=masked, capture=False)
+    decoder = CapturedStep(built, cache, masked=masked, capture=False)
     decoder.graph = type("Graph", (), {"replay": stop})()
     with pytest.raises(Stopped):
         decoder(ids[:, 3:4], mask)
@@ -100,7 +100,7 @@ def test_a_cache_of_another_model_is_refused_by_prefill_step_and_decoder(layout,
     cache = new_cache(config, layout)
     calls = [lambda: model()(ids[:, :1], past_key_values=cache), lambda: model()(ids, past_key_values=cache)]
     if layout != "growing":
-        calls.append(lambda: Decoder(model(), cache, masked=False, capture=False))
+        calls.append(lambda: CapturedStep(model(), cache, masked=False, capture=False))
     for call in calls:
         model(**{"nsa": NSA, **other})(ids[:, :20], past_key_values=cache)
         with pytest.raises(ValueError, match=message) as error:
@@ -112,7 +112,7 @@ def test_a_cache_of_another_model_is_refused_by_prefill_step_and_decoder(layout,
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
 def test_a_cache_filled_in_one_mode_goes_on_in_another(layout, captured, modes, monkeypatch):
-    monkeypatch.setattr("nsa.models.generation.Decoder", partial(Decoder, capture=False))
+    monkeypatch.setattr("nsa.models.generation.CapturedStep", partial(CapturedStep, capture=False))
     built, ids = model().double(), tokens(60)
     cache = new_cache(built.config, layout)
     cache.cuda_graphs = captured and layout != "growing"
@@ -129,7 +129,7 @@ def test_a_cache_filled_in_one_mode_goes_on_in_another(layout, captured, modes, 
 @pytest.mark.parametrize("captured", [False, True])
 @torch.no_grad()
 def test_decoding_under_autocast_is_the_whole_under_autocast(layout, captured, monkeypatch):
-    monkeypatch.setattr("nsa.models.generation.Decoder", partial(Decoder, capture=False))
+    monkeypatch.setattr("nsa.models.generation.CapturedStep", partial(CapturedStep, capture=False))
     built, ids = model(), tokens(50)
     cache = new_cache(built.config, layout)
     cache.cuda_graphs = captured and layout != "growing"

@@ -5,7 +5,7 @@ import torch
 from tiny_llama import TWINS, config, model, tokens
 
 from nsa.models import NSALlamaCache, NSALlamaForCausalLM
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 
 ROOM = {"growing": {}, "static": {"max_length": 96}, "paged": {"num_pages": 24, "page_size": 16, "max_length": 96}}
 COLUMNS = torch.arange(12)
@@ -75,7 +75,7 @@ def after(use):
 def graph_steps(built):
     cache = NSALlamaCache(built.config, layout="static", max_length=64)
     built(tokens(2, 20), past_key_values=cache)
-    decoder = Decoder(built, cache, masked=False, capture=False)
+    decoder = CapturedStep(built, cache, masked=False, capture=False)
     assert decoder.decoder is not None
     decoder(tokens(2, 1))
 

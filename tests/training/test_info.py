@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nsa.cli import main
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 from nsa.models.plan import plan
 from nsa.training.info import InfoConfig, info
 
@@ -32,7 +32,7 @@ def test_parameters_and_cache_are_those_of_the_model_and_of_what_it_allocates(at
             cache = NSALlamaCache(CONFIG, layout="static", max_length=200)
             model(ids, past_key_values=cache)
             assert sum(found.cache_bytes.values()) == cache.num_bytes()
-            layers = Decoder(model, cache, masked=False, capture=False).decoder.layers
+            layers = CapturedStep(model, cache, masked=False, capture=False).decoder.layers
             biases = sum(layer.inputs.bias.numel() for layer in layers)
             assert found.packed_bytes == 4 * (layers[0].inputs.weight.numel() + biases)
             assert sum(parameter.numel() for parameter in model.parameters()) == total

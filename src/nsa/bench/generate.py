@@ -20,7 +20,7 @@ from nsa.bench.layer import DENSE_BACKENDS
 from nsa.bench.result import Entry
 from nsa.bench.timing import interleaved, peak_gib
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
-from nsa.models.decoding import Decoder
+from nsa.models.captured_step import CapturedStep
 from nsa.models.plan import plan
 
 STEPS = 8  # of decoding that are timed as one, since a step takes little
@@ -94,7 +94,7 @@ def decoding_step(
     room = 4 + STEPS * (arguments.repetitions + 1)
     for name, capture in (("NSA", True), ("NSA, no graph", False)):
         cache = filled_cache(nsa, batch, length, room)
-        decoder = Decoder(nsa, cache, masked=False, capture=capture)
+        decoder = CapturedStep(nsa, cache, masked=False, capture=capture)
         decoder(ids), decoder(ids)
         timed(name, partial(decoder, ids), STEPS)
         del decoder, cache

@@ -69,7 +69,7 @@ class NSALlamaCache(Cache):
         )
         self.layout = layout
         # Whether decoding steps over this cache are CUDA graphs, which `generate()` decides, and the captured one
-        # (`nsa.models.decoding.Decoder`), which belongs to the addresses of this cache.
+        # (`nsa.models.captured_step.CapturedStep`), which belongs to the addresses of this cache.
         self.cuda_graphs = False
         self.decoder: Any = None
 

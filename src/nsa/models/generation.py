@@ -10,8 +10,8 @@ from transformers.generation import GenerationMixin
 
 from nsa.backend import resolve, why_not_triton
 from nsa.models.cache import Layout, NSALlamaCache
+from nsa.models.captured_step import CapturedStep
 from nsa.models.configuration import SPARSE, NSALlamaConfig
-from nsa.models.decoding import Decoder
 from nsa.models.positions import follow_each_other
 
 
@@ -25,11 +25,11 @@ class GenerationPolicy(GenerationMixin):
     _moved_mask: Tensor | None = None  # of the prompt of this generate(), where its padding was moved
     _candidates = 0  # tokens that a step of this generate() may try and take back: `most_candidates`
 
-    def _decoder(self, cache: NSALlamaCache, input_ids: Tensor, attention_mask: Tensor | None) -> Decoder:
+    def _captured_step(self, cache: NSALlamaCache, input_ids: Tensor, attention_mask: Tensor | None) -> CapturedStep:
         """The cache's own, as long as it serves."""
-        decoder: Decoder | None = cache.decoder
+        decoder: CapturedStep | None = cache.decoder
         if decoder is None or decoder.model is not self or not decoder.serves(input_ids, attention_mask):
-            decoder = Decoder(self, cache, masked=attention_mask is not None)
+            decoder = CapturedStep(self, cache, masked=attention_mask is not None)
             cache.decoder = decoder
         return decoder
 

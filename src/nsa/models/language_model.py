@@ -42,7 +42,7 @@ class SparseCausalLM(GenerationPolicy):
             more = more or self.config.output_hidden_states or not kwargs.get("return_dict", self.config.return_dict)
             if is_step and labels is None and not more:
                 assert input_ids is not None
-                logits = self._decoder(past_key_values, input_ids, attention_mask)(input_ids, attention_mask)
+                logits = self._captured_step(past_key_values, input_ids, attention_mask)(input_ids, attention_mask)
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         if weights is not None and labels is None:
             raise ValueError("weights: expected labels, which they weigh, beside them; got none")

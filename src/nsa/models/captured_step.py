@@ -1,9 +1,9 @@
 """A decoding step of the whole model at fixed addresses, and its CUDA graph.
 
 A step takes one to two milliseconds of some 150 small kernels, which the host launches ten times more slowly than the
-device runs them. Captured once, the step is one launch. What is captured is `Decoder.step`: from token ids in a buffer
-to logits in a buffer, over the cache's memory; nothing in it asks the host. `Decoder.__call__` is what stays outside:
-room in the cache, ids into the buffer, logits out of it.
+device runs them. Captured once, the step is one launch. What is captured is `CapturedStep.step`: from token ids in a
+buffer to logits in a buffer, over the cache's memory; nothing in it asks the host. `CapturedStep.__call__` is what stays
+outside: room in the cache, ids into the buffer, logits out of it.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from nsa.models.cache import NSALlamaCache
 from nsa.models.step import StepDecoder
 
 
-class Decoder:
+class CapturedStep:
     """Decoding steps of one token a row, over one static or paged cache, with the weights of the moment it was made.
 
     The first step runs as it is, on a stream of its own: it compiles kernels and sets libraries up, which no capture
