@@ -2,8 +2,8 @@
 
 A step takes one to two milliseconds of some 150 small kernels, which the host launches ten times more slowly than the
 device runs them. Captured once, the step is one launch. What is captured is `CapturedStep.step`: from token ids in a
-buffer to logits in a buffer, over the cache's memory; nothing in it asks the host. `CapturedStep.__call__` is what stays
-outside: room in the cache, ids into the buffer, logits out of it.
+buffer to logits in a buffer, over the cache's memory; nothing in it asks the host. `CapturedStep.__call__` is what
+stays outside: room in the cache, ids into the buffer, logits out of it.
 """
 
 from typing import Any
