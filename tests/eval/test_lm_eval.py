@@ -1,14 +1,18 @@
 """Tasks of lm-eval, where the package is installed (pip install nsa[lm-eval]): local data, every kind of request."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from dense_families import NSA, SIZES
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from nsa.eval.methods import METHODS, split
 from nsa.eval.methods.phased import Phased
 from nsa.eval.tasks.lm_eval import LMEval
+from nsa.models import swap_attention
 from nsa.training.tokenizer import byte_tokenizer
 
 pytest.importorskip("lm_eval")
@@ -60,3 +64,27 @@ def test_a_small_budget_changes_what_is_predicted(folder, model):
     (row,) = judge.run(phased, byte_tokenizer())
     assert row.value != judge.run(model, byte_tokenizer())[0].value
     assert phased.meter.summary()["decode"]["attended"] == 1.0
+
+
+def test_its_own_command_scores_a_converted_folder_as_the_model_does(folder, tmp_path):
+    """As docs/support.md has it, in a process that imports nothing of nsa by itself."""
+    dense = Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "vocab_size": 259}, head_dim=8))
+    sparse, tokenizer = swap_attention(dense.eval(), nsa=NSA), byte_tokenizer()
+    sparse.save_pretrained(tmp_path / "sparse")
+    tokenizer.save_pretrained(tmp_path / "sparse")
+    command = f"""--model hf --model_args pretrained={tmp_path / "sparse"},trust_remote_code=True --tasks choose
+        --include_path {folder} --device cpu --output_path {tmp_path / "out"} --log_samples"""
+    caches = {name: str(tmp_path / "cache") for name in ("HF_HOME", "HF_MODULES_CACHE", "HF_DATASETS_CACHE")}
+    environment = {**caches, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-m", "lm_eval", "run", *command.split()], capture_output=True, text=True,
+                          env=environment, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (samples,) = (tmp_path / "out").rglob("samples_choose*.jsonl")
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        for choice, ((score, _),) in zip(sample["doc"]["choices"], sample["resps"], strict=True):
+            text = f"{sample['doc']['text']} {choice}"
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            with torch.no_grad():
+                log_p = sparse(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            choice_tokens = len(text) - len(sample["doc"]["text"].rstrip())  # a space before it is the choice's
+            assert float(score) == pytest.approx(log_p[-choice_tokens:].sum().item(), rel=1e-4)

@@ -178,13 +178,19 @@ def test_layers_that_stay_dense_are_the_familys_own(layers):
         after.generate(ids, max_new_tokens=2, cache_implementation="static")
 
 
-def test_a_classifier_keeps_its_head():
-    before = dense("llama")
-    classifier = FAMILIES["llama"].theirs("ForSequenceClassification")(before.config).eval().double()
-    after = swap_attention(classifier, nsa=NSA, gate_bias=SHUT)
-    ids = tokens(2, FITS)
-    assert type(after) is sparse_class(FAMILIES["llama"], "ForSequenceClassification")
-    close(after(ids).logits, classifier(ids).logits)
+@pytest.mark.parametrize("method", ["nsa", "infllm_v2"])
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_classifier_keeps_its_head(family, head, method):
+    config = dense(family).config
+    before = FAMILIES[family].theirs(head)(config).eval().double()
+    sizes = {"nsa": NSA, "gate_bias": SHUT} if method == "nsa" else {"infllm_v2": INFLLM}
+    after, ids = swap_attention(before, method, **sizes), tokens(2, 16)
+    assert type(after) is sparse_class(FAMILIES[family], head)
+    with torch.no_grad():
+        close(after(ids).logits, before(ids).logits)
+    after(ids, labels=tokens(2, 16) % 2 if "Token" in head else torch.tensor([0, 1])).loss.backward()
+    assert after.score.weight.grad.any()
 
 
 def test_a_folder_loads_where_nothing_of_nsa_was_imported(tmp_path):

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
-from dense_families import NSA, SIZES, dense, tokens
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, pipeline
+from dense_families import DENSE, NSA, SIZES, dense, tokens
+from huggingface_hub import ModelCard
+from quantizers import QUANTIZERS
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    modeling_utils,
+    pipeline,
+)
+from transformers.utils import hub
 
 from nsa.models import swap_attention
 from nsa.training.tokenizer import byte_tokenizer
@@ -40,17 +51,31 @@ def test_a_chat_is_answered_by_its_template_which_is_saved_with_the_model(tokeni
     assert answer["generated_text"][-1]["content"] == tokenizer.decode(alone, skip_special_tokens=True)
 
 
-def test_peft_takes_targets_by_name_and_knows_none_by_itself():
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear"], ids=["named", "all"])
+def test_an_adapter_is_merged_and_saved_beside_the_folder_that_it_belongs_to(targets, tmp_path):
+    peft, ids = pytest.importorskip("peft"), tokens(2, 40)
+    swap_attention(dense("qwen3"), nsa=NSA).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(base, settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        moved = adapted(ids).logits
+        found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+        torch.testing.assert_close(found(ids).logits, moved)
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, moved)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config"])
+@pytest.mark.parametrize("family", [name for name in DENSE if name != "phi3"])  # which PEFT does not know
+def test_peft_puts_adapters_by_itself_where_it_does_in_the_dense_family(family, kind):
     peft = pytest.importorskip("peft")
-    ids = tokens(2, 40)
-    for targets in (["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear"):
-        settings = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-        adapted = peft.get_peft_model(swap_attention(dense("qwen3"), nsa=NSA), settings).double().eval()
-        with torch.no_grad():
-            moved = adapted(ids).logits
-            torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, moved)
-    with pytest.raises(ValueError, match="target_modules"):
-        peft.get_peft_model(swap_attention(dense("qwen3"), nsa=NSA), peft.LoraConfig(task_type="CAUSAL_LM"))
+    before, settings = dense(family), getattr(peft, kind)(task_type="CAUSAL_LM")
+    after = swap_attention(before, nsa=NSA)
+    found, expected = (
+        peft.get_peft_model(model, settings).base_model.targeted_module_names for model in (after, before)
+    )
+    assert found == expected != []
 
 
 def settings(trl, kind, folder, **more):
@@ -90,3 +115,63 @@ def test_trl_learns_preferences(tokenizer, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_trl_trains_a_reward_head_on_a_converted_folder(tokenizer, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    chatty().save_pretrained(tmp_path / "sparse")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse", num_labels=1)
+    pairs = {"chosen": [f"{n} is good" for n in range(8)], "rejected": [f"{n} is bad" for n in range(8)]}
+    trainer = trl.RewardTrainer(
+        model=model, args=settings(trl, "RewardConfig", tmp_path / "run", save_strategy="no"),
+        processing_class=tokenizer, train_dataset=datasets.Dataset.from_dict(pairs),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_converted_folder_is_quantized_as_it_is_loaded(quantizer, tmp_path):
+    """And computes with the weights that its linear layers then say they have."""
+    settings, ids = QUANTIZERS[quantizer](), tokens(2, 40)
+    swap_attention(dense("qwen3").float(), nsa=NSA).save_pretrained(tmp_path)
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+    plain, rounded = (AutoModelForCausalLM.from_pretrained(tmp_path) for _ in range(2))
+    with torch.no_grad():
+        changed = False
+        for name, module in quantized.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                before, after = plain.get_submodule(name).weight, module.weight.dequantize()
+                changed |= not torch.equal(before, after)
+                rounded.get_submodule(name).weight.copy_(after)
+        assert changed
+        torch.testing.assert_close(quantized(ids).logits, rounded(ids).logits)
+        ends = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(quantized.generate(ids, **ends), rounded.generate(ids, **ends))
+
+
+class Hub:
+    """What transformers asks of a hub when it pushes."""
+
+    def __init__(self):
+        self.files = set()
+
+    def create_repo(self, repo_id, **_):
+        return type("Repository", (), {"repo_id": repo_id})
+
+    def create_commit(self, operations, **_):
+        self.files |= {operation.path_in_repo for operation in operations}
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_what_is_pushed_to_a_hub_loads_from_there(way, monkeypatch, tmp_path):
+    hub_here, model = Hub(), swap_attention(dense("qwen3"), nsa=NSA)
+    for module in (hub, modeling_utils):
+        monkeypatch.setattr(module, "hf_api", lambda: hub_here)
+        monkeypatch.setattr(module, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\n---\n"))
+    if way == "push_to_hub":
+        model.push_to_hub("me/sparse")
+    else:
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/sparse")
+    assert hub_here.files >= {"config.json", "generation_config.json", "model.safetensors", "modeling_nsa.py"}

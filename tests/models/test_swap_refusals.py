@@ -6,9 +6,11 @@ from dense_families import DENSE, NSA, SIZES, dense
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
@@ -21,6 +23,7 @@ from transformers import (
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM, swap_attention
 from nsa.models.families import why_not
 from nsa.models.plan import plan
+from nsa.models.swap import check_config
 
 LLAMA = LlamaConfig(**SIZES)
 
@@ -36,6 +39,18 @@ def phi3(**more):
 def quantized():
     model = DENSE["llama"]()
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    return model
+
+
+def with_sinks():
+    model = DENSE["llama"]()
+    model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    return model
+
+
+def on_two_devices():
+    model = DENSE["llama"]()
+    model.lm_head.to("meta")
     return model
 
 
@@ -66,6 +81,8 @@ def with_adapters():
          "rotary embeddings of type 'dynamic' change with the length"),
         (lambda: NSALlamaForCausalLM(NSALlamaConfig(**SIZES, nsa=NSA)), {}, "attention='nsa' already; expected"),
         (quantized, {}, "the weights are quantized"),
+        (with_sinks, {}, "the weight model.layers.0.self_attn.sinks has no place in NSALlamaForCausalLM"),
+        (on_two_devices, {}, "expected all weights on one device, got cpu, meta"),
         (with_adapters, {}, "the model has adapters; merge them first"),
         (DENSE["llama"], {"layers": [2]}, r"layers: expected some of 0 to 1, got \[2\]"),
         (DENSE["llama"], {"layers": []}, "layers: expected some of 0 to 1"),
@@ -78,6 +95,20 @@ def with_adapters():
 def test_what_cannot_be_swapped_is_one_line(make, arguments, said):
     with pytest.raises(ValueError, match=said) as caught:
         swap_attention(make(), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (GptOssConfig(num_hidden_layers=2), "no row for model type 'gpt_oss' .*; docs/convert.md says how to add one"),
+        (Gemma3Config(), "no row for model type 'gemma3' .*; its text part is 'gemma3_text', give that alone"),
+    ],
+    ids=["sinks", "images"],
+)
+def test_a_model_type_without_a_row_is_one_line(config, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        check_config(config)
     assert "\n" not in str(caught.value)
 
 

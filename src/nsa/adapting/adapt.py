@@ -54,7 +54,8 @@ def adapt(arguments: AdaptArguments) -> None:
         raise ValueError("nothing to do: expected a curriculum in --first or in --second")
     for stage in stages.values():
         stage.config.validate()
-    _check_models(arguments, dense, max(stage.config.context for stage in stages.values()))
+    length = max(stage.config.context for stage in stages.values())
+    _check_models(arguments, dense, length)
     _claim(arguments, out)
     for name, stage in stages.items():
         if is_trained(stage.config.out):
@@ -62,7 +63,8 @@ def adapt(arguments: AdaptArguments) -> None:
             continue
         _say(f"{name}: {stage.config.total_steps} steps")
         train(stage.config, make=stage.make, trainer=stage.trainer, finish=merge)
-    _report(arguments, out, {"dense": dense, "converted": arguments.sparse} | {n: out / n for n in stages})
+    folders = {"dense": dense, "converted": arguments.sparse, **{name: out / name for name in stages}}
+    _report(arguments, out, folders, length)
 
 
 def _stages(arguments: AdaptArguments, out: Path, dense: Path) -> dict[str, Stage]:
@@ -152,7 +154,9 @@ def _check_models(arguments: AdaptArguments, dense: Path, context: int) -> None:
         raise ValueError(f"rows of {context} tokens: the model has {sparse.max_position_embeddings} positions")
     for name in ("blocks_weight", "teacher_weight", "lora"):
         if not 0 <= getattr(arguments, name) < float("inf"):
-            raise ValueError(f"{name} should be 0 or more, got {getattr(arguments, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected 0 or more, and finite, got {getattr(arguments, name)}"
+            )
 
 
 def _claim(arguments: AdaptArguments, out: Path) -> None:
@@ -174,9 +178,8 @@ def _claim(arguments: AdaptArguments, out: Path) -> None:
 
 
 @torch.no_grad()
-def _report(arguments: AdaptArguments, out: Path, folders: dict[str, Path]) -> None:
-    """Losses of every model on the same held-out rows, of all positions and of their later half."""
-    length = max(stage.config.context for stage in _stages(arguments, out, folders["dense"]).values())
+def _report(arguments: AdaptArguments, out: Path, folders: dict[str, Path], length: int) -> None:
+    """Losses of every model on the same held-out rows of `length` tokens, of all positions and of their later half."""
     source = arguments.data if arguments.data == "python" else arguments.data + HELD_OUT
     device, found, rows = device_of(arguments.device), {}, None
     print(f"loss on held-out rows of {length:,} tokens: all, after {length // 2:,}")

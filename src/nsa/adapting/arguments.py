@@ -107,7 +107,7 @@ class AdaptArguments:
     dense: Annotated[Path | None, tyro.conf.arg(metavar="DENSE")] = None
     """Folder of the dense model; by default the one that it was converted from."""
     out: Path = Path("runs/adapted")
-    """Folder for the runs stage-1, stage-2 and dense, and adapt.json: new, empty, or that of a run with --resume."""
+    """Folder for the runs stage-1, stage-2, dense-trained and for adapt.json: new, empty, or a run's with --resume."""
     first: tuple[str, ...] = ("2048x300",)
     """Stage 1's curriculum, LENGTHxSTEPS as in `nsa train`; none: it is left out."""
     second: tuple[str, ...] = ("2048x300",)

@@ -25,8 +25,8 @@ from nsa.training.loading import load_model
 
 RECORD = "conversion.json"
 SHARD = "5GB"
-# Of a folder's other files those that say whose the model is.
 FUSED = re.compile(r"self_attn\.[qkv]_proj\.(weight|bias)$")  # which may be rows of a fused projection
+# Of a folder's other files those that say whose the model is.
 KEPT = ("LICENSE*", "NOTICE*", "README*", "USE_POLICY*")
 
 

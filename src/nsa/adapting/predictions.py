@@ -83,12 +83,8 @@ class _Sum(torch.autograd.Function):
         part: Part,
     ) -> Tensor:
         dtype, ctx.dtypes = _dtype(hidden), (hidden.dtype, head.dtype)
-        rows, total, d_hidden, d_head = (
-            max(1, LOGITS // head.shape[0]),
-            hidden.new_zeros((), dtype=torch.float32),
-            [],
-            None,
-        )
+        rows, total = max(1, LOGITS // head.shape[0]), hidden.new_zeros((), dtype=torch.float32)
+        d_hidden, d_head = [], None
         heads = head.detach().to(dtype), their_head.detach().to(dtype)
         for h, w, y in zip(hidden.split(rows), wanted.split(rows), targets.split(rows), strict=True):
             one, d_h, d_w = part(h.to(dtype), heads[0], w.to(dtype), heads[1], y, weight, caps)

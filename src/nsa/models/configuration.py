@@ -1,6 +1,8 @@
 """Llama's configuration, plus which attention it has and NSA's sizes."""
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +10,8 @@ from transformers import LlamaConfig
 
 from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.methods.registry import TRAINED
+from nsa.models.auto_map import write_auto_map
+from nsa.models.peft_targets import tell_peft
 
 ATTENTIONS = tuple(TRAINED)
 # Those with layers, caches and positions of this library.
@@ -44,6 +48,19 @@ class SparseSizes:
     def sparse_layers(self) -> list[int]:
         """Numbers of the layers with NSA."""
         return sparse_layers(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """transformers', with the file by which the Auto classes find this one (trust_remote_code=True).
+
+        A model saves its configuration once it knows which files of the folder are old, and pushes the others to a hub.
+        """
+        write_auto_map(self, Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        """transformers'; PEFT asks for it just before it looks for the model type in its own tables."""
+        tell_peft(type(self).model_type)  # type: ignore[attr-defined]
+        return super().to_dict()  # type: ignore[misc]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -113,8 +130,6 @@ class NSALlamaConfig(SparseSizes, LlamaConfig):
 
 def sparse_layers(config: Any) -> list[int]:
     """Numbers of the layers whose attention is not transformers' own."""
-    if config.attention not in SPARSE:
-        return []
     if config.attention not in SPARSE:
         return []
     dense = set(config.dense_layers or ())

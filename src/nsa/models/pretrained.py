@@ -1,7 +1,5 @@
 """What transformers asks of a model class: which attention it runs, how it is saved, loaded, initialised and cut."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +9,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nsa.distributed.tensor import check_heads, share_phi
 from nsa.methods.registry import TRAINED
-from nsa.models.auto_map import write_auto_map
 from nsa.models.configuration import SPARSE
 from nsa.models.twins import dense_attention, dense_mask, window_attention, window_mask
 from nsa.modules.compression import Compression
@@ -60,12 +57,6 @@ class SparsePreTrained(Transformers):
                 f"got {attn_implementation!r}"
             )
         return own
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """transformers', with the file by which AutoModel finds this class (trust_remote_code=True)."""
-        if kwargs.get("is_main_process", True):
-            write_auto_map(self.config, Path(save_directory))
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

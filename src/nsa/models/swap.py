@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.models.auto_map import AUTO
 from nsa.models.configuration import SPARSE
 from nsa.models.families import FAMILIES, Family, own_rotary, sparse_class, why_not, window_of
 from nsa.models.family_attention import FUSED, split_fused, start
@@ -56,7 +57,7 @@ def swap_attention(
     sparse = chosen_layers(config, layers)
     if reason := why_not(config, sparse):
         raise ValueError(f"swap_attention: {config.model_type}: {reason}")
-    what = next((name for name in KINDS if type(model) in (family.theirs(name), sparse_class(family, name))), None)
+    what = next((name for name in AUTO if type(model) in (family.theirs(name), sparse_class(family, name))), None)
     if what is None:
         raise ValueError(
             f"swap_attention: expected one of transformers' {family.name} models, got {type(model).__name__}"
@@ -79,9 +80,6 @@ def swap_attention(
     new.train(model.training)
     new.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return new
-
-
-KINDS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification")
 
 
 def check_config(config: Any, method: str = "nsa") -> Family:
