@@ -133,6 +133,16 @@ FAULTS = {
     "quantized": (
         lambda path: broken(path, quantization_config={"quant_method": "gptq", "bits": 4}), "the weights are quantized",
     ),
+    "layers and their kinds apart": (
+        lambda path: broken(path, num_hidden_layers=3), "`num_hidden_layers` (3) must be equal to the number of",
+    ),
+    "no tokenizer": (
+        lambda path: [file.unlink() for file in path.glob("tokenizer*")], "it has special tokens alone",
+    ),
+    "an adapter": (
+        lambda path: (path / "config.json").rename(path / "adapter_config.json"), "holds no model: an adapter alone",
+    ),
+    "nothing": (lambda path: shutil.rmtree(path), "holds no model: there is no such folder, and nothing is downloaded"),
     "dropout": (lambda path: broken(path, attention_dropout=0.5), "qwen3: NSA has no dropout"),
     "code of its own": (
         lambda path: broken(path, model_type="mine", auto_map={"AutoConfig": "mine.Config"}), "Python code of its own",
@@ -160,6 +170,8 @@ def test_a_folder_that_cannot_be_converted_is_one_line_and_leaves_nothing(folder
     [
         (["--layers", "7"], "layers: expected some of 0 to 1, got [7]"),
         (["--layers", "1-x"], "--layers: expected numbers and ranges such as 0 3 8-29, got '1-x'"),
+        (["--layers", "1-0"], "--layers: expected numbers and ranges such as 0 3 8-29, got '1-0'"),
+        (["--gate-bias", "nan"], "gate_bias: expected a finite number, got nan"),
         (["--tokens", "-1"], "--tokens: expected 0 or more, got -1"),
         (["--text", "/nowhere"], "no such text: /nowhere"),
         (["--nsa.window-size", "0"], "window_size"),

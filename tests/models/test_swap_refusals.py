@@ -84,6 +84,7 @@ def with_adapters():
         (with_sinks, {}, "the weight model.layers.0.self_attn.sinks has no place in NSALlamaForCausalLM"),
         (on_two_devices, {}, "expected all weights on one device, got cpu, meta"),
         (with_adapters, {}, "the model has adapters; merge them first"),
+        (DENSE["llama"], {"gate_bias": float("inf")}, "gate_bias: expected a finite number, got inf"),
         (DENSE["llama"], {"layers": [2]}, r"layers: expected some of 0 to 1, got \[2\]"),
         (DENSE["llama"], {"layers": []}, "layers: expected some of 0 to 1"),
         (DENSE["llama"], {"layers": {"dense": [0, 1]}}, "layers: expected some of 0 to 1"),

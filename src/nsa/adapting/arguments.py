@@ -78,7 +78,8 @@ def layer_numbers(given: tuple[str, ...]) -> list[int] | None:
     numbers: list[int] = []
     for part in given:
         first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or part == first)) or len(part) > 12:
+        is_range = first.isdecimal() and (last.isdecimal() or part == first) and len(part) <= 12
+        if not is_range or int(first) > int(last or first):
             raise ValueError(f"--layers: expected numbers and ranges such as 0 3 8-29, got {part!r}")
         numbers += range(int(first), int(last or first) + 1)
         if len(numbers) > 10_000:

@@ -20,7 +20,7 @@ from nsa.adapting.source import check_room, find_model, plan, read_config
 from nsa.eval.models import device_of
 from nsa.eval.scoring import token_losses
 from nsa.eval.text import held_out_documents
-from nsa.models.swap import swap_attention
+from nsa.models.swap import check_gate_bias, swap_attention
 from nsa.training.loading import load_model
 
 RECORD = "conversion.json"
@@ -40,6 +40,7 @@ def convert(arguments: ConvertArguments) -> None:
     config, layers = read_config(source), layer_numbers(arguments.layers)
     if arguments.method != "nsa" and arguments.gate_bias != GATE_BIAS:
         raise ValueError(f"--gate-bias: --method {arguments.method} has no gates")
+    check_gate_bias(arguments.gate_bias)
     sizes = getattr(arguments, arguments.method).to_dict()
     family, planned = plan(config, arguments.method, layers, sizes)
     dtype = config.dtype or torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)

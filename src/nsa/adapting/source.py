@@ -23,7 +23,12 @@ def find_model(folder: Path) -> Path:
     if len(found) > 1:
         raise ValueError(f"{folder} holds {len(found)} snapshots and none is main; name one of them, as {found[0]}")
     if not found:
-        raise ValueError(f"{folder} holds no model: expected a folder with config.json")
+        reason = "expected a folder with config.json"
+        if not folder.exists():
+            reason = "there is no such folder, and nothing is downloaded"
+        elif (folder / "adapter_config.json").is_file():
+            reason = "an adapter alone; expected the model that it is merged into (merge_and_unload)"
+        raise ValueError(f"{folder} holds no model: {reason}")
     return found[0]
 
 

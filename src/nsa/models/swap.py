@@ -1,6 +1,7 @@
 """A loaded dense model with a sparse method in the place of its attention: `swap_attention`."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ def swap_attention(
     """
     config: Any = model.config
     family = check_config(config, method)
+    check_gate_bias(gate_bias)
     sparse = chosen_layers(config, layers)
     if reason := why_not(config, sparse):
         raise ValueError(f"swap_attention: {config.model_type}: {reason}")
@@ -100,6 +102,12 @@ def check_config(config: Any, method: str = "nsa") -> Family:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("swap_attention: the weights are quantized; expected those that they were made from")
     return family
+
+
+def check_gate_bias(gate_bias: float) -> None:
+    """ValueError where gates of this bias could never learn, or are none."""
+    if not math.isfinite(gate_bias):
+        raise ValueError(f"gate_bias: expected a finite number, got {gate_bias}")
 
 
 def chosen_layers(config: Any, layers: Layers = None) -> list[int]:

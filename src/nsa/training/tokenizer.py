@@ -66,15 +66,21 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> PreTraine
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         found.encode("a")  # values of wrong types are met only here
-        return found
     except Exception as error:
         raise ValueError(f"no tokenizer could be loaded from {folder} ({first_line(error)})") from error
+    if len(found) <= len(found.get_added_vocab()):  # transformers' answer where a family's files are not there
+        raise ValueError(
+            f"no tokenizer could be loaded from {folder} (it has special tokens alone: are files missing?)"
+        )
+    return found
 
 
 def first_line(error: BaseException) -> str:
     """An error of another library as part of a line of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # what it announces
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
