@@ -179,7 +179,10 @@ class FullRotary(nn.Module):
 
 
 def rotary_of_full(rotary: Any) -> Any:
-    """A family's rotary embedding as NSA calls it, with (x, positions)."""
+    """A family's rotary embedding as NSA calls it, with (x, positions).
+
+    Where layers differ (Gemma 3), `rope_type` is a dictionary by their kind, and the embedding wants the kind named.
+    """
     return rotary if isinstance(rotary.rope_type, str) else partial(rotary, layer_type="full_attention")
 
 

@@ -73,7 +73,7 @@ def swap_attention(
     else:
         sizes = {**(getattr(config, method, None) or {}), **(given or {})}
     new_config = sparse_config(config, family, method, sparse, sizes)
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory: weights are those of the dense model, or what `start` gives
         new = sparse_class(family, what)(new_config)
     _share(model, new)
     for module in new.modules():
@@ -131,12 +131,10 @@ def chosen_layers(config: Any, layers: Layers = None) -> list[int]:
 def sparse_config(config: Any, family: Family, method: str, sparse: list[int], sizes: Mapping[str, Any]) -> Any:
     """The family's configuration with NSA in the layers `sparse`."""
     values = {name: value for name, value in config.to_dict().items() if name not in NOT_KEPT}
-    if (
-        all(window_of(config, number) is None for number in range(config.num_hidden_layers))
-        and "sliding_window" in values
-    ):
+    numbers = range(config.num_hidden_layers)
+    if "sliding_window" in values and all(window_of(config, number) is None for number in numbers):
         values["sliding_window"] = None  # one that no position reaches
-    dense = [number for number in range(config.num_hidden_layers) if number not in sparse]
+    dense = [number for number in numbers if number not in sparse]
     made = sparse_class(family, "Config")(
         **values, attention=method, dense_layers=dense or None, **{method: dict(sizes)}
     )
