@@ -161,7 +161,7 @@ def _share(dense: nn.Module, new: nn.Module) -> None:
     for name, parameter in dense.named_parameters(remove_duplicate=False):
         parent, _, leaf = name.rpartition(".")
         above, _, last = parent.rpartition(".")
-        if parent in places:
+        if parent in places and leaf in places[parent]._parameters:
             places[parent]._parameters[leaf] = parameter
         elif last == "qkv_proj" and f"{above}.{FUSED[0]}" in places:
             for part, rows in split_fused(parameter.detach(), dense.get_submodule(above)).items():
