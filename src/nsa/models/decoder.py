@@ -61,18 +61,8 @@ class SparseDecoder(Transformers):
         if past_key_values is None:
             packed, attention_mask, use_cache = self._packing(embeds, attention_mask, position_ids, use_cache, kwargs)
             past_key_values = NSALlamaCache(self.config) if use_cache and is_sparse else None
-        elif is_sparse and not isinstance(past_key_values, NSALlamaCache):
-            got = type(past_key_values).__name__
-            raise ValueError(
-                f"attention={self.config.attention!r} needs an NSALlamaCache as past_key_values, got {got}"
-            )
-        elif kwargs.pop("cu_seq_lens_q", None) is not None:
-            raise ValueError("NSALlamaModel: cu_seq_lens_q (packed sequences) does not go with past_key_values")
-        elif is_sparse:
-            if attention_mask is not None:
-                past_key_values.check_mask(attention_mask, embeds.shape[1])
-            check_positions(position_ids, past_key_values, attention_mask, embeds.shape[1])
-
+        else:
+            self._check_cache(past_key_values, attention_mask, position_ids, embeds.shape[1], kwargs)
         if not is_sparse:
             if packed:
                 packed = packing(embeds, position_ids, attention_mask, **packed)
@@ -100,6 +90,23 @@ class SparseDecoder(Transformers):
             inputs_embeds=embeds, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
             **kwargs,
         )  # fmt: skip
+
+    def _check_cache(
+        self, cache: Cache, mask: Tensor | None, position_ids: Tensor | None, columns: int, kwargs: dict[str, Any]
+    ) -> None:
+        """ValueError where so many new columns cannot go on from the cache, in one line."""
+        is_sparse = self.config.attention in SPARSE
+        if is_sparse and not isinstance(cache, NSALlamaCache):
+            got = type(cache).__name__
+            raise ValueError(
+                f"attention={self.config.attention!r} needs an NSALlamaCache as past_key_values, got {got}"
+            )
+        if kwargs.pop("cu_seq_lens_q", None) is not None:
+            raise ValueError("NSALlamaModel: cu_seq_lens_q (packed sequences) does not go with past_key_values")
+        if is_sparse:
+            if mask is not None:
+                cache.check_mask(mask, columns)
+            check_positions(position_ids, cache, mask, columns)
 
     def can_step(self) -> bool:
         """Whether every layer can take the decoding step made for static and paged caches."""
