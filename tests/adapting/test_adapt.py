@@ -121,7 +121,10 @@ def test_a_wrong_option_is_one_line_and_trains_nothing(folders, tmp_path, flags,
 
 
 def test_what_is_no_pair_of_models_is_one_line(folders, tmp_path, capsys):
-    assert main(["adapt", str(folders / "run"), "--dense", str(folders / "run"), "--out", str(tmp_path / "out")]) == 2
-    assert "is not a model that nsa convert made" in capsys.readouterr().err
+    for dense in ([], ["--dense", str(folders / "run")]):
+        assert main(["adapt", str(folders / "run"), *dense, "--out", str(tmp_path / "out")]) == 2
+        assert "is not a model that nsa convert made" in capsys.readouterr().err
+    assert main(["adapt", "/nowhere", "--out", str(tmp_path / "out")]) == 2
+    assert "/nowhere holds no model: there is no such folder" in capsys.readouterr().err
     assert call(folders, tmp_path / "out", "--dense", str(folders / "sparse")) == 2
     assert "attention='nsa'; expected the dense model" in capsys.readouterr().err

@@ -48,6 +48,7 @@ def adapt(arguments: AdaptArguments) -> None:
     """As `AdaptArguments` says."""
     if launched() > 1:
         raise ValueError("nsa adapt runs in one process; start it without torchrun or accelerate launch")
+    sparse = _sparse_config(arguments.sparse)
     out, dense = at_home(arguments.out), _dense_folder(arguments)
     stages = _stages(arguments, out, dense)
     if not stages:
@@ -55,7 +56,7 @@ def adapt(arguments: AdaptArguments) -> None:
     for stage in stages.values():
         stage.config.validate()
     length = max(stage.config.context for stage in stages.values())
-    _check_models(arguments, dense, length)
+    _check_models(arguments, sparse, dense, length)
     _claim(arguments, out)
     for name, stage in stages.items():
         if is_trained(stage.config.out):
@@ -124,6 +125,14 @@ def _taught(trainer: Callable[..., Any], dense: Path, weight: float) -> Callable
     return made
 
 
+def _sparse_config(folder: Path) -> Any:
+    """Of the converted model; ValueError in one line where it is none."""
+    config = read_config(find_model(folder))
+    if not getattr(config, "sparse_layers", []):
+        raise ValueError(f"{folder} is not a model that nsa convert made: it has no sparse layer")
+    return config
+
+
 def _dense_folder(arguments: AdaptArguments) -> Path:
     if arguments.dense is not None:
         return find_model(arguments.dense)
@@ -135,12 +144,9 @@ def _dense_folder(arguments: AdaptArguments) -> Path:
         ) from error
 
 
-def _check_models(arguments: AdaptArguments, dense: Path, context: int) -> None:
-    """ValueError in one line where the two are not a converted model and the one it came from."""
-    sparse, other = read_config(find_model(arguments.sparse)), read_config(dense)
-    layers = getattr(sparse, "sparse_layers", [])
-    if not layers:
-        raise ValueError(f"{arguments.sparse} is not a model that nsa convert made: it has no sparse layer")
+def _check_models(arguments: AdaptArguments, sparse: Any, dense: Path, context: int) -> None:
+    """ValueError in one line where the sparse model cannot come from the dense one, or options are not theirs."""
+    other = read_config(dense)
     if arguments.first and sparse.attention != "nsa":
         raise ValueError(f"--first: attention={sparse.attention!r} has no new weights to train; give it no curriculum")
     if getattr(other, "attention", "dense") != "dense":
