@@ -156,6 +156,25 @@ def test_no_function_takes_more_than_ten_arguments():
     assert found.keys() == MORE_PARAMETERS.keys(), "some take fewer by now: take them off the list"
 
 
+MOST_OF_KERNELS = 40
+MORE_OF_KERNELS = {  # most of them sizes known when compiling
+    "decode_split_kernel": 63,
+    "decode_finish_kernel": 57,
+    "decode_append_kernel": 48,
+    "_compress": 44,  # a part of it
+}
+
+
+def test_no_kernel_takes_more_than_forty_arguments():
+    """Tensors and strides that belong together are a tuple."""
+    found = {}
+    for path in (SOURCE / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(x) for x in node.decorator_list):
+                found[node.name] = len(node.args.args)
+    assert {name: number for name, number in found.items() if number > MOST_OF_KERNELS} == MORE_OF_KERNELS
+
+
 def run(code: str) -> str:
     """Run Python code in a fresh interpreter, warnings as errors, and return what it prints."""
     command = [sys.executable, "-W", "error", "-c", code]
