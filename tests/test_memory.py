@@ -1,7 +1,14 @@
-"""Memory grows with t, not with t * s."""
+"""Memory grows with t, not with t * s, and not with the steps of a run."""
 
+import gc
 import subprocess
 import sys
+
+import pytest
+import tiny_llama
+import torch
+
+from nsa.methods.registry import TRAINED
 
 FORWARD_AND_BACKWARD = """
 import resource
@@ -21,3 +28,17 @@ def test_an_eighth_of_64k_tokens_takes_less_than_an_eighth_of_16_gib():
     script = FORWARD_AND_BACKWARD.format(length=8192)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 16 * 2**30 / 8
+
+
+@pytest.mark.parametrize("attention", TRAINED)
+@pytest.mark.parametrize("length", [30, 90])  # the selected branch sees all of the first
+def test_nothing_of_a_training_step_outlives_it(attention, length):
+    model = tiny_llama.model(attention=attention).train()
+    ids = torch.randint(0, model.config.vocab_size, (2, length))
+    alive = []
+    for _ in range(3):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gc.collect()
+        alive.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
+    assert alive[2] == alive[1]

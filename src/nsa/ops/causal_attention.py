@@ -65,7 +65,8 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         # Its own graph keeps what it needs: layers that are computed again in backward would be once more for it.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        # Detached, for the kernel saves its output too, and an output that its own graph holds is never freed.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is):
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             ctx.inputs, ctx.out, ctx.scale = (q, k, v), _by_kernel(q, k, v, scale), scale
         return ctx.out.detach()
