@@ -58,8 +58,8 @@ def block_divergence(
     Returns:
         fp32, or fp64 where q is.
 
-    Source: this project's; the target is that of arXiv:2509.24663's and DeepSeek-V3.2's indexers. Tested against a sum
-    over tokens, query by query.
+    Source: the idea is that of DeepSeek-V3.2's indexer (arXiv:2512.02556), for blocks and eq. 10's scores. Tested against
+    sums over tokens, query by query.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
