@@ -58,7 +58,7 @@ def block_divergence(
     Returns:
         fp32, or fp64 where q is.
 
-    Source: the idea is that of DeepSeek-V3.2's indexer (arXiv:2512.02556), for blocks and eq. 10's scores. Tested against
+    Source: the idea is that of DeepSeek-V3.2's indexer (arXiv:2512.02556), for eq. 10's scores. Tested against
     sums over tokens, query by query.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
