@@ -14,6 +14,7 @@ from nsa.backend import resolve, use_backend
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention
 from nsa.kernels import library
+from nsa.methods.nsa import selection_by_mass
 from nsa.ops.compress import compress, phi_mean
 from nsa.testing import assert_close_to_fp64, assert_same_selection
 
@@ -50,6 +51,14 @@ def _inputs(
 def _out_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     out = function(*inputs)
     return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
+
+
+def test_an_oracle_reads_on_the_kernels_what_it_reads_in_torch(cuda_generator: torch.Generator) -> None:
+    inputs = [x.detach() for x in _inputs(LAYOUTS["suffix"], cuda_generator, dtype=torch.float32)]
+    with selection_by_mass():
+        found, plain = (native_sparse_attention(*inputs, SMALL, backend=on) for on in ("triton", "torch"))
+        truth = in_torch(*(x.double() for x in inputs), SMALL)
+    assert_close_to_fp64(found, plain, truth, "oracle", largest_score=100.0)
 
 
 @pytest.mark.parametrize("gates", ["sigmoid", "any sign"])

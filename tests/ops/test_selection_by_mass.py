@@ -1,5 +1,6 @@
 """The oracle of evaluation: blocks by the exact attention mass of their keys, against loops in fp64."""
 
+import pytest
 import torch
 
 from nsa.config import NSAConfig
@@ -13,7 +14,9 @@ CONFIG = NSAConfig(
 )
 
 
-def test_the_selected_branch_reads_the_blocks_of_most_mass():
+@pytest.mark.parametrize("scores", [2**26, 7 * 4 * 150])  # of all queries at once, of seven
+def test_the_selected_branch_reads_the_blocks_of_most_mass(monkeypatch, scores):
+    monkeypatch.setattr("nsa.methods.nsa.SCORES", scores)
     torch.manual_seed(0)
     t, s, h, g, d = 90, 150, 4, 2, 8
     q, gates = torch.randn(1, t, h, d).double() * 2, torch.rand(1, t, h, 3).double()
