@@ -51,7 +51,8 @@ def call(case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         return None
     name = f"nsa {case.arguments[0]}:"
     # What was left out of a folder of texts is said before, and which stage begins.
-    before = rf"nsa train: [^\n]+ left out, [^\n]+|{name} [^\n]+ left out, [^\n]+|{name} stage-\d: [^\n]+"
+    remarks = r"[^\n]+ (left out, [^\n]+|is all there is; [^\n]+)"
+    before = rf"nsa train: {remarks}|{name} {remarks}|{name} (stage-\d|dense-trained): [^\n]+"
     if code == 2 and re.fullmatch(rf"(({before})\n)*{name} error: [^\n]+\n", said.lstrip()):
         return None
     return f"exit code {code}, and on stderr:\n{said}"

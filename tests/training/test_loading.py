@@ -84,6 +84,22 @@ def test_a_configuration_of_wrong_types_is_one_line_in_generate_and_info(folder,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", ["x", "", {"x": 1}, [None], 1.5])
+def test_a_generation_config_whose_tokens_are_no_numbers_is_one_line(folder, name, value):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    refused(folder, f"{name} should be|no model could be loaded")
+
+
+def test_info_says_of_an_unknown_rope_type_that_it_makes_no_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "x", "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="makes no model: KeyError: 'x'"):
+        info(InfoConfig(model=str(folder)))
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"null"])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_damaged_file_is_one_line(folder, name, content):

@@ -92,8 +92,11 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
 def _parameters(config: NSALlamaConfig, attention: str) -> tuple[int, int]:
     """All, and those that a decoding step reads."""
     values = {**config.to_dict(), "attention": attention}
-    with torch.device("meta"):
-        model = NSALlamaForCausalLM(NSALlamaConfig(**values))
+    try:
+        with torch.device("meta"):
+            model = NSALlamaForCausalLM(NSALlamaConfig(**values))
+    except (KeyError, TypeError, AttributeError) as error:  # transformers', for values that it knows nothing of
+        raise ValueError(f"plan: the configuration makes no model: {type(error).__name__}: {error}") from error
     total = sum(parameter.numel() for parameter in model.parameters())
     table = model.model.embed_tokens.weight
     tied = model.lm_head.weight is table

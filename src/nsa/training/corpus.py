@@ -92,7 +92,7 @@ def read_corpus(source: str, max_bytes: int, text_field: str = "text") -> Corpus
     if source == "python":
         return _python(max_bytes)
     path = at_home(source)
-    if not path.exists():
+    if not source or not path.exists():
         raise ValueError(f"data source {source!r}: no such file or folder, and not the word 'python'")
     units = list(units_in(path)) if path.is_dir() else [Unit(path, path.name)]
     split = (path / "train").is_dir() and (path / "validation").is_dir() and not is_saved_dataset(path)

@@ -55,4 +55,10 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any)
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise ValueError(f"{folder} {fault}: {len(names)} ({shown})")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # transformers takes any value until it generates
+        ids = getattr(model.generation_config, name)
+        if ids is not None and not all(isinstance(token, int) for token in (ids if isinstance(ids, list) else [ids])):
+            raise ValueError(
+                f"{folder}/generation_config.json: {name} should be one token's number or more, got {ids!r}"
+            )
     return model, tokenizer
