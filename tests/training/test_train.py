@@ -199,6 +199,7 @@ def test_what_no_run_can_have_is_an_error_before_anything_is_written(config):
         "curriculum stage '9x': expected": {"curriculum": ("9x",)},
         "num_heads=3": {"num_heads": 3},
         "no such file or folder": {"data": "/nowhere"},
+        "data source ''": {"data": ""},
         "too small for one sequence of 99999 tokens": {"curriculum": ("99999x1",)},
         "tokenizer should be bytes, bpe or a folder": {"tokenizer": "words"},
         "batch_tokens should be at least 1, got 0": {"batch_tokens": 0},
