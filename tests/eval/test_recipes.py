@@ -99,6 +99,8 @@ def test_what_is_no_run_is_one_line(runs, capsys, break_it, said):
 def test_one_run_twice_and_what_is_unknown_are_one_line(runs, capsys):
     assert main(["report", str(runs[0]), str(runs[0])]) == 2
     assert "are the same run" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    assert "name at least one run's folder" in capsys.readouterr().err
     assert main(["report", str(runs[0]), "--reference", "x"]) == 2
     assert "--reference x: expected one of dense" in capsys.readouterr().err
     assert main(["report", str(runs[0]), "--eval", str(runs[0] / "train_config.json")]) == 2

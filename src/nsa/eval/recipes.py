@@ -99,6 +99,8 @@ def read_recipes(folders: Sequence[Path]) -> list[Recipe]:
     Raises:
         ValueError: no run there, or two of one configuration and one seed.
     """
+    if not folders:
+        raise ValueError("name at least one run's folder")
     recipes: dict[str, Recipe] = {}
     for folder in folders:
         run = Run.read(folder)

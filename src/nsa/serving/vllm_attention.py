@@ -94,7 +94,7 @@ class SparseAttention(nn.Module):
     def over_blocks(
         self, tables: dict[str, Any], q: Tensor, pairs: list[Tensor], gates: Tensor, positions: Tensor
     ) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how it attends over block tables")
 
     def factors(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotary(like, positions[None])
