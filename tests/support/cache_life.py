@@ -195,7 +195,7 @@ class Life:
             x, layer = x.float(), copy.deepcopy(layer).float()
         elif kind == "config":
             layer = copy.copy(layer)
-            layer.config = replace(self.config, window_size=self.config.window_size + 1)
+            layer.blocks = replace(self.config, window_size=self.config.window_size + 1)
         calls: dict[str, Callable[[], Any]] = {
             "crop": lambda: cache.crop(self.random.choice((-1, max(self.lengths, default=0) + 1))),
             "reorder": lambda: cache.reorder(torch.tensor([0, len(self.rows)])),

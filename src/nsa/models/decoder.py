@@ -17,7 +17,7 @@ from nsa.models.positions import check_positions, follow_each_other, packed_boun
 from nsa.models.step import StepDecoder
 from nsa.models.twins import packing
 from nsa.modules.rotary import Rotary, RotaryFactors
-from nsa.modules.token_layout import TokenLayout, step_padding
+from nsa.modules.token_layout import TokenLayout, in_order, out_of_order, step_padding
 
 # What a mixin stands before: a decoder of transformers.
 Transformers: Any = object
@@ -171,8 +171,7 @@ class SparseDecoder(Transformers):
         """`decode` by way of transformers' forward, which records what it is asked to; padding may lie anywhere."""
         b, t, _ = embeds.shape
         counts, order = step_padding(attention_mask, b, t)
-        if order is not None:
-            embeds = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
+        embeds = in_order(embeds, order)
         cache.make_room(t, counts)
         step = self._step(embeds, cache, counts)
         return_dict = kwargs.pop("return_dict", None)
@@ -181,12 +180,7 @@ class SparseDecoder(Transformers):
             past_key_values=cache, decode_step=step, return_dict=True, **kwargs,
         )  # fmt: skip
         if order is not None:
-            out.last_hidden_state = _unsorted(out.last_hidden_state, order)
+            out.last_hidden_state = out_of_order(out.last_hidden_state, order)
             if out.hidden_states is not None:
-                out.hidden_states = tuple(_unsorted(hidden, order) for hidden in out.hidden_states)
+                out.hidden_states = tuple(out_of_order(hidden, order) for hidden in out.hidden_states)
         return out if return_dict or (return_dict is None and self.config.return_dict) else out.to_tuple()
-
-
-def _unsorted(hidden: Tensor, order: Tensor) -> Tensor:
-    """Columns back where they were before `order` sorted them."""
-    return torch.empty_like(hidden).scatter(1, order.unsqueeze(-1).expand_as(hidden), hidden)

@@ -86,13 +86,13 @@ class TokenLayout:
         """x as the attention takes it: padding in front; packed rows one after another."""
         if self.cu_seqlens is not None:
             return x.reshape(1, -1, x.shape[-1])
-        return x if self.order is None else x.gather(1, self.order.unsqueeze(-1).expand_as(x))
+        return in_order(x, self.order)
 
     def unsort(self, y: Tensor, like: Float[Tensor, "b t _"]) -> Tensor:
         """The inverse of `sort`."""
         if self.cu_seqlens is not None:
             return y.reshape(like.shape)
-        return y if self.order is None else torch.empty_like(y).scatter(1, self.order.unsqueeze(-1).expand_as(y), y)
+        return out_of_order(y, self.order)
 
     def to_the_left(self, x: Float[Tensor, "b t *rest"]) -> Float[Tensor, "b t *rest"]:
         """Each row's tokens in front, as keys want them; what follows them nobody sees."""
@@ -112,6 +112,16 @@ class TokenLayout:
 def first_tokens(x: Float[Tensor, "b t d"], config: NSAConfig) -> Float[Tensor, "b c d"]:
     """What x says of the first token of each compression block."""
     return x[:, :: config.compress_stride][:, : config.num_compressed_blocks(x.shape[1])]
+
+
+def in_order(x: Float[Tensor, "b t _"], order: Int[Tensor, "b t"] | None) -> Float[Tensor, "b t _"]:
+    """Columns as `order` sorts them."""
+    return x if order is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
+
+
+def out_of_order(y: Float[Tensor, "b t _"], order: Int[Tensor, "b t"] | None) -> Float[Tensor, "b t _"]:
+    """The inverse: columns back where they were."""
+    return y if order is None else torch.empty_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
 
 
 def padding(mask: Tensor | None, b: int, t: int) -> tuple[Tensor | None, Tensor | None]:
