@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from rigged import write_text
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nsa.cli import main
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.eval import compare_run
 from nsa.eval.arguments import CompareArguments
 from nsa.eval.compare import compare
+from nsa.eval.costs import Costs
 from nsa.eval.methods import METHODS
 from nsa.eval.methods.h2o import H2O
 from nsa.eval.methods.minference import MInference
+from nsa.eval.methods.nsa import keys_of_last, keys_read
 from nsa.eval.result import Result
+from nsa.eval.tasks import Continuation
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.training.tokenizer import byte_tokenizer
 
@@ -25,6 +29,7 @@ SIZES = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_att
          "num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
 NSA = {"compress_block_size": 16, "compress_stride": 8, "select_block_size": 16, "num_selected_blocks": 4,
        "window_size": 40}  # fmt: skip
+INFLLM_V2 = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "window_size": 8, "topk": 3, "dense_len": 0}
 LAID_OVER = [name for name, method in METHODS.items() if not method.native]
 TASKS = ("needle", "recall", "multivalue", "perplexity", "continuation")
 
@@ -35,7 +40,10 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder / "llama")
     NSALlamaForCausalLM(NSALlamaConfig(**SIZES, nsa=NSA)).save_pretrained(folder / "nsa")
-    for name in ("llama", "nsa"):
+    NSALlamaForCausalLM(NSALlamaConfig(**SIZES, attention="infllm_v2", infllm_v2=INFLLM_V2)).save_pretrained(
+        folder / "infllm"
+    )
+    for name in ("llama", "nsa", "infllm"):
         byte_tokenizer().save_pretrained(folder / name)
     write_text(folder / "text")
     return folder
@@ -106,8 +114,8 @@ def test_finished_cells_are_not_run_again(folder, tmp_path, monkeypatch, capsys)
     assert ran == [("full", "needle", 128), ("quest", "needle", 128)]
 
 
-def test_processes_give_the_rows_of_one_and_prepare_a_method_once(folder, tmp_path, monkeypatch):
-    asked = {"methods": ("quest", "minference"), "tasks": ("needle", "continuation")}
+def test_processes_give_the_rows_of_one_of_trained_models_too_and_prepare_a_method_once(folder, tmp_path, monkeypatch):
+    asked = {"methods": ("quest", "minference"), "tasks": ("needle", "continuation"), "trained": (folder / "infllm",)}
     compare(arguments(folder, tmp_path / "one", **asked))
     compare(arguments(folder, tmp_path / "two", **asked, processes=2))
     one, two = ({r["key"]: r for r in records(tmp_path / name)} for name in ("one", "two"))
@@ -159,6 +167,84 @@ def test_an_nsa_model_is_compared_by_its_own_attention(folder, tmp_path, capsys)
     (cost,) = data["costs"]
     attended = cost["attended"]["decode"] / cost["queries"]["decode"]
     assert 13 + 49 + 40 <= attended <= 15 + 64 + 40  # compressed blocks, selected ones of 16 keys, the window
+
+
+def test_trained_models_are_rows_beside_the_methods_which_read_as_many_keys(folder, tmp_path, monkeypatch, capsys):
+    trained = (folder / "nsa", folder / "infllm")
+    asked = {"trained": trained, "budget": None, "methods": ("full", "exact_top", "h2o"), "tasks": ("continuation",)}
+    compare(arguments(folder, tmp_path, **asked))
+    said = " ".join(capsys.readouterr().out.split())
+    keys = NSAConfig.from_dict(NSA).keys_per_query(128)
+    assert f"128 tokens, budget: {keys} keys a query, as trained nsa reads" in said
+    data = json.loads((tmp_path / "compare.json").read_text())
+    assert list(data["rows"]) == ["full", "exact_top", "h2o", "trained nsa", "trained infllm"]
+    costs = {cost.method: cost for cost in Costs.from_plain(data).rows}
+    for name in ("exact_top", "h2o"):  # keys that the model scores to choose do not count as its budget
+        assert costs[name].per_query("attended", "decode") == keys
+    assert keys - 15 <= costs["trained nsa"].per_query("attended", "decode") <= keys  # its own block is not yet full
+    last = InfLLMv2Config.from_dict(INFLLM_V2).keys_per_query(128)
+    reads = [costs["trained infllm"].per_query(name, "decode") for name in ("attended", "scored")]
+    assert reads[1] > 25  # pooled keys, which no softmax has
+    assert last - 8 - 1 <= sum(reads) <= last
+    result = Result.from_json((tmp_path / "compare.json").read_text())
+    for name, path in zip(("trained nsa", "trained infllm"), trained, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        task = Continuation(**{**result.tasks["continuation"], "length": 128})
+        (own,) = task.run(model, byte_tokenizer())
+        (row,) = result.rows[name]
+        assert row.values == pytest.approx(own.values, rel=1e-4)
+    assert all(f"{name}</td>" in (tmp_path / "report.html").read_text() for name in data["rows"])
+
+    ran, run_cell = [], compare_run.run_cell
+
+    def noted(cell, *rest):
+        ran.append((cell.row, cell.task.name))
+        return run_cell(cell, *rest)
+
+    monkeypatch.setattr(compare_run, "run_cell", noted)
+    compare(arguments(folder, tmp_path, **asked, json=True))
+    assert not ran
+    compare(arguments(folder, tmp_path, **{**asked, "budget": 50}))  # a trained model reads what it was made for
+    assert ran == [("exact_top", "continuation"), ("h2o", "continuation")]
+
+
+def test_layers_that_stay_dense_count_with_all_that_they_see(folder, tmp_path):
+    torch.manual_seed(0)
+    half = NSALlamaForCausalLM(NSALlamaConfig(**SIZES, nsa=NSA, dense_layers=[1])).eval()
+    whole = NSALlamaForCausalLM(NSALlamaConfig(**SIZES, nsa=NSA)).eval()
+    tokens = torch.randint(259, (128,)).tolist()
+    for phase, seen in (("prefill", 112.5 / 2), ("decode", 112 + 8.5)):
+        sparse = keys_read(whole, tokens, 16)[phase].attended
+        assert keys_read(half, tokens, 16)[phase].attended == pytest.approx((2 * sparse + seen) / 3, abs=0.26)
+    assert keys_of_last(half.config, 128) == round((2 * NSAConfig.from_dict(NSA).keys_per_query(128) + 128) / 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "trained", "message"),
+    [
+        ("llama", ["llama"], "expected a model with attention 'nsa' or 'infllm_v2', got 'llama'"),
+        ("llama", ["nsa", "nsa"], "a model is named twice"),
+        ("nsa", ["infllm"], "--trained: expected a dense MODEL beside them, got"),
+        ("llama", ["missing"], "no such folder"),
+        ("other", ["nsa"], "expected the tokens of"),
+        ("larger", ["nsa"], "(300), got 259; prompts and losses of two vocabularies do not compare"),
+    ],
+)
+def test_what_cannot_stand_beside_the_methods_is_one_line(folder, tmp_path, capsys, model, trained, message):
+    if model in ("other", "larger"):
+        size = 300 if model == "larger" else 259
+        LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": size})).save_pretrained(tmp_path / model)
+        tokenizer = byte_tokenizer()
+        if model == "other":
+            tokenizer.add_tokens(["return"])
+        tokenizer.save_pretrained(tmp_path / model)
+    first = (tmp_path if model in ("other", "larger") else folder) / model
+    command = ["compare", str(first), "--trained", *(str(folder / name) for name in trained)]
+    assert main([*command, "--text", str(folder / "text"), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert message in said[0]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

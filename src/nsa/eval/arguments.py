@@ -101,19 +101,24 @@ class ReportArguments:
 
 @dataclass(frozen=True)
 class CompareArguments:
-    """Attention methods side by side on one model, at one budget of keys read per query.
+    """Attention methods side by side on one model, at one budget of keys read per query; and models trained sparse.
 
     Every method answers the same prompts: one prefill of the text, then question and answer token by token. A cell
-    (method, length, task) that is finished is a line in rows.jsonl and is never run again.
+    (method or trained model, length, task) that is finished is a line in rows.jsonl and is never run again.
 
     Examples:
         nsa compare models/smollm2 --lengths 2048 4096
         nsa compare models/smollm2 --methods full quest h2o --tasks needle --lengths 2048 --samples 5
-        nsa compare runs/nsa --budget 256 --output runs/compared
+        nsa compare runs/dense --trained runs/nsa runs/infllm-v2 --lengths 4096 --output runs/compared
+        nsa compare nsa-demo/dense --trained nsa-demo/nsa --lengths 512 --samples 5 --processes 2
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a decoder of the Llama family (Llama, Qwen, Mistral, SmolLM), or of an NSA model."""
+    trained: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="MODEL...")] = ()
+    """Folders of models trained with NSA or InfLLM-V2 (`nsa train`, `nsa convert`, `nsa adapt`), each a row beside the
+    methods, which are then laid over a dense MODEL of the same vocabulary: does training for sparsity beat sparsity
+    after the fact?"""
     methods: tuple[str, ...] = ()
     """Which methods: nsa, full, exact_top, streaming_llm, h2o, infllm, quest, minference, clusterkv, magicpig, and what
     is added to nsa.eval.methods.
@@ -124,7 +129,8 @@ class CompareArguments:
     lengths: tuple[int, ...] = (2048,)
     """Lengths in tokens; tasks of lm-eval have their own."""
     budget: Annotated[float | None, tyro.conf.arg(metavar="KEYS")] = None
-    """Keys a query may read; up to 1, a share of the length. Default: the share of NSA's paper, 2560 of 32768."""
+    """Keys a query may read; up to 1, a share of the length. A trained model reads what it was made for. Default: what
+    the first of --trained reads; without one, the share of NSA's paper, 2560 of 32768."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where needles lie: 0 is the text's start, 1 right before the question."""
     samples: int = 10
@@ -156,7 +162,7 @@ class CompareArguments:
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings, as some models need."""
     processes: int = 1
-    """Cells to run at once, each in a process with its own copy of the model and its share of the threads."""
+    """Cells to run at once, each in a process with its own copies of the models and its share of the threads."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`nsa compare`: methods x lengths x tasks on one model, one line of rows.jsonl a finished cell, tables, a report."""
+"""`nsa compare`: methods and trained models x lengths x tasks, a line of rows.jsonl a finished cell, tables, a report."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from nsa.eval.compare_cells import Cell, cells_of
 from nsa.eval.compare_rows import append, read_finished
-from nsa.eval.compare_run import Prepared, load_model, remember, run_apart, run_here
+from nsa.eval.compare_run import Prepared, remember, run_apart, run_here
 from nsa.eval.compare_table import comparison_markdown, comparison_tables
+from nsa.eval.compared import Compared, load_compared
 from nsa.eval.costs import Cost, Costs
 from nsa.eval.files import make_writable, refuse_to_lose
-from nsa.eval.methods import METHODS
-from nsa.eval.models import Candidate, check_folder
+from nsa.eval.methods import METHODS, split
+from nsa.eval.methods.nsa import keys_of_last
+from nsa.eval.models import check_folder
 from nsa.eval.report import Report
 from nsa.eval.report_charts import colors_of, quality_charts
 from nsa.eval.result import Result
@@ -40,8 +41,8 @@ TWIN_OF = {"nsa": "nsa", "full": "dense", "streaming_llm": "window"}
 def compare(arguments: CompareArguments) -> Result:
     """Check, load, run what is not finished, print, write."""
     check(arguments)
-    candidate = load_model(arguments)
-    cells = list(cells_of(arguments, candidate))
+    compared = load_compared(arguments)
+    cells = list(cells_of(arguments, compared))
     make_writable(arguments.output)
     path = arguments.output / "rows.jsonl"
     path.open("ab").close()
@@ -54,7 +55,7 @@ def compare(arguments: CompareArguments) -> Result:
     for cell in cells:
         remember(prepared, cell, finished.get(cell.key, {}))
     apart = arguments.processes > 1 and len(todo) > 1
-    running = run_apart(todo, arguments, prepared, console) if apart else run_here(todo, candidate, prepared, console)
+    running = run_apart(todo, arguments, prepared, console) if apart else run_here(todo, compared, prepared, console)
     try:
         with closing(running):  # its bars go before an error's line comes
             for record in running:
@@ -63,16 +64,19 @@ def compare(arguments: CompareArguments) -> Result:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command goes on where it was ({path})") from None
     records = [finished[cell.key] for cell in cells]
-    result, costs = gather(candidate, cells, records)
-    result.save(arguments.output / "compare.json")
-    title = f"Attention methods on {candidate.name}"
+    result, costs = gather(arguments, compared, cells, records)
+    written = json.dumps({**json.loads(result.to_json()), **costs.plain()}, indent=1)
+    write_whole(arguments.output / "compare.json", written + "\n")
+    title = f"Attention methods on {compared.model.name}"
     lead = "The same weights, the same prompts, one budget of keys read per query."
+    if compared.trained:
+        lead += " Trained models answer the same prompts with weights and an attention of their own."
     Report(result=result, title=title, lead=lead, costs=costs).save(arguments.output / "report.html")
     charts = quality_charts(result, costs, colors_of(result))
     write_whole(arguments.output / "tables.md", comparison_markdown(result, costs))
     write_whole(arguments.output / "quality.svg", as_file(charts))
     if arguments.json:
-        print(json.dumps({**json.loads(result.to_json()), "costs": [asdict(cost) for cost in costs.rows]}, indent=1))
+        print(written)
         return result
     out = Console(markup=False, emoji=False)
     out.print(comparison_tables(result, costs))
@@ -84,7 +88,8 @@ def compare(arguments: CompareArguments) -> Result:
 
 def check(arguments: CompareArguments) -> None:
     """One clear line for what can be seen to be wrong before a model is loaded."""
-    check_folder(arguments.model)
+    for folder in (arguments.model, *arguments.trained):
+        check_folder(folder)
     ours = (arguments.output / "rows.jsonl").is_file()
     refuse_to_lose(arguments.output, *(() if ours else WRITTEN), unless="")
     unknown = [name for name in arguments.methods if name not in METHODS]
@@ -103,9 +108,11 @@ def check(arguments: CompareArguments) -> None:
             raise ValueError(f"named twice: {' '.join(map(str, repeated))}")
 
 
-def gather(candidate: Candidate, cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> tuple[Result, Costs]:
+def gather(
+    arguments: CompareArguments, compared: Compared, cells: Sequence[Cell], records: Sequence[dict[str, Any]]
+) -> tuple[Result, Costs]:
     """Methods as the models of a result; cells without memory as rows without samples, and a note."""
-    methods = list(dict.fromkeys(cell.method.name for cell in cells))
+    methods = {cell.row: cell for cell in cells}
     rows: dict[str, list[Row]] = {name: [] for name in methods}
     tasks: dict[str, dict[str, Any]] = {}
     notes = []
@@ -116,24 +123,49 @@ def gather(candidate: Candidate, cells: Sequence[Cell], records: Sequence[dict[s
     }
     for cell, record in zip(cells, records, strict=True):
         if record["status"] == "ok":
-            rows[cell.method.name] += [Row.from_dict(row) for row in record["rows"]]
+            rows[cell.row] += [Row.from_dict(row) for row in record["rows"]]
         else:
             notes.append(f"{cell.name} tokens: {record['status']}")
             nothing = {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0, "values": []}
             same = known.get((cell.length, cell.task.name), [])
-            rows[cell.method.name] += [Row.from_dict({**row, **nothing, "correct": None}) for row in same]
+            rows[cell.row] += [Row.from_dict({**row, **nothing, "correct": None}) for row in same]
         parameters = tasks.setdefault(cell.task.name, dict(cell.identity["parameters"]))
         lengths = sorted({c.length for c in cells})
         parameters.update({key: lengths for key in ("length", "lengths") if key in parameters})
     order = {name: place for place, name in enumerate(tasks)}
     for own in rows.values():
         own.sort(key=lambda row: order[row.task])  # stable: lengths stay in their order
-    description = candidate.describe()
-    models = [{**description, "name": name, "attention": TWIN_OF.get(name, name), "nsa": {}} for name in methods]
+    description = compared.model.describe()
+    laid_over = [cell.row for cell in methods.values() if cell.folder == arguments.model]
+    models = [{**description, "name": name, "attention": TWIN_OF.get(name, name), "nsa": {}} for name in laid_over]
+    models += [candidate.describe() for candidate in compared.trained]
+    notes += notes_on_trained(arguments, compared)
     notes.append(
         "perplexity is one prefill: methods that are sparse in decode alone are dense there; questions, answers and "
         "continuations are decode steps"
     )
-    costs = Costs.of([Cost.of(cell.method, cell.length, record) for cell, record in zip(cells, records, strict=True)])
+    each = [Cost.of(cell.row, cell.method, cell.length, record) for cell, record in zip(cells, records, strict=True)]
+    budgets = {length: split(length, compared.budget(arguments.budget, length)).total for length in arguments.lengths}
+    whose = compared.trained[0].name if compared.trained and arguments.budget is None else ""
+    costs = Costs.of(each, budgets, whose)
+    for candidate in compared.trained:
+        for cost in costs.rows:
+            if cost.method == candidate.name:
+                cost.sizes = candidate.describe()["nsa"]
     run = {**circumstances(), "model": description["folder"]}
     return Result(models=models, tasks=tasks, rows=rows, run=run, notes=notes), costs
+
+
+def notes_on_trained(arguments: CompareArguments, compared: Compared) -> list[str]:
+    """What a reader must know to set trained models beside methods that were laid over another one's weights."""
+    notes = []
+    for candidate in compared.trained:
+        if candidate.num_parameters != compared.model.num_parameters:
+            counts = f"{candidate.num_parameters:,} parameters, {compared.model.name} {compared.model.num_parameters:,}"
+            notes.append(f"{candidate.name} has {counts}")
+        keys = {length: keys_of_last(candidate.config, length) for length in arguments.lengths}
+        for length in sorted(length for length, read in keys.items() if read >= length):
+            notes.append(
+                f"{candidate.name} reads {keys[length]:,} keys at {length:,} tokens, which spares none of them"
+            )
+    return notes

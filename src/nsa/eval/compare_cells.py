@@ -1,4 +1,4 @@
-"""The cells of a comparison: one method, one length, one task, and everything that its numbers depend on."""
+"""The cells of a comparison: one method or trained model, one length, one task, and all that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nsa.eval.compared import Compared
 from nsa.eval.methods import METHODS, Method, split
-from nsa.eval.models import Candidate, device_of
+from nsa.eval.models import device_of
 from nsa.eval.runner import text_of
 from nsa.eval.tasks import PUZZLES, Continuation, MultiValue, Needle, Perplexity, Recall, Task
 from nsa.eval.tasks.lm_eval import PREFIX, LMEval
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method, length and task; `identity` is everything that its numbers depend on."""
+    """A row of the tables, a length and a task; `identity` is everything that its numbers depend on.
 
+    `row` is the method's name, or that of a trained model, which lies in `folder`.
+    """
+
+    row: str
+    folder: Path
     method: Method
     length: int
     task: Task
@@ -31,7 +37,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.method.name}: {self.task.name} at {self.length}"
+        return f"{self.row}: {self.task.name} at {self.length}"
 
     @property
     def key(self) -> str:
@@ -43,28 +49,34 @@ class Cell:
         return _digest({key: value for key, value in self.identity.items() if key not in ("task", "parameters")})
 
 
-def methods_for(arguments: CompareArguments, candidate: Candidate) -> list[str]:
+def methods_for(arguments: CompareArguments, compared: Compared) -> list[str]:
     """The methods asked for; else those that the model can run."""
     if arguments.methods:
         return list(arguments.methods)
-    if candidate.attention in METHODS and METHODS[candidate.attention].native:
-        return [candidate.attention]
+    own = compared.model.attention
+    if own in METHODS and METHODS[own].native:
+        return [own]
     return [name for name, method in METHODS.items() if not method.native]
 
 
-def cells_of(arguments: CompareArguments, candidate: Candidate) -> Iterator[Cell]:
-    """All cells, the short lengths first, so that early rows are there for every method."""
-    fingerprint = fingerprint_of(arguments.model)
-    text = text_of(arguments.text, [arguments.model])
+def cells_of(arguments: CompareArguments, compared: Compared) -> Iterator[Cell]:
+    """All cells, the short lengths first, so that early rows are there for every row of the tables."""
+    folders = [arguments.model, *arguments.trained]
+    fingerprints = {folder: fingerprint_of(folder) for folder in folders}
+    text = text_of(arguments.text, folders)
     text_digest = hashlib.sha256(held_out_text(text).encode(errors="surrogatepass")).hexdigest()[:16]
-    chat = {"auto": bool(getattr(candidate.tokenizer, "chat_template", None)), "yes": True, "no": False}[arguments.chat]
+    tokenizer = compared.model.tokenizer
+    chat = {"auto": bool(getattr(tokenizer, "chat_template", None)), "yes": True, "no": False}[arguments.chat]
     for length in sorted(arguments.lengths):
         tasks = [task_of(name, arguments, length, text, chat) for name in arguments.tasks]
-        for name in methods_for(arguments, candidate):
-            method = METHODS[name].at_budget(split(length, arguments.budget))
+        shares = split(length, compared.budget(arguments.budget, length))
+        rows = [(name, arguments.model, METHODS[name].at_budget(shares)) for name in methods_for(arguments, compared)]
+        for candidate in compared.trained:
+            rows.append((candidate.name, candidate.folder, METHODS[candidate.attention].at_budget(shares)))
+        for row, folder, method in rows:
             for task in tasks:
                 identity = {
-                    "model": fingerprint,
+                    "model": fingerprints[folder],
                     "method": method.name,
                     "sizes": asdict(method),
                     "length": length,
@@ -74,7 +86,7 @@ def cells_of(arguments: CompareArguments, candidate: Candidate) -> Iterator[Cell
                     "dtype": arguments.dtype,
                     "device": device_of(arguments.device).type,
                 }
-                yield Cell(method, length, task, json.loads(json.dumps(identity)))
+                yield Cell(row, folder, method, length, task, json.loads(json.dumps(identity)))
 
 
 def task_of(name: str, arguments: CompareArguments, length: int, text: str, chat: bool) -> Task:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nsa.eval.compare_cells import Cell
+from nsa.eval.compared import Compared, load_folder
 from nsa.eval.methods import METHODS, Method
 from nsa.eval.methods.phased import Phased
-from nsa.eval.models import Candidate, load
+from nsa.eval.models import Candidate
 from nsa.eval.runner import circumstances
 from nsa.eval.tasks.task import Advance, ignore
 from nsa.eval.text import held_out_text
@@ -34,12 +35,13 @@ Prepared = dict[str, Method]  # by Cell.preparation: methods after what they do 
 
 
 def run_here(
-    cells: Sequence[Cell], candidate: Candidate, prepared: Prepared, console: Console
+    cells: Sequence[Cell], compared: Compared, prepared: Prepared, console: Console
 ) -> Generator[dict[str, Any]]:
     """Records of the cells, one after another."""
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         overall = progress.add_task("cells", total=len(cells))
         for cell in cells:
+            candidate = compared.of(cell.folder)
             bar = progress.add_task(cell.name, total=cell.task.num_steps(candidate.tokenizer))
             record = run_cell(cell, candidate, prepared.get(cell.preparation), partial(progress.advance, bar))
             remember(prepared, cell, record)
@@ -53,8 +55,8 @@ def run_apart(
 ) -> Generator[dict[str, Any]]:
     """Records of the cells as they are finished by `arguments.processes` processes, the longest texts first.
 
-    Each process loads the model and has its share of torch's threads. Cells whose method prepares itself offline wait
-    for the first of them.
+    Each process loads the models that its cells are of, and has its share of torch's threads. Cells whose method
+    prepares itself offline wait for the first of them.
 
     Raises:
         ValueError: if a process dies, as one does that the system kills for its memory.
@@ -161,28 +163,22 @@ def _context() -> Any:
     return context
 
 
-_of_this_process: dict[str, Candidate] = {}
+_of_this_process: dict[str, Any] = {}
 
 
 def _begin(arguments: CompareArguments, threads: int) -> None:
     """The beginning of a process that runs cells."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(threads)
-    _of_this_process["model"] = load_model(arguments)
+    _of_this_process.update(arguments=arguments, models={arguments.model: load_folder(arguments, arguments.model)})
 
 
 def _run(cell: Cell, method: Method | None) -> dict[str, Any]:
-    return run_cell(cell, _of_this_process["model"], method)
-
-
-def load_model(arguments: CompareArguments) -> Candidate:
-    return load(
-        arguments.model,
-        name=arguments.model.name,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    arguments, models = _of_this_process["arguments"], _of_this_process["models"]
+    if cell.folder not in models:
+        tokenizer = models[arguments.model].tokenizer
+        models[cell.folder] = replace(load_folder(arguments, cell.folder), tokenizer=tokenizer)
+    return run_cell(cell, models[cell.folder], method)
 
 
 def _tuples(value: Any) -> Any:

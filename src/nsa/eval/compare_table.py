@@ -84,7 +84,8 @@ def tables_of(result: Result, costs: Costs) -> list[Table]:
             found = [qualities[task].get((name, length)) for task in columns]
             rows.append([name, *("no result" if quality is None else quality.text() for quality in found)])
         tables.append(Table(title, ["", *columns], rows))
-        title = "per query: keys attended to, keys read to choose (prefill + decode), time; cache of one sequence"
+        title = f"{length:,} tokens, {costs.budget(length)}" if costs.budget(length) else f"{length:,} tokens"
+        title += "; per query: keys attended to, keys read to choose (prefill + decode), time; cache of one sequence"
         here = {cost.method: cost for cost in costs.rows if cost.length == length}
         tables.append(
             Table(title, ["", *HEADS], [[name, *here[name].cells()] for name in result.names if name in here])

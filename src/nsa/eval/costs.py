@@ -1,7 +1,7 @@
 """What each method reads, keeps and takes, summed over a comparison's cells: and as a table for the terminal."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nsa.eval.methods.method import PHASES, Method
@@ -12,7 +12,7 @@ HEADS = ("keys in prefill", "keys in decode", "read to choose", "cache, MiB", "m
 
 @dataclass(kw_only=True)
 class Cost:
-    """One method at one length; per query, on average over queries, layers and query heads."""
+    """One method, or one trained model, at one length; per query, on average over queries, layers and query heads."""
 
     method: str
     length: int
@@ -28,10 +28,10 @@ class Cost:
     patterns: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, method: Method, length: int, record: dict[str, Any]) -> "Cost":
-        """From the record of one cell; sums, not yet means."""
+    def of(cls, name: str, method: Method, length: int, record: dict[str, Any]) -> "Cost":
+        """From the record of one cell of the row `name`; sums, not yet means."""
         sizes = {key: value for key, value in record["sizes"].items() if key != "patterns"}
-        cost = cls(method=method.name, length=length, sizes=sizes, sparse_in=method.sparse_in, paper=method.paper)
+        cost = cls(method=name, length=length, sizes=sizes, sparse_in=method.sparse_in, paper=method.paper)
         cost.peak_bytes = record.get("peak_bytes", 0)
         for layer in record.get("prepared", {}).get("patterns", ()):
             for pattern in layer:
@@ -81,12 +81,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """One row a method and length."""
+    """One row a method and length; `budgets` has the keys of a query by length, `budget_of` whose number it is."""
 
     rows: list[Cost]
+    budgets: dict[int, int] = field(default_factory=dict)
+    budget_of: str = ""
 
     @classmethod
-    def of(cls, each: Sequence[Cost]) -> "Costs":
+    def of(cls, each: Sequence[Cost], budgets: dict[int, int], budget_of: str = "") -> "Costs":
         """Sum the cells of every method and length."""
         rows: dict[tuple[int, str], Cost] = {}
         for cost in each:
@@ -95,10 +97,28 @@ class Costs:
                 rows[place].add(cost)
             else:
                 rows[place] = cost
-        return cls(list(rows.values()))
+        return cls(list(rows.values()), budgets, budget_of)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON, beside the fields of a result."""
+        return {"costs": [asdict(cost) for cost in self.rows], "budgets": self.budgets, "budget_of": self.budget_of}
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> "Costs":
+        """What `plain` wrote, out of a file."""
+        budgets = {int(length): keys for length, keys in data.get("budgets", {}).items()}
+        return cls([Cost(**cost) for cost in data["costs"]], budgets, data.get("budget_of", ""))
 
     def lengths(self) -> list[int]:
         return sorted({cost.length for cost in self.rows})
+
+    def budget(self, length: int) -> str:
+        """In words, for a title; "" where nothing is known of it."""
+        keys = self.budgets.get(length)
+        if keys is None:
+            return ""
+        number = f"{keys:,} keys a query" if keys < length else "every key"
+        return f"budget: {number}" + (f", as {self.budget_of} reads" if self.budget_of else "")
 
 
 def _number(value: float | None) -> str:

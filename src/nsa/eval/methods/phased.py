@@ -110,7 +110,8 @@ class Phased(nn.Module):
                 counts = keys_read(self.model, input_ids[0].tolist(), decode)
                 for phase, queries in (("prefill", border), ("decode", decode)):
                     meter.counted[phase] += queries
-                    meter.attended[phase] += counts[phase] * queries
+                    meter.attended[phase] += counts[phase].attended * queries
+                    meter.scored[phase] += counts[phase].scored * queries
         logits = torch.cat(parts, dim=1)
         return logits[:, logits.shape[1] - keep :] if keep else logits
 
