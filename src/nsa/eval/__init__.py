@@ -15,7 +15,7 @@ its seed and the tokenizer only: every model answers exactly the same questions.
                  out to processes (workers.py)
     command.py   the arguments of `nsa eval` and `nsa demo`
     methods/     attention methods that can be laid over a trained model, one file each
-    compare.py   `nsa compare`: methods x lengths x tasks on one model; costs.py, compare_table.py and
-                 method_sections.py show what they read, keep and take
+    compare.py   `nsa compare`: methods x lengths x tasks on one model, beside trained ones (compared.py); costs.py and
+                 compare_table.py show what they read, keep and take
     fetch.py     `nsa fetch`: a real, small model
 """

@@ -1,4 +1,4 @@
-"""`nsa compare`: methods and trained models x lengths x tasks, a line of rows.jsonl a finished cell, tables, a report."""
+"""`nsa compare`: methods and trained models x lengths x tasks, a line of rows.jsonl a finished cell; tables, report."""
 
 from __future__ import annotations
 
