@@ -185,9 +185,9 @@ def test_torch_compile_takes_a_step_whole() -> None:
     before = (499, 63)
 
     def step(tensors: CacheTensors, arguments: dict) -> Tensor:
-        append_tokens(tensors, **append_arguments(arguments), backend="triton")
+        append_tokens(tensors, **arguments, backend="triton")
         return decode_attention(scene.q, scene.gates, tensors, DEFAULT, backend="triton")
 
     one, other = scene.cache(before), scene.cache(before)
-    arguments = scene.new_tokens(before, 1, (1, 1), True)
+    arguments = append_arguments(scene.new_tokens(before, 1, (1, 1), True))
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(one, arguments), step(other, arguments))
