@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 Compression = Literal["mlp", "linear", "mean"]
+GATE_BIAS = 6.0  # of a dense layer made sparse: the selected branch's gate is sigmoid(6), the others' sigmoid(-6)
 SomeSizes = TypeVar("SomeSizes", bound="_Sizes")
 
 

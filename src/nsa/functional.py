@@ -116,7 +116,7 @@ def native_sparse_attention(
         on = resolve(q, *keys, scale=scale, backend=backend)
         if on == "torch" and not is_traced(q):
             _check_values(tensors, lengths, config, max_seqlen_k)
-        return method.native_sparse_attention(
+        return method.attention(
             q, branches, gates, config, scale, on=on, nonnegative_gates=nonnegative_gates, max_seqlen_k=max_seqlen_k
         )
 

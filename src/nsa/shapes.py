@@ -67,6 +67,17 @@ class Part:
         return self.num_keys - self.num_queries
 
 
+def sequence_of(bounds: Tensor, tokens: Tensor) -> Tensor:
+    """Of each packed token the sequence that holds it, past the end the last one; `bounds` are cu_seqlens."""
+    at = torch.searchsorted(bounds, tokens.to(bounds.dtype), right=True) - 1
+    return at.clamp(0, max(len(bounds) - 2, 0))
+
+
+def packed_positions(bounds: Tensor, tokens: Tensor) -> Tensor:
+    """Of each packed token its position in its sequence."""
+    return tokens - bounds[sequence_of(bounds, tokens)]
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Where each sequence's queries and keys lie, for three layouts.

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.config import GATE_BIAS, InfLLMv2Config, NSAConfig
 from nsa.methods.registry import SparseAttention
 
-GATE_BIAS = 6.0
 Device = Annotated[str, tyro.conf.arg(metavar="DEVICE")]
 
 

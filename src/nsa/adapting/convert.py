@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from nsa.adapting.arguments import GATE_BIAS, ConvertArguments, layer_numbers
+from nsa.adapting.arguments import ConvertArguments, layer_numbers
 from nsa.adapting.source import check_room, find_model, plan, read_config
+from nsa.config import GATE_BIAS
 from nsa.eval.models import device_of
 from nsa.eval.scoring import token_losses
 from nsa.eval.text import held_out_documents

@@ -3,7 +3,6 @@
 Everything that depends on where packed sequences begin stays on the device, in shapes that follow from shapes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.decode_step import Rotary
 from nsa.distributed.context import ContextParallel, Order, Window
 from nsa.ops.compress import blocks_of
 from nsa.ops.packed_blocks import PackedBlocks
-from nsa.shapes import check_lengths
-
-Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+from nsa.shapes import check_lengths, packed_positions
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,7 @@ class ContextLayout:
         bounds = (torch.tensor([0, total]) if cu_seqlens is None else cu_seqlens).to(x.device, torch.int64)
         count = (t // 2 + config.compress_block_size - 1) // config.compress_stride
         if position_ids is None:
-            tokens = torch.arange(total, device=x.device)
-            starts = bounds[(torch.searchsorted(bounds, tokens, right=True) - 1).clamp(0, len(bounds) - 2)]
-            everywhere = (tokens - starts)[None]
+            everywhere = packed_positions(bounds, torch.arange(total, device=x.device))[None]
             positions = context.zigzag.shard(everywhere)
         else:
             positions = position_ids.to(x.device)

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from nsa.shapes import sequence_of
+
 TILE = 128  # queries and keys of a block of FlexAttention's mask
 # Where the operation wants to be told so; before, it looks at the shapes.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -51,11 +53,6 @@ def dense_attention(
     run = _by_document if in_tiles else _by_varlen if has_varlen(q) else _flex
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     return run(q, k, v, cu_seqlens, b * t if longest is None else longest, window, scale).unflatten(0, (b, t))
-
-
-def documents_of(cu_seqlens: Int[Tensor, " documents_plus_1"], tokens: Int[Tensor, " t"]) -> Int[Tensor, " t"]:
-    """Of each token its document; empty ones have none."""
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens.to(cu_seqlens.dtype), right=True)
 
 
 def has_varlen(query: Tensor) -> bool:
@@ -124,7 +121,7 @@ def block_mask(cu_seqlens: Int[Tensor, " documents_plus_1"], t: int, window: int
     than (t / TILE)^2 is computed.
     """
     tokens = torch.arange(t, device=cu_seqlens.device)
-    document = documents_of(cu_seqlens, tokens)
+    document = sequence_of(cu_seqlens, tokens)
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (query >= key) & (document[query] == document[key])

@@ -91,7 +91,7 @@ _by_mass = False  # no context variable, which torch.compile cannot look into
 # ---- what takes over ----------------------------------------------------------------------------------------
 
 
-def native_sparse_attention(
+def attention(
     q: Tensor, branches: Branches, gates: Tensor, config: NSAConfig, scale: float, *,
     on: Literal["torch", "triton"], nonnegative_gates: bool, max_seqlen_k: int | None,
 ) -> Tensor:  # fmt: skip

@@ -71,7 +71,7 @@ class NSALlamaCache(Cache):
         # Whether decoding steps over this cache are CUDA graphs, which `generate()` decides, and the captured one
         # (`nsa.models.captured_step.CapturedStep`), which belongs to the addresses of this cache.
         self.cuda_graphs = False
-        self.decoder: Any = None
+        self.captured_step: Any = None
 
     @property
     def caches(self) -> list[LayerCache]:

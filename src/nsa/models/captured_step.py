@@ -93,7 +93,10 @@ class CapturedStep:
         enabled, dtype = self.autocast
         # Weights that autocast has cast go with its block; a captured step would read on where they were.
         with torch.autocast(self.ids.device.type, dtype, enabled=enabled, cache_enabled=False):
-            hidden = self.model.model.decode(self.ids, self.cache, self.counts, self.decoder)
+            if self.decoder is not None:
+                hidden = self.decoder(self.ids, self.tensors, self.counts)
+            else:  # the model's modules do the same
+                hidden = self.model.model.decode(self.ids, self.cache, self.counts)
             return self.model.lm_head(hidden)
 
     def _on_the_side(self) -> Tensor:

@@ -15,6 +15,7 @@ from nsa.distributed import ContextParallel
 from nsa.distributed.context import from_the_first
 from nsa.distributed.layout import ContextLayout, boundaries, check_shard
 from nsa.models.configuration import SPARSE
+from nsa.shapes import packed_positions
 
 TILE = 128  # queries that share a mask
 
@@ -64,7 +65,7 @@ def forward_arguments(
     if position_ids is None:
         tokens = torch.arange(total, device=embeds.device)
         if bounds is not None:
-            tokens = tokens - bounds[(torch.searchsorted(bounds, tokens, right=True) - 1).clamp(0, len(bounds) - 2)]
+            tokens = packed_positions(bounds, tokens)
         position_ids = context.zigzag.shard(tokens[None])
     return {"context": TwinContext(context, total, bounds, longest), "position_ids": position_ids}
 

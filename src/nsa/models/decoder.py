@@ -14,7 +14,6 @@ from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import SPARSE
 from nsa.models.context import forward_arguments
 from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
-from nsa.models.step import StepDecoder
 from nsa.models.twins import packing
 from nsa.modules.rotary import Rotary, RotaryFactors
 from nsa.modules.token_layout import TokenLayout, in_order, out_of_order, step_padding
@@ -137,23 +136,14 @@ class SparseDecoder(Transformers):
         packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         return packed, mask, wanted and plain
 
-    def decode(
-        self,
-        input_ids: Tensor,
-        cache: NSALlamaCache,
-        counts: Tensor | None,
-        decoder: StepDecoder | None = None,
-    ) -> Tensor:
+    def decode(self, input_ids: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> Tensor:
         """Hidden states of a decoding step: all of it on the device, at fixed addresses; `make_room` was called.
 
         Args:
             input_ids: [rows, t].
             cache: static or paged; the tokens are appended.
             counts: int32 [rows], how many of the t columns are tokens, the last ones of each row; None where all are.
-            decoder: of this model, in whose place its modules do the same.
         """
-        if decoder is not None:
-            return decoder(input_ids, [layer.tensors for layer in cache.fixed], counts)
         hidden = self.embed_tokens(input_ids)
         step = self._step(hidden, cache, counts)
         for layer in self.layers:

@@ -27,11 +27,10 @@ class GenerationPolicy(GenerationMixin):
 
     def _captured_step(self, cache: NSALlamaCache, input_ids: Tensor, attention_mask: Tensor | None) -> CapturedStep:
         """The cache's own, as long as it serves."""
-        decoder: CapturedStep | None = cache.decoder
-        if decoder is None or decoder.model is not self or not decoder.serves(input_ids, attention_mask):
-            decoder = CapturedStep(self, cache, masked=attention_mask is not None)
-            cache.decoder = decoder
-        return decoder
+        step: CapturedStep | None = cache.captured_step
+        if step is None or step.model is not self or not step.serves(input_ids, attention_mask):
+            step = cache.captured_step = CapturedStep(self, cache, masked=attention_mask is not None)
+        return step
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, cuda_graphs: bool | None = None, **kwargs: Any) -> Any:

@@ -15,24 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from nsa.models.configuration import SPARSE, NSALlamaConfig
 from nsa.models.decoder import SparseDecoder
 from nsa.models.language_model import SparseCausalLM
-from nsa.models.layers import LAYERS, FusedRMSNorm, InfLLMv2LlamaAttention, LlamaSignature, NSALlamaAttention
+from nsa.models.layers import LAYERS, FusedRMSNorm
 from nsa.models.loss import ChunkedLoss
 from nsa.models.pretrained import SparsePreTrained
-
-__all__ = [
-    "LAYERS",
-    "OLD_NAMES",
-    "FusedRMSNorm",
-    "InfLLMv2LlamaAttention",
-    "LlamaSignature",
-    "NSALlamaAttention",
-    "NSALlamaForCausalLM",
-    "NSALlamaModel",
-    "NSALlamaPreTrainedModel",
-    "SparseCausalLM",
-    "SparseDecoder",
-    "SparsePreTrained",
-]
 
 # The gates' map once had the name of the MLP's, and a linear phi was one parameter.
 OLD_NAMES = {

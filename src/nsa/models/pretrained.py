@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from nsa.distributed.tensor import check_heads, share_phi
 from nsa.methods.registry import TRAINED
 from nsa.models.configuration import SPARSE
-from nsa.models.twins import dense_attention, dense_mask, window_attention, window_mask
+from nsa.models.twins import attend_dense, attend_window, dense_mask, window_mask
 from nsa.modules.compression import Compression
 from nsa.modules.projections import StartingLinear
 
@@ -20,9 +20,9 @@ Transformers: Any = object
 # NSA's module never calls the attention function registered beside it; no mask is made for it.
 AttentionInterface.register("nsa", sdpa_attention_forward)
 AttentionMaskInterface.register("nsa_dense", dense_mask)
-AttentionInterface.register("nsa_dense", dense_attention)
+AttentionInterface.register("nsa_dense", attend_dense)
 AttentionMaskInterface.register("nsa_window", window_mask)
-AttentionInterface.register("nsa_window", window_attention)
+AttentionInterface.register("nsa_window", attend_window)
 
 
 class SomeLayersDense:
@@ -80,9 +80,9 @@ class SparsePreTrained(Transformers):
         return model
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Llama's, and: phi starts as the block mean, gates at 1/2."""
+        """Llama's, and what phi and the gates begin with, but for weights that were loaded (transformers' `init`)."""
         super()._init_weights(module)
-        if isinstance(module, Compression) and module.kind == "mlp":
-            init.normal_(module.position_encoding, std=self.config.initializer_range)
+        if isinstance(module, Compression):
+            module.reset_position_encoding(self.config.initializer_range)
         elif isinstance(module, StartingLinear):
-            init.copy_(module.weight, module.start(module.weight))
+            module.reset_parameters(init.copy_)

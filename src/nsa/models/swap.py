@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.config import GATE_BIAS, InfLLMv2Config, NSAConfig
 from nsa.models.auto_map import AUTO
 from nsa.models.configuration import SPARSE
 from nsa.models.families import FAMILIES, Family, own_rotary, sparse_class, why_not, window_of
 from nsa.models.family_attention import FUSED, split_fused, start
 from nsa.modules.attention import NativeSparseAttention
 
-GATE_BIAS = 6.0
 Layers = Sequence[int] | Mapping[str, Sequence[int]] | None
 # What every configuration of transformers has and says nothing of the model.
 NOT_KEPT = ("model_type", "architectures", "auto_map", "transformers_version", "attention", *SPARSE, "dense_layers")

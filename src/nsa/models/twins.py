@@ -23,6 +23,7 @@ from transformers.masking_utils import (
 from nsa.methods import dense
 from nsa.models.configuration import NSALlamaConfig
 from nsa.models.context import TwinContext, attend_in_context
+from nsa.shapes import packed_positions
 
 
 def dense_mask(
@@ -82,19 +83,19 @@ def packing(
     bounds, longest = cu_seqlens.to(x.device, torch.int32), b * t if max_seqlen is None else int(max_seqlen)
     if position_ids is None:
         tokens = torch.arange(b * t, device=x.device)
-        position_ids = (tokens - bounds[dense.documents_of(bounds, tokens)]).view(b, t)
+        position_ids = packed_positions(bounds, tokens).view(b, t)
     return {
         "position_ids": position_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
         "max_length_q": longest, "max_length_k": longest,
     }  # fmt: skip
 
 
-def dense_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def attend_dense(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """An attention function of transformers."""
     return _attend(module, *args, window=None, **kwargs)
 
 
-def window_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def attend_window(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """An attention function of transformers, over the last `window_size` keys, the query's own included."""
     return _attend(module, *args, window=module.config.nsa["window_size"], **kwargs)
 

@@ -44,10 +44,12 @@ class Compression(nn.Module):
         self.register_load_state_dict_pre_hook(_rename_old)
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_position_encoding(self, std: float = 0.02) -> None:
         if self.kind == "mlp":
-            nn.init.normal_(self.position_encoding, std=0.02)
+            nn.init.normal_(self.position_encoding, std=std)
+
+    def reset_parameters(self) -> None:
+        self.reset_position_encoding()
         for part in self.children():
             if isinstance(part, nn.Linear):
                 part.reset_parameters()

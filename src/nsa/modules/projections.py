@@ -1,6 +1,7 @@
 """Linear maps of one input as one product, as long as each of them is no more than its weights."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ class StartingLinear(nn.Linear):
         super().__init__(width, out, bias=bias)
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.weight.copy_(self.start(self.weight))
+    def reset_parameters(self, copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
+        copy(self.weight, self.start(self.weight))
         if self.bias is not None:
-            self.bias.zero_()
+            nn.init.zeros_(self.bias)
 
 
 def is_plain(module: nn.Module) -> bool:

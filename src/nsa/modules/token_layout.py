@@ -13,7 +13,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.modules.rotary import Rotary
 from nsa.ops.packed_blocks import PackedBlocks
-from nsa.shapes import check_lengths
+from nsa.shapes import check_lengths, packed_positions
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class TokenLayout:
             bounds = cu_seqlens.to(x.device, torch.int32)
             blocks = PackedBlocks.of(bounds, b * t, config)
             if position_ids is None:
-                columns = torch.arange(b * t, device=x.device)
-                sequence = (torch.searchsorted(bounds, columns, right=True) - 1).clamp(0, max(len(bounds) - 2, 0))
-                position_ids = columns - bounds[sequence]
+                position_ids = packed_positions(bounds, torch.arange(b * t, device=x.device))
             else:
                 position_ids = position_ids.expand(b, t).reshape(-1)
             cos, sin = rotary(x, position_ids[None])

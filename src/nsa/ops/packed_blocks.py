@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.shapes import sequence_of
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,17 @@ class PackedBlocks:
     def of(cls, cu_seqlens: Int[Tensor, " sequences_plus_1"], num_tokens: int, config: NSAConfig) -> "PackedBlocks":
         """Of sequences that follow one another as `cu_seqlens` says, any number of them empty."""
         size, stride, device = config.compress_block_size, config.compress_stride, cu_seqlens.device
-        count, sequences = num_tokens // stride, cu_seqlens.shape[0] - 1
-        cu = cu_seqlens.long()
+        count, cu = num_tokens // stride, cu_seqlens.long()
         first = first_blocks(cu, config)
         own = first.diff()
 
         block = torch.arange(count, device=device)
-        sequence = _interval(first, block, sequences)
+        sequence = sequence_of(first, block)
         start = cu[sequence] + (block - first[sequence]) * stride
         tokens = (start[:, None] + torch.arange(size, device=device)).clamp(0, max(num_tokens - 1, 0))
 
         token = torch.arange(num_tokens, device=device)
-        sequence = _interval(cu, token, sequences)
+        sequence = sequence_of(cu, token)
         position = token - cu[sequence]
         # The last block that could cover the token, and those just before it.
         candidate = position[:, None] // stride - torch.arange(size // stride, device=device)
@@ -66,11 +66,6 @@ def first_blocks(cu_seqlens: Int[Tensor, " sequences_plus_1"], config: NSAConfig
     """Where the blocks of each sequence begin among those of all, and how many there are."""
     own = (cu_seqlens.diff() - config.compress_block_size).div(config.compress_stride, rounding_mode="floor") + 1
     return torch.cat([own.new_zeros(1), own.clamp_min(0).cumsum(0)])
-
-
-def _interval(starts: Tensor, numbers: Tensor, count: int) -> Tensor:
-    """Of the `count` intervals that `starts` bounds the one in which each number lies, the last one past the end."""
-    return (torch.searchsorted(starts, numbers, right=True) - 1).clamp(0, max(count - 1, 0))
 
 
 class _Gather(torch.autograd.Function):
