@@ -9,10 +9,11 @@ A run that is there already is left alone, one that was stopped goes on.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from nsa.eval.files import read_records
 
 SHORT_ROWS, LONG_ROWS = "repeated=0.1:retrieval=0.1:puzzles=0.2", "retrieval=0.05:puzzles=0.1"
 Flags = dict[str, tuple[str, ...]]
@@ -74,11 +75,11 @@ def table(folder: Path) -> str:
     lines = ["| run | tokens | held-out loss | answers' loss | tokens/s |", "|---|---|---|---|---|"]
     for file in sorted(folder.glob("*/metrics.jsonl")):
         known: dict[str, float] = {}
-        for line in file.read_text(encoding="utf-8").splitlines():
-            known |= json.loads(line)
-        found = [known.get(name, float("nan")) for name in ("eval_text_loss", "eval_retrieval_loss")]
-        losses = " | ".join(f"{value:.4f}" for value in found)
-        lines.append(f"| {file.parent.name} | {known['tokens']:,.0f} | {losses} | {known['tokens_per_second']:,.0f} |")
+        for record in read_records(file):
+            known |= record
+        columns = {"tokens": ",.0f", "eval_text_loss": ".4f", "eval_retrieval_loss": ".4f", "tokens_per_second": ",.0f"}
+        cells = [format(known[name], form) if name in known else "" for name, form in columns.items()]
+        lines.append(f"| {file.parent.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nsa.eval.blocks import keep
-from nsa.eval.models import load
+from nsa.eval.models import load, names_of
 from nsa.eval.runner import text_of
 from nsa.eval.tasks import Perplexity
 from nsa.modules.attention import NativeSparseAttention
@@ -37,19 +37,34 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    text, found = text_of(given.text, given.models), {}
-    print("| model | free mass | kept | best | chance | U4 | kept, by layer |\n|---|---|---|---|---|---|---|")
-    for folder in given.models:
-        candidate = load(folder, name=folder.name, device=given.device, dtype="float32")
-        task = Perplexity(length=given.length, samples=given.samples, text=text)
-        layers = of_model(candidate.model, task.sequences(candidate.tokenizer))
-        found[folder.name] = layers
-        mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
-        numbers = " | ".join(f"{mean[name]:.3f}" for name in ("free", "kept", "best", "chance"))
-        each = " ".join(f"{layer['kept']:.2f}" for layer in layers)
-        print(f"| {folder.name} | {numbers} | {mean['u4']:.1f} | {each} |", flush=True)
+    try:
+        found = compare(given)
+    except ValueError as error:
+        parser.error(str(error))
     if given.output is not None:
         given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Prints a line a model; the figures of every layer, by model. ValueError where there is nothing to choose."""
+    text, found = text_of(given.text, given.models), {}
+    for folder, name in zip(given.models, names_of(given.models), strict=True):
+        candidate = load(folder, name=name, device=given.device, dtype="float32")
+        if candidate.attention != "nsa":
+            raise ValueError(f"{folder}: expected a model with attention='nsa', got {candidate.attention!r}")
+        config = candidate.config.nsa_config
+        forced = (config.num_initial_blocks + config.num_local_blocks) * config.select_block_size
+        if given.length <= forced:
+            raise ValueError(f"--length: expected more than the {forced} tokens of forced blocks, got {given.length}")
+        task = Perplexity(length=given.length, samples=given.samples, text=text)
+        layers = found[name] = of_model(candidate.model, task.sequences(candidate.tokenizer))
+        mean = {figure: sum(layer[figure] for layer in layers) / len(layers) for figure in layers[0]}
+        numbers = " | ".join(f"{mean[figure]:.3f}" for figure in ("free", "kept", "best", "chance"))
+        each = " ".join(f"{layer['kept']:.2f}" for layer in layers)
+        if len(found) == 1:
+            print("| model | free mass | kept | best | chance | U4 | kept, by layer |\n|---|---|---|---|---|---|---|")
+        print(f"| {name} | {numbers} | {mean['u4']:.1f} | {each} |", flush=True)
+    return found
 
 
 @torch.inference_mode()

@@ -63,6 +63,9 @@ def test_the_stages_win_back_what_conversion_lost(folders, tmp_path, capsys):
     lines = [json.loads(line) for line in (out / "stage-1" / "metrics.jsonl").read_text().splitlines()]
     errors = [line["loss"] for line in lines if "loss" in line]
     assert errors[-1] < errors[0]
+    assert main(["report", *(str(out / name) for name in list(loss)[2:]), "--json"]) == 0
+    runs = [(run["recipe"], run["attention"]) for run in json.loads(capsys.readouterr().out)]
+    assert runs == [("stage-1", "nsa"), ("stage-2", "nsa"), ("dense-trained", "dense")]
     assert main(["generate", str(out / "stage-2"), "--prompt", "def", "--max-new-tokens", "2", "--device", "cpu"]) == 0
 
 

@@ -31,3 +31,10 @@ def test_nsa_train_takes_the_flags_of_a_row(row):
 def test_no_two_rows_are_the_same_run():
     found = [configuration(row) for row in ablations.ROWS]
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
+
+
+def test_the_table_has_runs_that_have_only_begun(tmp_path):
+    for name, text in (("a", ""), ("b", '{"tokens": 64.0}\n{"eval_text_loss": 2.5}\n{"tok')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    assert ablations.table(tmp_path).splitlines()[2:] == ["| a |  |  |  |  |", "| b | 64 | 2.5000 |  |  |"]

@@ -86,11 +86,18 @@ def test_json_goes_to_stdout_alone(folder, capsys):
 def test_an_oracle_differs_from_its_model_where_blocks_are_chosen_and_nowhere_else(folder, tmp_path, capsys):
     asked = {"tasks": ("perplexity",), "lengths": (256,), "oracle": True, "output": tmp_path / "out"}
     judge(arguments(folder, "nsa", "dense", json=True, **asked))
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    found = json.loads(capsys.readouterr().out)
+    rows = found["rows"]
     assert list(rows) == ["nsa", "dense", "nsa, oracle"]
+    assert "oracle" not in " ".join(found["notes"])  # the same weights, said once
     losses = {name: {str(row["where"]["positions"]): row["value"] for row in found} for name, found in rows.items()}
     assert losses["nsa"]["[1, 64]"] == losses["nsa, oracle"]["[1, 64]"]  # four blocks of 16 are all
     assert losses["nsa"]["[128, 256]"] != losses["nsa, oracle"]["[128, 256]"]
+
+
+def test_an_oracle_without_a_model_of_nsa_is_refused(folder):
+    with pytest.raises(ValueError, match="--oracle is for models with attention='nsa'; dense has 'dense'"):
+        judge(arguments(folder, "dense", oracle=True))
 
 
 def test_the_same_command_gives_the_same_numbers(folder, capsys):

@@ -203,3 +203,11 @@ def test_what_is_no_tensor_of_the_right_kind_is_named(x, arguments, message):
 def test_a_configuration_that_is_a_dict_is_named():
     with pytest.raises(ValueError, match=r"config should be an NSAConfig \(NSAConfig.from_dict\), got dict"):
         NativeSparseAttention(24, 4, 2, config=CONFIG.to_dict())
+
+
+@pytest.mark.parametrize("shape", [(0, 70, 32), (2, 0, 32)])
+def test_no_tokens_have_no_loss_of_the_selector(shape):
+    layer, x = NativeSparseAttention(32, 4, 2, 8), torch.randn(shape, requires_grad=True)
+    layer.selector_weight = 1.0
+    layer(x).sum().backward()
+    assert x.grad.shape == shape

@@ -43,3 +43,10 @@ def test_the_selected_branch_reads_the_blocks_of_most_mass(monkeypatch, scores):
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-10)
     usual = native_sparse_attention(q, k, v, gates, CONFIG)
     assert (usual - found).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("b", "t", "s"), [(0, 90, 90), (1, 0, 0), (1, 0, 90)])
+def test_no_queries_select_nothing(b, t, s):
+    q, k, gates = torch.randn(b, t, 4, 8), torch.randn(b, s, 2, 8), torch.rand(b, t, 4, 3)
+    with selection_by_mass():
+        assert native_sparse_attention(q, k, k, gates, CONFIG).shape == (b, t, 4, 8)

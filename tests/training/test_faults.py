@@ -149,6 +149,16 @@ def test_a_users_files_are_not_written_over(config):
     }
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_a_folder_to_begin_again_in(config):
+    def fails(config, tokenizer):
+        raise ValueError("no such layers")
+
+    with pytest.raises(ValueError, match="no such layers"):
+        train(config, make=fails)
+    train(replace(config, curriculum=("32x1",)))
+    assert (config.out / "model.safetensors").exists()
+
+
 def test_flags_of_several_processes_are_refused_where_one_was_started(config):
     with pytest.raises(
         ValueError, match=r"--cp 2 --tp 1 need a multiple of 2 processes, got 1; start them with torchrun"

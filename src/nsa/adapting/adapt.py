@@ -21,6 +21,7 @@ from nsa.eval.models import device_of
 from nsa.eval.scoring import token_losses
 from nsa.eval.tasks.perplexity import Perplexity
 from nsa.eval.text import HELD_OUT
+from nsa.methods.registry import Attention
 from nsa.training.compiling import compile_layers
 from nsa.training.config import TrainConfig
 from nsa.training.folder import at_home, is_trained, last_checkpoint
@@ -50,7 +51,7 @@ def adapt(arguments: AdaptArguments) -> None:
         raise ValueError("nsa adapt runs in one process; start it without torchrun or accelerate launch")
     sparse = _sparse_config(arguments.sparse)
     out, dense = at_home(arguments.out), _dense_folder(arguments)
-    stages = _stages(arguments, out, dense)
+    stages = _stages(arguments, out, dense, sparse.attention)
     if not stages:
         raise ValueError("nothing to do: expected a curriculum in --first or in --second")
     for stage in stages.values():
@@ -68,33 +69,35 @@ def adapt(arguments: AdaptArguments) -> None:
     _report(arguments, out, folders, length)
 
 
-def _stages(arguments: AdaptArguments, out: Path, dense: Path) -> dict[str, Stage]:
+def _stages(arguments: AdaptArguments, out: Path, dense: Path, attention: Attention) -> dict[str, Stage]:
     stages = {}
     trainer: Callable[..., WholeCheckpointTrainer]
     if arguments.first:
-        config = _config(arguments, out / "stage-1", arguments.first, arguments.first_rate)
+        config = _config(arguments, out / "stage-1", attention, arguments.first, arguments.first_rate)
         trainer = _taught(LayerTrainer, dense, arguments.blocks_weight)
         stages["stage-1"] = Stage(config, partial(_new_alone, arguments.sparse), trainer)
     if arguments.second:
-        config = _config(arguments, out / "stage-2", arguments.second, arguments.second_rate)
+        config = _config(arguments, out / "stage-2", attention, arguments.second, arguments.second_rate)
         start = out / "stage-1" if arguments.first else arguments.sparse
         trainer = WholeCheckpointTrainer
         if arguments.teacher_weight:
             trainer = _taught(partial(TaughtTrainer, compile=arguments.compile), dense, arguments.teacher_weight)
         stages["stage-2"] = Stage(config, partial(_all, start, arguments), trainer)
     if arguments.second and arguments.twin:
-        config = _config(arguments, out / "dense-trained", arguments.second, arguments.second_rate)
+        config = _config(arguments, out / "dense-trained", "dense", arguments.second, arguments.second_rate)
         stages["dense-trained"] = Stage(config, partial(_all, dense, arguments), WholeCheckpointTrainer)
     return stages
 
 
-def _config(arguments: AdaptArguments, folder: Path, curriculum: tuple[str, ...], rate: float) -> TrainConfig:
-    """A training run's configuration; what it says of the model itself is for nobody here."""
+def _config(
+    arguments: AdaptArguments, folder: Path, attention: Attention, curriculum: tuple[str, ...], rate: float
+) -> TrainConfig:
+    """A training run's configuration; of the model itself it says the attention, by which `nsa report` goes."""
     shared = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(AdaptArguments)}
     values = {name: getattr(arguments, name) for name in shared - {"out", "resume", "compile"}}
     return TrainConfig(
-        out=folder, curriculum=curriculum, learning_rate=rate, tokenizer=str(arguments.sparse), compile=False,
-        resume=last_checkpoint(folder) is not None, weight_decay=0.0, **values,
+        out=folder, attention=attention, curriculum=curriculum, learning_rate=rate, tokenizer=str(arguments.sparse),
+        compile=False, resume=last_checkpoint(folder) is not None, weight_decay=0.0, **values,
     )  # fmt: skip
 
 

@@ -59,11 +59,11 @@ def judge(arguments: EvalArguments) -> Result:
         for folder, name in zip(arguments.models, names, strict=True)
     ]
     if arguments.oracle:
-        candidates += [
-            replace(candidate, name=f"{candidate.name}, oracle", by_mass=True)
-            for candidate in candidates
-            if candidate.attention == "nsa"
-        ]
+        sparse = [candidate for candidate in candidates if candidate.attention == "nsa"]
+        if not sparse:
+            found = ", ".join(f"{candidate.name} has {candidate.attention!r}" for candidate in candidates)
+            raise ValueError(f"--oracle is for models with attention='nsa'; {found}")
+        candidates += [replace(candidate, name=f"{candidate.name}, oracle", by_mass=True) for candidate in sparse]
     tasks = tasks_of(arguments, candidates)
     if arguments.output is not None:
         make_writable(arguments.output)
@@ -181,6 +181,7 @@ def notes_on(candidates: Sequence[Candidate], tasks: Sequence[Task]) -> list[str
     vocabularies = {frozenset(candidate.tokenizer.get_vocab().items()) for candidate in candidates}
     if len(vocabularies) > 1:
         notes.append("the models have different tokenizers: neither prompts nor losses per token are comparable")
+    candidates = [candidate for candidate in candidates if not candidate.by_mass]  # an oracle is the model it is of
     counts = {candidate.name: candidate.num_parameters for candidate in candidates}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())

@@ -50,7 +50,7 @@ def compose(
 
 def blocks_by_mass(q: Tensor, slc: Stream, config: NSAConfig, scale: float) -> Tensor:
     """Eqs. 9 to 11 with the probabilities of the raw keys themselves: blocks of one token are not compressed."""
-    if slc.where.is_uniform and not is_traced(q):
+    if slc.where.is_uniform and q.numel() and not is_traced(q):
         return _blocks_by_mass_of_rows(q, slc.k, config, scale)
     tokens = replace(config, compress_block_size=1, compress_stride=1)
     return attend_and_select(q, slc._replace(v=slc.v[..., :0]), tokens, scale=scale)[2]

@@ -142,7 +142,9 @@ def check_dense_layers(config: Any) -> None:
     if given and config.attention not in SPARSE:
         raise ValueError(f"dense_layers: expected none with attention={config.attention!r}, got {given}")
     if given and (len(set(given)) < len(given) or not set(given) < set(range(layers))):
-        raise ValueError(f"dense_layers: expected some of the layers 0 to {layers - 1}, each once, got {given}")
+        raise ValueError(
+            f"dense_layers: expected some of the layers 0 to {layers - 1}, each once and not all, got {given}"
+        )
 
 
 def tp_plan(config: Any) -> dict[str, str] | None:

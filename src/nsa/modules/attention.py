@@ -99,7 +99,7 @@ class NativeSparseAttention(SparseLayer):
         branches = Branches.of(self.config, (*compressed, *tokens.tensors[2:]), lengths)
         longest = layout.max_seqlen
         out = attend_to_branches(q, branches, gates, self.config, max_seqlen_k=longest, nonnegative_gates=True)
-        if self.selector_weight and torch.is_grad_enabled():
+        if self.selector_weight and torch.is_grad_enabled() and q.numel():  # no tokens have no loss
             loss = selector_loss(q, branches.slc.k, branches.cmp.k, layout, self.config)
             out = with_loss(out, loss, self.selector_weight)
         return out

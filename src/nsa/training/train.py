@@ -48,6 +48,7 @@ from nsa.training.prepare import (
     train_selectors,
 )
 from nsa.training.sharded import ShardedTrainer, distribute
+from nsa.training.sizes import model_config
 from nsa.training.stopping import StopOnCtrlC
 from nsa.training.trainer import WholeCheckpointTrainer
 from nsa.training.world import World, joined, launched, mesh_shape
@@ -97,6 +98,8 @@ def _train(
     is_main, say = world is None or world.is_main, _say if world is None or world.is_main else _say_nothing
     checkpoint = _checkpoint(config) if world is None else world.from_main(lambda: _checkpoint(config, sharded=True))
     arguments = _arguments(config, 1 if world is None else world.dp)
+    if make is make_model:
+        model_config(config)  # what no model can have is refused before data is read
     if config.threads:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
@@ -112,6 +115,8 @@ def _train(
     tokenizer, train_set, eval_sets = make_batches() if world is None else world.main_first(make_batches)
     data = fingerprints(corpus, tokenizer)
     del corpus  # its texts, which may be gigabytes
+    if checkpoint is None and is_main:
+        config.save(config.out)  # by which a run that fails from here on leaves a folder to begin again in
     check_data = partial(check_same_data, config.out, data, resume=checkpoint is not None)
     if world is None:
         check_data()
@@ -128,8 +133,6 @@ def _train(
         distribute(model, world, config, on_cpu=arguments.use_cpu)
     elif config.compile:
         compile_parts(model, on_cpu=arguments.use_cpu, cuda_graphs=config.cuda_graphs)
-    if checkpoint is None and is_main:
-        config.save(config.out)
 
     on_gpu = not arguments.use_cpu
     peak = peak_of(torch.cuda.get_device_name()) if on_gpu and config.dtype == "bfloat16" else None
