@@ -62,6 +62,12 @@ def test_every_method_is_a_line_of_every_task(folder, tmp_path, capsys):
     compare(arguments(folder, tmp_path))
     said = capsys.readouterr().out
     assert all(word in said for word in (*LAID_OVER, *TASKS, "128 tokens", "decode"))
+    (note,) = (line for line in said.splitlines() if "above the budget" in line)
+    assert note.startswith("note: above the budget of 40 keys at 128 tokens, by their own rules, in decode: ")
+    # Two of three layers are dense in quest and clusterkv, one in magicpig, all in minference; full has no budget.
+    assert {word for word in LAID_OVER if f"{word} " in note.split("decode: ")[1]} == {
+        "quest", "clusterkv", "magicpig", "minference"
+    }  # fmt: skip
     assert {(r["method"], r["task"]) for r in records(tmp_path)} == {(m, t) for m in LAID_OVER for t in TASKS}
     assert all(r["status"] == "ok" and r["rows"] and r["reads"]["prefill"]["attended"] for r in records(tmp_path))
     result = Result.from_json((tmp_path / "compare.json").read_text(encoding="utf-8"))

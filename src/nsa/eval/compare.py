@@ -152,6 +152,7 @@ def gather(
         for cost in costs.rows:
             if cost.method == candidate.name:
                 cost.sizes = candidate.describe()["nsa"]
+    notes += notes_on_budgets(costs)
     run = {**circumstances(), "model": description["folder"]}
     return Result(models=models, tasks=tasks, rows=rows, run=run, notes=notes), costs
 
@@ -168,4 +169,17 @@ def notes_on_trained(arguments: CompareArguments, compared: Compared) -> list[st
             notes.append(
                 f"{candidate.name} reads {keys[length]:,} keys at {length:,} tokens, which spares none of them"
             )
+    return notes
+
+
+def notes_on_budgets(costs: Costs) -> list[str]:
+    """Who reads more than the budget in decode, a note a length: layers or phases are dense by a method's own rules."""
+    notes = []
+    for length in costs.lengths():
+        here = [cost for cost in costs.rows if cost.length == length and cost.sparse_in]
+        read = {cost.method: cost.per_query("attended", "decode") or 0.0 for cost in here}
+        above = [f"{name} {keys:,.0f}" for name, keys in read.items() if keys > 1.02 * costs.budgets[length]]
+        if above:
+            budget = f"{costs.budgets[length]:,} keys at {length:,} tokens"
+            notes.append(f"above the budget of {budget}, by their own rules, in decode: {', '.join(above)}")
     return notes
