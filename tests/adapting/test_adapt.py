@@ -8,10 +8,12 @@ import torch
 from runs import tiny
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+import nsa.training.train as training
 from nsa.adapting import adapt as module
 from nsa.adapting.layers import is_new
 from nsa.cli import main
 from nsa.modules import attention
+from nsa.training.prepare import train_selectors
 from nsa.training.train import train
 
 FLAGS = ["--batch-tokens", "256", "--eval-tokens", "256", "--device", "cpu", "--quiet", "--save-every", "3",
@@ -67,6 +69,22 @@ def test_the_stages_win_back_what_conversion_lost(folders, tmp_path, capsys):
     runs = [(run["recipe"], run["attention"]) for run in json.loads(capsys.readouterr().out)]
     assert runs == [("stage-1", "nsa"), ("stage-2", "nsa"), ("dense-trained", "dense")]
     assert main(["generate", str(out / "stage-2"), "--prompt", "def", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+
+
+def test_selectors_have_their_own_loss_in_stage_2_alone(folders, tmp_path, monkeypatch):
+    given = []
+
+    def note(model, weight):
+        train_selectors(model, weight)
+        given.append([layer.selector_weight for layer in model.modules() if hasattr(layer, "selector_weight")])
+
+    monkeypatch.setattr(training, "train_selectors", note)
+    stages = ["--first", "64x1", "--second", "64x1", "--selector-loss", "0.25"]
+    assert call(folders, tmp_path / "out", *stages) == 0
+    first, second, twin = given
+    assert first == [0.0] * len(first) != []
+    assert second == [0.25 / len(second)] * len(first)
+    assert set(twin) <= {0.0}
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folders, tmp_path, monkeypatch, capsys):

@@ -6,12 +6,10 @@ import torch.nn.functional as F
 from dense_families import FITS, NSA, dense, tokens
 
 from nsa.adapting import layers
-from nsa.adapting.layers import attention_divergence, layer_loss, train_what_is_new
+from nsa.adapting.layers import layer_loss, train_what_is_new
 from nsa.adapting.low_rank import add_low_rank, merge
 from nsa.adapting.predictions import taught_loss
 from nsa.models import swap_attention
-from nsa.modules.token_layout import TokenLayout
-from nsa.testing import brute_force_selection
 
 FAMILIES = ["the dense twin", "qwen3", "gemma3"]
 
@@ -39,31 +37,6 @@ def test_the_error_of_layers_is_that_of_their_outputs_one_by_one(family):
         errors.append((out - wanted).square().sum() / wanted.square().sum())
     loss = layer_loss(model, teacher, ids, 0.0)
     torch.testing.assert_close(loss, torch.stack(errors).mean().float())
-
-
-def test_the_divergence_of_blocks_is_that_of_loops():
-    teacher = dense("qwen3")
-    model, t = swap_attention(teacher, nsa=NSA), 60
-    attention, config = model.model.layers[1].self_attn, model.config.nsa_config
-    x = torch.randn(1, t, 24, dtype=torch.float64)
-    layout = TokenLayout.of(x, model.model.rotary, config)
-    q, tokens, _ = attention._inputs(x, layout.cos, layout.sin)
-    k_cmp, _ = attention._compress(tokens.cmp, layout)
-    scores = brute_force_selection.block_scores(q[0], k_cmp[0], t, config, None)
-    each = []
-    for position in torch.linspace(t // 2, t - 1, t - 24).long().tolist():
-        free = [block for block in range(t // 8 + 1) if 1 <= block <= position // 8 - 2]
-        for group in range(2):
-            mass = torch.zeros(t // 8 + 1, dtype=torch.float64)
-            for head in (2 * group, 2 * group + 1):
-                p = (tokens.slc.k[0, : position + 1, group] @ q[0, position, head] * 8**-0.5).softmax(0)
-                for key in range(position + 1):
-                    mass[key // 8] += p[key]
-            wanted, said = mass[free] / mass[free].sum(), scores[position, group][free]
-            each.append((wanted * (wanted / (said / said.sum())).log()).sum())
-    loss = attention_divergence(attention, x, layout)
-    torch.testing.assert_close(loss.float(), torch.stack(each).mean().float(), rtol=1e-4, atol=1e-5)
-    assert attention_divergence(attention, x[:, :24], TokenLayout.of(x[:, :24], model.model.rotary, config)) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

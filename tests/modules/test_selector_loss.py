@@ -54,11 +54,20 @@ def parts(made, x, **where):
 
 @pytest.fixture
 def every_query(monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", 10**6)
+    """Runs of this many neighbours, which cover rows that they divide."""
+
+    def runs_of(neighbours):
+        monkeypatch.setattr(module, "QUERIES", 10**6)
+        monkeypatch.setattr(module, "NEIGHBOURS", neighbours)
+
+    return runs_of
 
 
-@pytest.mark.parametrize("lengths", [[60], [7, 60, 3, 41], [5, 8]])
-def test_of_packed_sequences_it_is_the_mean_of_all_queries_with_a_free_block(every_query, lengths):
+@pytest.mark.parametrize(
+    ("lengths", "neighbours"), [([60], 12), ([7, 60, 3, 41], 37), ([60, 1, 2, 41, 40], 16), ([5, 8], 1), ([5, 8], 99)]
+)
+def test_of_packed_sequences_it_is_the_mean_of_all_queries_with_a_free_block(every_query, lengths, neighbours):
+    every_query(neighbours)
     made, x = layer(), torch.randn(1, sum(lengths), 24, dtype=torch.float64)
     bounds = torch.tensor([0, *lengths, 0, 0]).cumsum(0).int()
     each = []
@@ -73,7 +82,9 @@ def test_of_packed_sequences_it_is_the_mean_of_all_queries_with_a_free_block(eve
         torch.testing.assert_close(loss, wanted)
 
 
-def test_of_rows_and_of_padded_rows_too(every_query):
+@pytest.mark.parametrize("neighbours", [1, 8])
+def test_of_rows_and_of_padded_rows_too(every_query, neighbours):
+    every_query(neighbours)
     made, x = layer(), torch.randn(2, 60, 24, dtype=torch.float64)
     mask = torch.ones(2, 60)
     mask[1, :19] = 0

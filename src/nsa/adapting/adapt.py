@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def _stages(arguments: AdaptArguments, out: Path, dense: Path, attention: Attent
     trainer: Callable[..., WholeCheckpointTrainer]
     if arguments.first:
         config = _config(arguments, out / "stage-1", attention, arguments.first, arguments.first_rate)
+        config = replace(config, selector_loss=0.0)  # its own loss has it already
         trainer = _taught(LayerTrainer, dense, arguments.blocks_weight)
         stages["stage-1"] = Stage(config, partial(_new_alone, arguments.sparse), trainer)
     if arguments.second:
@@ -161,7 +162,7 @@ def _check_models(arguments: AdaptArguments, sparse: Any, dense: Path, context: 
             )
     if context > sparse.max_position_embeddings:
         raise ValueError(f"rows of {context} tokens: the model has {sparse.max_position_embeddings} positions")
-    for name in ("blocks_weight", "teacher_weight", "lora"):
+    for name in ("blocks_weight", "selector_loss", "teacher_weight", "lora"):
         if not 0 <= getattr(arguments, name) < float("inf"):
             raise ValueError(
                 f"--{name.replace('_', '-')}: expected 0 or more, and finite, got {getattr(arguments, name)}"

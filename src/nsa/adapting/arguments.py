@@ -138,6 +138,8 @@ class AdaptArguments:
     """Stage 2's, and that of the dense model."""
     blocks_weight: float = 0.1
     """Of the divergence of block scores, beside the layers' errors, in stage 1; 0: only errors."""
+    selector_loss: float = 0.5
+    """Of the divergence of block scores from the attention that is paid to the blocks, in stage 2 (of NSA)."""
     teacher_weight: float = 1.0
     """Of the divergence from the dense model's predictions, beside the text's loss, in stage 2; 0: no teacher."""
     lora: int = 0

@@ -3,8 +3,7 @@
     loss = mean over layers of  |sparse_l(x_l) - dense_l(x_l)|^2 / |dense_l(x_l)|^2  +  weight * KL_l
 
 x_l is what the dense model gives its layer l. KL_l is the divergence of the layer's block scores from the attention
-that the dense layer pays to the blocks, both as distributions over the blocks that a query is free to choose; the mean
-over `QUERIES` queries and the KV heads. Nothing is larger than QUERIES times the length.
+that the dense layer pays to the blocks (`nsa.modules.selector_loss`).
 """
 
 from collections.abc import Iterator
@@ -15,11 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nsa.modules.attention import NativeSparseAttention
+from nsa.modules.selector_loss import selector_loss
 from nsa.modules.token_layout import TokenLayout
-from nsa.ops.block_divergence import Queries, block_divergence
-
-QUERIES = 64  # of a row, evenly spread over its later half, whose blocks are compared
 
 
 def is_new(name: str) -> bool:
@@ -66,22 +62,7 @@ def layer_loss(model: Any, dense: Any, ids: Int[Tensor, "b t"], blocks_weight: f
         error = (attention(given, layout=layout)[0].float() - wanted.float()).square().sum()
         total = total + error / wanted.float().square().sum()
         if blocks_weight:
-            total = total + blocks_weight * attention_divergence(attention, given, layout)
+            q, tokens, _ = attention._inputs(given, layout.cos, layout.sin)
+            k_cmp, _ = attention._compress(tokens.cmp, layout)
+            total = total + blocks_weight * selector_loss(q, tokens.slc.k, k_cmp, layout, attention.config)
     return total / len(layers)
-
-
-def attention_divergence(
-    attention: NativeSparseAttention, x: Float[Tensor, "b t hidden"], layout: TokenLayout
-) -> Float[Tensor, ""]:
-    """`block_divergence` of a layer on whole rows; 0 where no query has a free block."""
-    config, (b, t, _) = attention.config, x.shape
-    first = (config.num_initial_blocks + config.num_local_blocks) * config.select_block_size
-    if first >= t:
-        return x.new_zeros((), dtype=torch.float32)
-    positions = torch.linspace(max(first, t // 2), t - 1, min(QUERIES, t - first), device=x.device).long()
-    q, tokens, _ = attention._inputs(x, layout.cos, layout.sin)
-    k_cmp, _ = attention._compress(tokens.cmp, layout)
-    row = torch.arange(b, device=x.device)[:, None].expand(-1, len(positions)).flatten()
-    position = positions.repeat(b)
-    queries = Queries(row * t + position, position, row * t, row * k_cmp.shape[1])
-    return block_divergence(q, tokens.slc.k, k_cmp, config, queries, t)

@@ -15,8 +15,9 @@ from nsa.modules.token_layout import TokenLayout
 from nsa.ops.block_divergence import Queries, block_divergence
 from nsa.ops.packed_blocks import first_blocks
 
-QUERIES = 64  # of a batch at most, one at a random place in each of as many equal parts
-SCORES = 2**26  # at most, of all their heads with all keys
+QUERIES = 256  # of a batch at most: runs of neighbours, one at a random place in each of as many equal parts
+NEIGHBOURS = 16  # in a run
+SCORES = 2**26  # at most, of all their heads with the keys that are read
 
 
 def selector_loss(
@@ -28,14 +29,16 @@ def selector_loss(
 ) -> Float[Tensor, ""]:
     """`block_divergence` of random queries of whole sequences that lie as `layout` says."""
     b, t, h, _ = q.shape
-    n = max(1, min(QUERIES, b * t, SCORES // (b * t * h)))
-    part = torch.arange(n, device=q.device) + torch.rand(n, device=q.device)
-    index = (part * (b * t / n)).long().clamp(max=b * t - 1)
     longest = t if layout.max_seqlen is None else min(t, layout.max_seqlen)
+    run = min(NEIGHBOURS, b * t)
+    runs = max(1, min(QUERIES // run, b * t // run, SCORES // (h * run * longest)))
+    part = b * t / runs
+    first = (torch.arange(runs, device=q.device) * part + torch.rand(runs, device=q.device) * (part - run)).long()
+    index = first[:, None] + torch.arange(run, device=q.device)
     return block_divergence(q, k, k_cmp, config, _queries(index, t, k_cmp.shape[1], layout, config), longest)
 
 
-def _queries(index: Int[Tensor, " n"], t: int, c: int, layout: TokenLayout, config: NSAConfig) -> Queries:
+def _queries(index: Int[Tensor, "m r"], t: int, c: int, layout: TokenLayout, config: NSAConfig) -> Queries:
     if layout.cu_seqlens is not None:
         cu = layout.cu_seqlens.long()
         sequence = torch.searchsorted(cu, index, right=True) - 1

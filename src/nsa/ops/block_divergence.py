@@ -23,17 +23,17 @@ LEAST = 1e-6  # of a block's share: a score may be 0
 
 
 class Queries(NamedTuple):
-    """Some queries of a batch, whose rows follow one another.
+    """Some queries of a batch, whose rows follow one another: m runs of r neighbours each.
 
     token: which of all tokens it is.
     position: in its own sequence; negative for padding.
     first_key, first_block: where that sequence's keys and compressed blocks begin among those of all.
     """
 
-    token: Int[Tensor, " n"]
-    position: Int[Tensor, " n"]
-    first_key: Int[Tensor, " n"]
-    first_block: Int[Tensor, " n"]
+    token: Int[Tensor, "m r"]
+    position: Int[Tensor, "m r"]
+    first_key: Int[Tensor, "m r"]
+    first_block: Int[Tensor, "m r"]
 
 
 def block_divergence(
@@ -50,8 +50,9 @@ def block_divergence(
     Args:
         q: all queries.
         k: the selected branch's keys.
-        k_cmp: the compressed keys.
-        queries: those that are looked at. Nothing here is larger than their number times all keys.
+        k_cmp: the compressed keys; those of packed sequences follow one another without gaps.
+        queries: those that are looked at. Neighbours share the keys that are read for them, so that nothing here is
+            larger than their number times the longest sequence.
         longest: a bound on the tokens of a sequence.
         scale: of the scores; d^-0.5 by default.
 
@@ -62,39 +63,56 @@ def block_divergence(
     sums over tokens, query by query.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    neighbours = queries.token.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         some = q.detach().flatten(0, 1)[queries.token].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        blocks = config.num_selection_blocks(longest)
-        own = queries.position.clamp(min=0)[:, None]
-        seen = queries.position[:, None] + 1
+        blocks, compressed = config.num_selection_blocks(longest), config.num_compressed_blocks(longest)
+        own, seen = queries.position.clamp(min=0), queries.position + 1
         with torch.no_grad():
-            mass = _attended(some, k.flatten(0, 1).to(wide), queries.first_key, seen, blocks * config.select_block_size)
+            # The run's last key ends what is read for it; its first query's sequence begins inside.
+            begin = (queries.first_key + queries.position).amax(1) + 2 - longest - neighbours
+            read = _Read.of(k, begin, longest + neighbours - 1)
+            mass = read.attended(some, queries.first_key, seen, blocks * config.select_block_size)
             mass = mass.unflatten(-1, (blocks, -1)).sum(-1)
         whole = torch.div(seen - config.compress_block_size, config.compress_stride, rounding_mode="floor") + 1
-        compressed = config.num_compressed_blocks(longest)
-        share = _attended(some, k_cmp.flatten(0, 1).to(wide), queries.first_block, whole, compressed)
-        scores = sum_into_blocks(share, config)
+        read = _Read.of(k_cmp, queries.first_block[:, 0], compressed + neighbours // config.compress_stride + 1)
+        scores = sum_into_blocks(read.attended(some, queries.first_block, whole, compressed), config)
         scores = F.pad(scores, (0, max(0, blocks - scores.shape[-1])))[..., :blocks]
-        block, last = torch.arange(blocks, device=q.device), own // config.select_block_size - config.num_local_blocks
-        free = (block >= config.num_initial_blocks) & (block <= last) & (seen > 0)
-        target, predicted = (_shares(each, free[:, None]) for each in (mass, scores))
+        block = torch.arange(blocks, device=q.device)
+        last = own // config.select_block_size - config.num_local_blocks
+        free = (block >= config.num_initial_blocks) & (block <= last[..., None]) & (seen[..., None] > 0)
+        target, predicted = (_shares(each, free[:, :, None]) for each in (mass, scores))
         each = (target * (target.clamp(min=LEAST).log() - predicted.clamp(min=LEAST).log())).sum(-1).mean(-1)
         return each.sum() / free.any(-1).sum().clamp(min=1)
 
 
-def _attended(
-    q: Float[Tensor, "n h d"], k: Float[Tensor, "s g d"], first: Tensor, seen: Tensor, count: int
-) -> Float[Tensor, "n g count"]:
-    """Softmax over the `seen` keys from `first` on, summed over a group's heads; of the `count` keys from there."""
-    n, h, d = q.shape
-    groups, keys = k.shape[1], torch.arange(k.shape[0], device=k.device)
-    allowed = (keys >= first[:, None]) & (keys < first[:, None] + seen)
-    scores = q.reshape(n, groups, h // groups, d).permute(1, 0, 2, 3).flatten(1, 2) @ k.permute(1, 2, 0)
-    scores = scores.unflatten(1, (n, -1)).masked_fill(~allowed[:, None], torch.finfo(q.dtype).min)
-    p = scores.softmax(-1).sum(2).transpose(0, 1)
-    ours = torch.arange(count, device=k.device)
-    at = (first[:, None] + ours).clamp(max=max(k.shape[0] - 1, 0))
-    return p.gather(-1, at[:, None].expand(-1, groups, -1)) * (ours < seen)[:, None]
+class _Read(NamedTuple):
+    """The keys that each run reads, and their numbers among all."""
+
+    keys: Float[Tensor, "m n g d"]
+    number: Int[Tensor, "m n"]
+
+    @classmethod
+    def of(cls, k: Float[Tensor, "b s g d"], begin: Int[Tensor, " m"], count: int) -> "_Read":
+        """`count` keys from `begin` on, or all where there are fewer; the nearest ones where some would lie outside."""
+        k = k.flatten(0, 1)
+        count = min(count, k.shape[0])
+        number = begin.clamp(0, k.shape[0] - count)[:, None] + torch.arange(count, device=k.device)
+        return cls(k[number], number)
+
+    def attended(
+        self, q: Float[Tensor, "m r h d"], first: Int[Tensor, "m r"], seen: Int[Tensor, "m r"], count: int
+    ) -> Float[Tensor, "m r g count"]:
+        """Softmax over the `seen` keys from `first` on, summed over a group's heads; of the `count` keys from there."""
+        groups = self.keys.shape[2]
+        number = self.number[:, None]
+        allowed = (number >= first[..., None]) & (number < (first + seen)[..., None])
+        scores = torch.einsum("mrgpd,mngd->mrgpn", q.unflatten(2, (groups, -1)), self.keys.to(q.dtype))
+        scores = scores.masked_fill(~allowed[:, :, None, None], torch.finfo(q.dtype).min)
+        p = scores.softmax(-1).sum(3)
+        ours = torch.arange(count, device=q.device)
+        at = ((first - self.number[:, :1])[..., None] + ours).clamp(0, max(self.number.shape[1] - 1, 0))
+        return p.gather(-1, at[:, :, None].expand(-1, -1, groups, -1)) * (ours < seen[..., None])[:, :, None]
 
 
 def _shares(each: Tensor, free: Tensor) -> Tensor:
