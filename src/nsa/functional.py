@@ -8,12 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.backend import Backend, resolve
+from nsa.cache_tensors import as_computed
 from nsa.composed import is_traced
 from nsa.config import NSAConfig
 from nsa.methods import nsa as method
 from nsa.ops.compress import compress, phi_mean
 from nsa.ops.tiled_attention import factor
-from nsa.shapes import Sequences, bind, check_lengths
+from nsa.shapes import Sequences, bind, check_lengths, check_queries
 from nsa.streams import Branches
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -101,8 +102,7 @@ def native_sparse_attention(
     device = q.device.type
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)
     if is_autocast:
-        dtype = torch.get_autocast_dtype(device)
-        tensors = {name: x if name == "gates" else _autocast(x, dtype) for name, x in tensors.items()}
+        tensors = {name: x if name == "gates" else as_computed(x)[0] for name, x in tensors.items()}
     _check_tensors(tensors, lengths, config)
 
     if "k_win" not in tensors:
@@ -138,11 +138,6 @@ def attend_to_branches(
         cu_seqlens_q=where.cu_seqlens_q, cu_seqlens_k=where.cu_seqlens_k, seqlens_k=where.seqlens_k,
         seqlens_win=near.seqlens_k, max_seqlen_k=max_seqlen_k, nonnegative_gates=nonnegative_gates,
     )  # fmt: skip
-
-
-def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What torch.autocast does with an argument: fp64 stays."""
-    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 # ---- what the function takes ----
@@ -191,25 +186,13 @@ def _check_tensors(tensors: dict[str, Tensor], lengths: Lengths, config: NSAConf
         if x.device != q.device:
             raise ValueError(f"{OP}: {name} should be on q's device {q.device}, got {x.device}")
     cu_q, cu_k, seqlens_k, seqlens_win = lengths
-    for name, rows in (("seqlens_k", seqlens_k), ("seqlens_win", seqlens_win)):
-        if rows is not None and rows.shape[0] != b:
-            raise ValueError(f"{OP}: {name} should have shape [b={b}], got {list(rows.shape)}")
-
+    check_queries(OP, (b, t, s), cu_q, cu_k, seqlens_k)
+    if seqlens_win is not None and seqlens_win.shape[0] != b:
+        raise ValueError(f"{OP}: seqlens_win should have shape [b={b}], got {list(seqlens_win.shape)}")
     if cu_q is not None:
-        if b != 1:
-            raise ValueError(f"{OP}: packed sequences should come with b = 1, got b = {b}")
-        if cu_k is not None and len(cu_q) != len(cu_k):
-            raise ValueError(
-                f"{OP}: cu_seqlens_q and cu_seqlens_k should name as many sequences, "
-                f"got {len(cu_q) - 1} and {len(cu_k) - 1}"
-            )
-        if cu_k is None and t != s:
-            raise ValueError(f"{OP}: cu_seqlens_k should be given where t and s differ, got t = {t}, s = {s}")
         if u != s:
             raise ValueError(f"{OP}: k_win should hold the s = {s} keys that are packed in k, got {u}")
         return
-    if seqlens_k is None and t > s:
-        raise ValueError(f"{OP}: q holds the last t of the s positions of k: expected t <= s, got t = {t}, s = {s}")
     expected = config.num_compressed_blocks(s)
     if c is not None and (c != expected if seqlens_k is None else c < expected):
         raise ValueError(f"{OP}: k_cmp: expected {expected} compressed blocks for {s} keys, got {c}")

@@ -50,6 +50,25 @@ def check_lengths(name: str, lengths: Tensor) -> None:
     raise ValueError(f"{name} should be a 1-D int32 or int64 tensor, got {got}")
 
 
+def check_queries(
+    op: str, sizes: tuple[int, int, int], cu_q: Tensor | None, cu_k: Tensor | None, seqlens_k: Tensor | None
+) -> None:
+    """ValueError where the shapes of lengths do not fit b rows of t queries and s keys; their values are not read."""
+    b, t, s = sizes
+    if cu_q is not None:
+        if b != 1:
+            raise ValueError(f"{op}: packed sequences should come with b = 1, got b = {b}")
+        if cu_k is not None and len(cu_q) != len(cu_k):
+            got = f"{len(cu_q) - 1} and {len(cu_k) - 1}"
+            raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k should name as many sequences, got {got}")
+        if cu_k is None and t != s:
+            raise ValueError(f"{op}: cu_seqlens_k should be given where t and s differ, got t = {t}, s = {s}")
+    elif seqlens_k is not None and seqlens_k.shape[0] != b:
+        raise ValueError(f"{op}: seqlens_k should have shape [b={b}], got {list(seqlens_k.shape)}")
+    elif seqlens_k is None and t > s:
+        raise ValueError(f"{op}: q holds the last t of the s positions of k: expected t <= s, got t = {t}, s = {s}")
+
+
 @dataclass(frozen=True)
 class Part:
     """Equal-length sequences that lie side by side: rows of the batch, and their run of queries and of keys."""

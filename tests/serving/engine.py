@@ -177,8 +177,6 @@ class Engine:
         for xs in packed.values():
             xs.append(xs[0].new_full((padding, *xs[0].shape[1:]), torch.nan))
         given = {name: torch.cat(xs).to(self.device, self.dtype) for name, xs in packed.items()}
-        if self.config.shared_kv:
-            given["k_win"] = given["v_win"] = None
         step = Step(
             self.config, self.size, starts + [starts[-1]] * padding, [row.computed for row, _ in work] + [0] * padding,
             self._table(work, "main", padding), None if self.config.shared_kv else self._table(work, "win", padding),
@@ -188,7 +186,7 @@ class Engine:
         q, gates = given.pop("q"), given.pop("gates")
         cos, sin = (x.to(self.device, self.dtype) for x in rotary(step.block_positions.cpu()))
         phi_k, phi_v = (moved(phi, self.device, self.dtype) for phi in work[0][0].text.phi)
-        append(self.memory, step, **given, compress_k=phi_k, compress_v=phi_v, cos_cmp=cos, sin_cmp=sin)
+        append(self.memory, step, tuple(given.values()), (phi_k, phi_v), cos, sin)
         out = attend(q, gates, self.memory, step)
         after = [x[0] for x in vars(self.memory).values() if x is not None]
         assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(null, after, strict=True)), "wrote block 0"

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.backend import Backend, resolve
+from nsa.cache_tensors import as_computed
 from nsa.composed import as_operator, is_traced
 from nsa.config import InfLLMv2Config
 from nsa.ops.attend import attend
@@ -15,7 +16,7 @@ from nsa.ops.causal_attention import causal_attention, sees_all
 from nsa.ops.compress import compress, phi_mean
 from nsa.ops.pooled_selection import select_by_pooled_keys
 from nsa.ops.tiled_attention import factor
-from nsa.shapes import Sequences, bind
+from nsa.shapes import Sequences, bind, check_queries
 from nsa.streams import Blocks, Causal, Stream
 
 OP = "infllm_v2_attention"
@@ -72,10 +73,8 @@ def infllm_v2_attention(
     scale = factor(q, scale)
     device = q.device.type
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if is_autocast:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-        k_pool = k_pool if k_pool is None or k_pool.dtype == torch.float64 else k_pool.to(dtype)
+    q, k, v = as_computed(q, k, v)
+    k_pool = None if k_pool is None else as_computed(k_pool)[0]
     _check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
     # The sums inside are fp32; autocast would round their terms.
     with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
@@ -140,16 +139,4 @@ def _check_lengths(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | Non
     if k.dtype != q.dtype:
         raise ValueError(f"{OP}: k should have q's dtype {q.dtype}, got {k.dtype}")
     Sequences(cu_q, cu_k, lengths)
-    (b, t), s = q.shape[:2], k.shape[1]
-    if cu_q is not None:
-        if b != 1:
-            raise ValueError(f"{OP}: packed sequences should come with b = 1, got b = {b}")
-        if cu_k is not None and len(cu_q) != len(cu_k):
-            got = f"{len(cu_q) - 1} and {len(cu_k) - 1}"
-            raise ValueError(f"{OP}: cu_seqlens_q and cu_seqlens_k should name as many sequences, got {got}")
-        if cu_k is None and t != s:
-            raise ValueError(f"{OP}: cu_seqlens_k should be given where t and s differ, got t = {t}, s = {s}")
-    elif lengths is not None and lengths.shape[0] != b:
-        raise ValueError(f"{OP}: seqlens_k should have shape [b={b}], got {list(lengths.shape)}")
-    elif lengths is None and t > s:
-        raise ValueError(f"{OP}: q holds the last t of the s positions of k: expected t <= s, got t = {t}, s = {s}")
+    check_queries(OP, (*q.shape[:2], k.shape[1]), cu_q, cu_k, lengths)

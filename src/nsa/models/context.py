@@ -15,6 +15,7 @@ from nsa.distributed import ContextParallel
 from nsa.distributed.context import from_the_first
 from nsa.distributed.layout import ContextLayout, boundaries, check_shard
 from nsa.models.configuration import SPARSE
+from nsa.models.positions import given_boundaries
 from nsa.shapes import packed_positions
 
 TILE = 128  # queries that share a mask
@@ -48,9 +49,7 @@ def forward_arguments(
             raise ValueError(
                 f"context parallelism: {name} does not go with it; expected none, and rows without padding"
             )
-    bounds, longest = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("max_length_q", None)
-    for name in ("cu_seq_lens_k", "max_length_k"):
-        kwargs.pop(name, None)
+    bounds, longest = given_boundaries(kwargs)
     if decoder.config.dense_layers:
         raise ValueError(f"context parallelism: expected no dense_layers, got {decoder.config.dense_layers}")
     if decoder.config.attention in SPARSE:

@@ -13,7 +13,7 @@ from nsa.methods.registry import TRAINED
 from nsa.models.cache import NSALlamaCache, all_or_nothing
 from nsa.models.configuration import SPARSE
 from nsa.models.context import forward_arguments
-from nsa.models.positions import check_positions, follow_each_other, packed_boundaries
+from nsa.models.positions import check_positions, follow_each_other, given_boundaries, packed_boundaries
 from nsa.models.twins import packing
 from nsa.modules.rotary import Rotary, RotaryFactors
 from nsa.modules.token_layout import TokenLayout, in_order, out_of_order, step_padding
@@ -120,10 +120,7 @@ class SparseDecoder(Transformers):
         A cache that nobody will read costs memory in training; it is made where generation can use it, and where its
         lengths say the positions.
         """
-        cu_seqlens: Tensor | None = kwargs.pop("cu_seq_lens_q", None)
-        max_seqlen: int | None = kwargs.pop("max_length_q", None)
-        for name in ("cu_seq_lens_k", "max_length_k"):
-            kwargs.pop(name, None)
+        cu_seqlens, max_seqlen = given_boundaries(kwargs)
         if cu_seqlens is None and position_ids is not None and (mask is None or mask.dim() == 2):
             cu_seqlens, max_seqlen = packed_boundaries(position_ids, mask, *embeds.shape[:2])
             mask = mask if cu_seqlens is None else None

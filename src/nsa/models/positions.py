@@ -1,11 +1,20 @@
 """What position_ids say: where packed sequences begin, and whether a cache would count alike."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from nsa.models.cache import NSALlamaCache
 from nsa.modules.token_layout import last_columns
+
+
+def given_boundaries(kwargs: dict[str, Any]) -> tuple[Tensor | None, int | None]:
+    """cu_seqlens of packed sequences and the longest's length under transformers' names, taken out of `kwargs`."""
+    for name in ("cu_seq_lens_k", "max_length_k"):
+        kwargs.pop(name, None)
+    return kwargs.pop("cu_seq_lens_q", None), kwargs.pop("max_length_q", None)
 
 
 @torch.compiler.disable

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.ops.selection import sum_into_blocks
+from nsa.ops.tiles import accumulation_dtype
 
 LEAST = 1e-6  # of a block's share: a score may be 0
 
@@ -62,7 +63,7 @@ def block_divergence(
     Source: the idea is that of DeepSeek-V3.2's indexer (arXiv:2512.02556), for eq. 10's scores. Tested against
     sums over tokens, query by query.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(q.dtype)
     neighbours = queries.token.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         some = q.detach().flatten(0, 1)[queries.token].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.ops.compressed_attention import causal_tiles, compressed_stream, parts_of
 from nsa.ops.tiled_attention import tiled_attention
-from nsa.ops.tiles import Tile
+from nsa.ops.tiles import Tile, accumulation_dtype
 from nsa.shapes import UNIFORM, Sequences, bind
 from nsa.streams import Stream
 
@@ -117,8 +117,7 @@ def block_scores(
     parts = parts_of(q, cmp)
     longest = max((part.num_keys for part in parts), default=0)
     blocks = config.num_selection_blocks(longest)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = q.new_zeros((b, k_cmp.shape[2], t, blocks), dtype=wide)
+    scores = q.new_zeros((b, k_cmp.shape[2], t, blocks), dtype=accumulation_dtype(q.dtype))
 
     def observe(tile: Tile, p: Tensor, of: Tensor | None) -> None:
         tile_scores = sum_into_blocks(p, config)[..., :blocks]

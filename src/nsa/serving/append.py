@@ -1,5 +1,7 @@
 """New tokens into a layer's blocks, and the compression blocks that they complete."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,14 +16,8 @@ from nsa.serving.step import Step
 def append(
     memory: LayerBlocks,
     step: Step,
-    k: Float[Tensor, "tokens g d"],
-    v: Float[Tensor, "tokens g e"],
-    k_win: Float[Tensor, "tokens g d"] | None,
-    v_win: Float[Tensor, "tokens g e"] | None,
-    k_raw: Float[Tensor, "tokens g d"],
-    v_raw: Float[Tensor, "tokens g e"],
-    compress_k: Phi,
-    compress_v: Phi,
+    new: Sequence[Float[Tensor, "tokens g _"]],
+    phi: tuple[Phi, Phi],
     cos_cmp: Float[Tensor, "completed d"],
     sin_cmp: Float[Tensor, "completed d"],
 ) -> None:
@@ -35,22 +31,19 @@ def append(
     Args:
         memory: the layer's blocks, written in place.
         step: rows and tables; `step.num_tokens` tokens of the packed ones count, those behind them are padding.
-        k, v: rotated keys, and values, of the selection branch, and of the window where k_win is None (shared).
-        k_win, v_win: those of the window branch.
-        k_raw, v_raw: those of compression, not rotated.
-        compress_k, compress_v: phi, from blocks [..., l, d] to [..., d].
+        new: k, v, k_win, v_win, k_raw, v_raw of them; keys rotated, but for k_raw. Where keys and values are shared
+            nobody reads those of the window.
+        phi: of keys and of values, from blocks [..., l, d] to [..., d].
         cos_cmp, sin_cmp: rotary factors of `step.block_positions`.
     """
-    n = step.num_tokens
-    write(memory.k, step.token_slots, k[:n])
-    write(memory.v, step.token_slots, v[:n])
+    k, v, k_win, v_win, k_raw, v_raw = (x[: step.num_tokens] for x in new)
+    write(memory.k, step.token_slots, k)
+    write(memory.v, step.token_slots, v)
     if memory.k_win is not None and memory.v_win is not None:
-        if k_win is None or v_win is None:
-            raise ValueError("append: the window has its own keys and values, and was given none")
-        write(memory.k_win, step.window_slots, k_win[:n])
-        write(memory.v_win, step.window_slots, v_win[:n])
-    write(memory.k_raw, step.raw_slots, k_raw[:n])
-    write(memory.v_raw, step.raw_slots, v_raw[:n])
+        write(memory.k_win, step.window_slots, k_win)
+        write(memory.v_win, step.window_slots, v_win)
+    write(memory.k_raw, step.raw_slots, k_raw)
+    write(memory.v_raw, step.raw_slots, v_raw)
     if len(step.empty_slots):
         # Kernels load them and give them no weight, but what another row left there may be NaN.
         for x in (memory.k_cmp, memory.v_cmp):
@@ -58,5 +51,5 @@ def append(
     if not len(step.compressed_slots):
         return
     blocks_k, blocks_v = (read(x, step.block_slots).transpose(1, 2) for x in (memory.k_raw, memory.v_raw))
-    write(memory.k_cmp, step.compressed_slots, rotated(compress_k(blocks_k), cos_cmp, sin_cmp))
-    write(memory.v_cmp, step.compressed_slots, compress_v(blocks_v))
+    write(memory.k_cmp, step.compressed_slots, rotated(phi[0](blocks_k), cos_cmp, sin_cmp))
+    write(memory.v_cmp, step.compressed_slots, phi[1](blocks_v))

@@ -133,12 +133,9 @@ class NSAAttention(SparseAttention):
             shared["blocks"] = self.factors(q, step.block_positions)
         cos, sin = shared["tokens"]
         k, v, *rest = pairs
-        new_k_win, new_v_win, k_raw, v_raw = rest or (None, None, k, v)
-        new_k_win = None if new_k_win is None else rotated(new_k_win, cos, sin)
-        append(
-            memory, step, rotated(k, cos, sin), v, new_k_win, new_v_win, k_raw, v_raw, self.compress_k,
-            self.compress_v, *shared["blocks"],
-        )  # fmt: skip
+        pair = rotated(k, cos, sin), v
+        others = (rotated(rest[0], cos, sin), *rest[1:]) if rest else (*pair, k, v)
+        append(memory, step, (*pair, *others), (self.compress_k, self.compress_v), *shared["blocks"])
         return attend(rotated(q, cos, sin), gates, memory, step)
 
     def _decode(
