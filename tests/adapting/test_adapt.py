@@ -127,6 +127,7 @@ def test_bfloat16_is_that_of_both_stages(folders, tmp_path, monkeypatch):
         (["--first", "512x3"], "rows of 512 tokens: the model has 128 positions"),
         (["--first", "64"], "curriculum stage '64': expected LENGTHxSTEPS"),
         (["--first"], "nothing to do: expected a curriculum in --first or in --second"),
+        (["--second", "--lora", "4"], "--lora 4 is of stage 2: expected a curriculum in --second"),
         (["--lora", "-1"], "--lora: expected 0 or more, and finite, got -1"),
         (["--teacher-weight", "nan"], "--teacher-weight: expected 0 or more, and finite, got nan"),
         (["--dense", "/nowhere"], "/nowhere holds no model"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsa.config import InfLLMv2Config, NSAConfig
-from nsa.eval.blocks import counted_keys, keys_per_query, selections_of
+from nsa.eval.blocks import counted_keys, keys_per_query, limits_of_dense_layers, selections_of
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2,
@@ -91,3 +91,10 @@ def test_formula_of_the_twins():
     assert keys_per_query("dense", config, 8192) == 8192
     assert keys_per_query("window", config, 8192) == 512
     assert keys_per_query("nsa", config, 8192) == config.keys_per_query(8192)
+
+
+def test_layers_that_stay_dense_count_with_all_that_they_see(layers):
+    half = NSALlamaForCausalLM(NSALlamaConfig(**SIZES | {"num_hidden_layers": 3}, nsa=NSA, dense_layers=[1]))
+    assert limits_of_dense_layers(half.config, 96) == [96]
+    sparse = keys_per_query("nsa", NSAConfig.from_dict(NSA), 96)
+    assert counted_keys(layers, 95, limits_of_dense_layers(half.config, 96)) == (2 * sparse + 96) / 3

@@ -22,7 +22,6 @@ from transformers import (
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM, swap_attention
 from nsa.models.families import why_not
-from nsa.models.plan import plan
 from nsa.models.swap import check_config
 
 LLAMA = LlamaConfig(**SIZES)
@@ -134,9 +133,3 @@ def test_layers_that_are_none_are_refused_by_the_configuration(family, dense_lay
     with pytest.raises(ValueError, match="has no weights to return"):
         swap_attention(dense("qwen3"), nsa=NSA)(input_ids=dense("qwen3").dummy_inputs["input_ids"] % 48,
                                                 output_attentions=True)  # fmt: skip
-
-
-def test_what_a_model_takes_is_not_planned_where_layers_stay_dense():
-    config = swap_attention(DENSE["llama"](), layers=[1], nsa=NSA).config
-    with pytest.raises(ValueError, match=r"expected no dense_layers, got \[0\]"):
-        plan(config, context=64, batch=1, chunk=64, dtype=torch.float32)

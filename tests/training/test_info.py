@@ -67,6 +67,21 @@ def test_infllm_v2_reads_pooled_keys_without_values_and_only_where_it_has_to_cho
         assert one.cache_bytes_per_token == pair * 1.25
 
 
+def test_layers_that_stay_dense_are_counted_as_the_dense_twins():
+    half = NSALlamaConfig(**{**CONFIG.to_dict(), "dense_layers": [1]})
+    mixed, whole = (plan(c, context=1000, batch=5, chunk=50, dtype=torch.float32) for c in (half, CONFIG))
+    assert mixed["dense"] == whole["dense"]
+    found, sparse, dense = mixed["NSA"], whole["NSA"], whole["dense"]
+    assert found.parameters == sum(parameter.numel() for parameter in NSALlamaForCausalLM(half).parameters())
+    assert found.keys_per_query == round((2 * sparse.keys_per_query + 1000) / 3)
+    assert found.cache_bytes["dense layers: all keys and values"] == dense.cache_bytes["keys and values"] / 3
+    caches = [sum(one.cache_bytes.values()) for one in (found, sparse, dense)]
+    assert 3 * caches[0] == 2 * caches[1] + caches[2]
+    of_keys = [one.step_bytes - (one.parameters - 64 * 32) * 4 for one in (found, sparse, dense)]
+    assert 3 * of_keys[0] == 2 * of_keys[1] + of_keys[2]
+    assert found.packed_bytes == 0
+
+
 def test_tied_embeddings_are_counted_and_read_once():
     tied = NSALlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True})
     one, other = (plan(c, context=10, batch=1, chunk=5, dtype=torch.float32)["dense"] for c in (tied, CONFIG))

@@ -99,7 +99,7 @@ class AdaptArguments:
         nsa adapt models/qwen3-nsa --out runs/qwen3 --data ~/texts
         nsa adapt models/qwen3-nsa --out runs/qwen3 --data ~/texts --resume
         nsa adapt models/smollm2-nsa --first 2048x500 --second 2048x500 8192x200 --batch-tokens 65536 --dtype bfloat16
-        nsa adapt models/qwen3-nsa --first 2048x500 --second --lora 16
+        nsa adapt models/qwen3-nsa --first 2048x500 --second 2048x500 --lora 16
     """
 
     sparse: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SPARSE")]

@@ -1,5 +1,6 @@
 """What a model with NSA or InfLLM-V2 reads: the blocks each query selects, and the number of keys behind them."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.methods.registry import TRAINED
+from nsa.models.families import window_of
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.infllm_v2 import InfLLMv2Attention
 
@@ -84,10 +86,19 @@ def keys_per_query(attention: str, config: NSAConfig | InfLLMv2Config, context: 
     return TRAINED[attention].reads(config).last(context).keys
 
 
-def counted_keys(layers: Sequence[LayerSelection], position: int) -> float:
-    """Keys read by the query at `position`, counted from what was selected: the mean over layers and groups."""
-    counts = [layer.keys_read(position, group) for layer in layers for group in range(layer.num_groups)]
-    return sum(counts) / len(counts)
+def limits_of_dense_layers(config: Any, length: int) -> list[int]:
+    """Of each layer without the method, the most keys that one of `length` queries sees."""
+    dense = sorted(set(range(config.num_hidden_layers)) - set(config.sparse_layers))
+    return [min(length, window_of(config, number) or length) for number in dense]
+
+
+def counted_keys(layers: Sequence[LayerSelection], position: int, dense: Sequence[int] = ()) -> float:
+    """Keys read by the query at `position`, counted from what was selected: the mean over layers and groups.
+
+    `dense` has the keys of each layer that the model keeps dense beside them.
+    """
+    each = [[layer.keys_read(position, group) for group in range(layer.num_groups)] for layer in layers]
+    return statistics.fmean([*map(statistics.fmean, each), *dense])
 
 
 def keep(inputs: dict[int, Tensor], index: int) -> Any:

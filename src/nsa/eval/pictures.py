@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nsa.config import NSAConfig
-from nsa.eval.blocks import LayerSelection, counted_keys, selections_of
+from nsa.eval.blocks import LayerSelection, counted_keys, limits_of_dense_layers, selections_of
 from nsa.eval.files import read_records
 from nsa.eval.models import Candidate
 from nsa.eval.prompts import Prompt
@@ -94,7 +94,8 @@ def look_inside(candidate: Candidate, prompt: Prompt) -> tuple[BlockPicture, Key
         heads=_heads(layers, len(prompt.tokens) - 1),
     )
     contexts = [2**e for e in range(5, 31) if 2**e < len(prompt.tokens)] + [len(prompt.tokens)]
-    counted = [counted_keys(layers, context - 1) for context in contexts]
+    dense = [limits_of_dense_layers(candidate.config, context) for context in contexts]
+    counted = [counted_keys(layers, context - 1, keys) for context, keys in zip(contexts, dense, strict=True)]
     return picture, KeysRead(model=candidate.name, config=config, contexts=contexts, counted=counted)
 
 

@@ -22,7 +22,7 @@ class Plan:
     weight_bytes: int
     cache_bytes: dict[str, int]  # by part, all layers and rows
     cache_bytes_per_token: float  # what one more token of one row adds
-    keys_per_query: int
+    keys_per_query: int  # mean over layers
     prefill_bytes: int  # the worst moment of a chunk, on top of weights and cache
     packed_bytes: int  # a layer's weights on their way to lie side by side, for captured steps (nsa.models.step)
     step_bytes: int  # read by a decoding step of the whole batch
@@ -50,40 +50,40 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
     The cache of NSA is the static one, counted from the tensors that it would allocate; dense keeps a key and a value
     of every token. A step reads all weights once (of an embedding table that is not tied, one row a token), and for
     every row and KV head the keys and values that its query sees. The prefill's activations are those of one layer at
-    its worst moment, either in the attention or in the MLP, and the logits of the last token.
+    its worst moment, either in the attention or in the MLP, and the logits of the last token. Layers that stay dense
+    beside sparse ones have dense's cache; no step of such a model is captured.
 
     Raises:
-        ValueError: counts that are not positive; layers that stay dense.
+        ValueError: counts that are not positive.
     """
     if min(context, batch, chunk) < 1:
         raise ValueError(f"plan: expected positive counts, got context={context}, batch={batch}, chunk={chunk}")
-    if config.dense_layers:
-        raise ValueError(f"plan: expected no dense_layers, got {config.dense_layers}: their caches are not counted")
     size, columns = dtype.itemsize, batch * min(chunk, context)
     layers, g, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    pair = 2 * g * width * size * layers  # a key and a value in every layer
+    pair = 2 * g * width * size  # a key and a value of one layer
     plans = {}
     for attention in (config.attention if config.attention in SPARSE else "nsa", "dense"):
         method = TRAINED[attention]
         parameters, streamed = _parameters(config, attention)
         read = method.reads(method.sizes_of(config)).last(context)
-        pairs = read.attended + read.scored / 2  # those only scored have no values
-        if method.is_sparse:
-            cache = _static_cache_bytes(config, context, batch, dtype)
-            per_token = pair * (1 + 1 / config.nsa_config.compress_stride)
-        else:
-            cache, per_token = {"keys and values": pair * context * batch}, float(pair)
+        kept = len(config.dense_layers or ()) if method.is_sparse else layers
+        sparse = layers - kept
+        cache = _static_cache_bytes(config, sparse, context, batch, dtype) if sparse else {}
+        window = cache.get("window", 0)
+        if kept:
+            cache["dense layers: all keys and values" if sparse else "keys and values"] = pair * kept * context * batch
+        pairs = sparse * (read.attended + read.scored / 2) + kept * context  # those only scored have no values
         plans[method.label] = Plan(
             parameters=parameters,
             weight_bytes=parameters * size,
             cache_bytes=cache,
-            cache_bytes_per_token=per_token,
-            keys_per_query=read.keys,
+            cache_bytes_per_token=pair * (kept + sparse * (1 + 1 / config.nsa_config.compress_stride)),
+            keys_per_query=round((sparse * read.keys + kept * context) / layers),
             prefill_bytes=_prefill_bytes(config, attention, columns, size)
-            + (pair // layers * context * batch if method.is_sparse else 0)  # a layer's keys, side by side
+            + (pair * context * batch if method.is_sparse else 0)  # a layer's keys, side by side
             + batch * (config.vocab_size * size + context * PROMPT_BYTES)
-            + (cache["window"] if method.is_sparse else 0),  # what a chunk overwrites, kept until it is through
-            packed_bytes=_packed_parameters(config) * size if attention == "nsa" else 0,
+            + window,  # what a chunk overwrites, kept until it is through
+            packed_bytes=_packed_parameters(config) * size if attention == "nsa" and not kept else 0,
             step_bytes=round(streamed * size + pair * pairs * batch),
         )
     return plans
@@ -91,7 +91,8 @@ def plan(config: NSALlamaConfig, *, context: int, batch: int, chunk: int, dtype:
 
 def _parameters(config: NSALlamaConfig, attention: str) -> tuple[int, int]:
     """All, and those that a decoding step reads."""
-    values = {**config.to_dict(), "attention": attention}
+    kept = config.dense_layers if TRAINED[attention].is_sparse else None
+    values = {**config.to_dict(), "attention": attention, "dense_layers": kept}
     try:
         with torch.device("meta"):
             model = NSALlamaForCausalLM(NSALlamaConfig(**values))
@@ -103,7 +104,9 @@ def _parameters(config: NSALlamaConfig, attention: str) -> tuple[int, int]:
     return total, total if tied else total - table.numel()
 
 
-def _static_cache_bytes(config: NSALlamaConfig, context: int, batch: int, dtype: torch.dtype) -> dict[str, int]:
+def _static_cache_bytes(
+    config: NSALlamaConfig, layers: int, context: int, batch: int, dtype: torch.dtype
+) -> dict[str, int]:
     cache = StaticNSACache(config.nsa_config, context)
     width = config.head_dim
     cache.allocate(batch, config.num_key_value_heads, width, width, dtype, torch.device("meta"))
@@ -115,8 +118,7 @@ def _static_cache_bytes(config: NSALlamaConfig, context: int, batch: int, dtype:
         "compression: raw, not yet complete": (t.k_raw, t.v_raw),
     }
     return {
-        name: config.num_hidden_layers * sum(x.numel() * x.element_size() for x in pair if x is not None)
-        for name, pair in parts.items()
+        name: layers * sum(x.numel() * x.element_size() for x in pair if x is not None) for name, pair in parts.items()
     }
 
 

@@ -7,10 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from nsa.eval.blocks import LayerSelection, selections_of
+from nsa.eval.blocks import LayerSelection, limits_of_dense_layers, selections_of
 from nsa.eval.methods.method import PHASES, Method
 from nsa.methods.registry import trained
-from nsa.models.families import window_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ def keys_read(model: nn.Module, tokens: Numbers[int], decode: int) -> dict[str, 
     config: Any = model.config
     layers = [_per_position(layer) for layer in selections_of(model, tokens)]
     seen = torch.arange(1, len(tokens) + 1).double()
-    layers += [torch.stack([seen.clamp(max=most), 0 * seen]) for most in _limits_of_dense_layers(config, len(tokens))]
+    layers += [torch.stack([seen.clamp(max=most), 0 * seen]) for most in limits_of_dense_layers(config, len(tokens))]
     counts, border = torch.stack(layers).mean(0), len(tokens) - decode
     parts = zip(PHASES, (counts[:, :border], counts[:, border:]), strict=True)
     return {phase: Keys(*part.mean(1).tolist()) if part.numel() else Keys(0.0, 0.0) for phase, part in parts}
@@ -71,14 +70,8 @@ def keys_of_last(config: Any, length: int) -> int:
     """
     method = trained(config)
     sparse = method.reads(method.sizes_of(config)).last(length).attended
-    each = [sparse] * len(config.sparse_layers) + _limits_of_dense_layers(config, length)
+    each = [sparse] * len(config.sparse_layers) + limits_of_dense_layers(config, length)
     return round(sum(each) / len(each))
-
-
-def _limits_of_dense_layers(config: Any, length: int) -> list[int]:
-    """Of each layer without the method, the most keys that one of `length` queries sees."""
-    dense = sorted(set(range(config.num_hidden_layers)) - set(config.sparse_layers))
-    return [min(length, window_of(config, number) or length) for number in dense]
 
 
 def _per_position(layer: LayerSelection) -> torch.Tensor:
