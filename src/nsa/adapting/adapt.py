@@ -54,7 +54,7 @@ def adapt(arguments: AdaptArguments) -> None:
     stages = _stages(arguments, out, dense, sparse.attention)
     if not stages:
         raise ValueError("nothing to do: expected a curriculum in --first or in --second")
-    if arguments.lora and not arguments.second:
+    if arguments.lora > 0 and not arguments.second:
         raise ValueError(f"--lora {arguments.lora} is of stage 2: expected a curriculum in --second")
     for stage in stages.values():
         stage.config.validate()
