@@ -97,7 +97,7 @@ def test_flex_attention_of_packed_rows_is_attention_by_hand_in_one_graph(window)
     _, _, _, cu_seqlens = packed(LENGTHS)
     torch._dynamo.reset()
     flex = torch.compile(dense._flex, fullgraph=True, backend="eager")
-    found = flex(q, k, v, cu_seqlens.int(), 150, window, 0.3)
+    found = flex(q, k, v, cu_seqlens.int(), window, 0.3)
     expected = attention_by_hand(q, k, v, cu_seqlens, window, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
@@ -129,7 +129,8 @@ def test_varlen_attn_is_asked_for_the_same_keys(monkeypatch, window):
     monkeypatch.setattr(dense, "varlen_attn", documented)
     q, k, v = heads(sum(LENGTHS))
     _, _, _, cu_seqlens = packed(LENGTHS)
-    found = dense._by_varlen(q, k, v, cu_seqlens.int(), 150, window, 0.3)
+    bounds = cu_seqlens.int()
+    found = dense.varlen(q, k, v, bounds, bounds, 150, 150, window, 0.3)
     torch.testing.assert_close(found, attention_by_hand(q, k, v, cu_seqlens, window, 0.3))
 
 

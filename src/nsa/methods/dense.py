@@ -50,9 +50,15 @@ def dense_attention(
         return by_tiles(q, k, v, window, scale).transpose(1, 2)
     if cu_seqlens is None:
         cu_seqlens, longest = torch.arange(b + 1, device=q.device, dtype=torch.int32) * t, t
-    run = _by_document if in_tiles else _by_varlen if has_varlen(q) else _flex
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    return run(q, k, v, cu_seqlens, b * t if longest is None else longest, window, scale).unflatten(0, (b, t))
+    longest = b * t if longest is None else longest
+    if in_tiles:
+        out = _by_document(q, k, v, cu_seqlens, window, scale)
+    elif has_varlen(q):
+        out = varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window, scale)
+    else:
+        out = _flex(q, k, v, cu_seqlens, window, scale)
+    return out.unflatten(0, (b, t))
 
 
 def has_varlen(query: Tensor) -> bool:
@@ -64,18 +70,6 @@ def has_varlen(query: Tensor) -> bool:
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
-
-
-def _by_varlen(
-    q: Float[Tensor, "t h d"],
-    k: Float[Tensor, "t g d"],
-    v: Float[Tensor, "t g d"],
-    cu_seqlens: Int[Tensor, " documents_plus_1"],
-    longest: int,
-    window: int | None,
-    scale: float,
-) -> Float[Tensor, "t h d"]:
-    return varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window, scale)
 
 
 def varlen(
@@ -99,7 +93,6 @@ def _flex(
     k: Float[Tensor, "t g d"],
     v: Float[Tensor, "t g d"],
     cu_seqlens: Int[Tensor, " documents_plus_1"],
-    longest: int,
     window: int | None,
     scale: float,
 ) -> Float[Tensor, "t h d"]:
@@ -152,7 +145,6 @@ def _by_document(
     k: Float[Tensor, "t g d"],
     v: Float[Tensor, "t g d"],
     cu_seqlens: Int[Tensor, " documents_plus_1"],
-    longest: int,
     window: int | None,
     scale: float,
 ) -> Float[Tensor, "t h d"]:
