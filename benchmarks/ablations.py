@@ -41,7 +41,7 @@ ROWS: dict[str, Flags] = {
     "infllm_v2": {"attention": ("infllm_v2",)},
     "dense-short": {"attention": ("dense",)} | SHORT,
     "nsa-selector-short": SELECTOR | SHORT,
-    "nsa-selector-short-fine": SELECTOR | SHORT | {"nsa.compress-block-size": ("8",), "nsa.compress-stride": ("4",)},
+    "nsa-selector-short-fine": SELECTOR | SHORT | {"nsa.compress-block-size": ("8",)},
     "nsa-selector-dense": SELECTOR | {"dense-layers": ("3", "7")},
     "nsa-all-blocks": {"nsa.num-selected-blocks": ("128",)},
     "nsa-phi-mean": {"nsa.compression": ("mean",)},
