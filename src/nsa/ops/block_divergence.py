@@ -88,31 +88,32 @@ def block_divergence(
 
 
 class _Read(NamedTuple):
-    """The keys that each run reads, and their numbers among all."""
+    """The keys that each run reads, and the first one's number among all."""
 
     keys: Float[Tensor, "m n g d"]
-    number: Int[Tensor, "m n"]
+    begin: Int[Tensor, " m"]
 
     @classmethod
     def of(cls, k: Float[Tensor, "b s g d"], begin: Int[Tensor, " m"], count: int) -> "_Read":
         """`count` keys from `begin` on, or all where there are fewer; the nearest ones where some would lie outside."""
         k = k.flatten(0, 1)
         count = min(count, k.shape[0])
-        number = begin.clamp(0, k.shape[0] - count)[:, None] + torch.arange(count, device=k.device)
-        return cls(k[number], number)
+        begin = begin.clamp(0, k.shape[0] - count)
+        return cls(k[begin[:, None] + torch.arange(count, device=k.device)], begin)
 
     def attended(
         self, q: Float[Tensor, "m r h d"], first: Int[Tensor, "m r"], seen: Int[Tensor, "m r"], count: int
     ) -> Float[Tensor, "m r g count"]:
         """Softmax over the `seen` keys from `first` on, summed over a group's heads; of the `count` keys from there."""
-        groups = self.keys.shape[2]
-        number = self.number[:, None]
+        n, groups = self.keys.shape[1:3]
+        begin = self.begin[:, None]
+        number = (begin + torch.arange(n, device=q.device))[:, None]
         allowed = (number >= first[..., None]) & (number < (first + seen)[..., None])
         scores = torch.einsum("mrgpd,mngd->mrgpn", q.unflatten(2, (groups, -1)), self.keys.to(q.dtype))
         scores = scores.masked_fill(~allowed[:, :, None, None], torch.finfo(q.dtype).min)
         p = scores.softmax(-1).sum(3)
         ours = torch.arange(count, device=q.device)
-        at = ((first - self.number[:, :1])[..., None] + ours).clamp(0, max(self.number.shape[1] - 1, 0))
+        at = ((first - begin)[..., None] + ours).clamp(0, max(n - 1, 0))
         return p.gather(-1, at[:, :, None].expand(-1, -1, groups, -1)) * (ours < seen[..., None])[:, :, None]
 
 
