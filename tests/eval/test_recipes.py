@@ -48,23 +48,20 @@ def test_seeds_of_one_configuration_are_one_recipe(runs):
 
 def test_differences_are_of_equal_seeds_after_equal_tokens(runs):
     dense, nsa, window = read_recipes(runs)
-    mean, error, seeds, tokens = nsa.against(dense, "eval_text_loss")  # of .125 and -.125
-    assert (mean, seeds, tokens) == (0.0, 2, 200)
-    assert error == pytest.approx(0.125)
+    assert nsa.against(dense, "eval_text_loss") == ([0.125, -0.125], 200)
     assert window.against(dense, "eval_text_loss") is None
     found = table([dense, nsa, window], dense)
     rows = {row[0]: dict(zip(found.header, row, strict=True)) for row in found.rows}
     assert rows["nsa <b>"]["held-out loss"] == "2.2500 (2.1250 2.3750)"
-    assert found.rows[1][4] == "+0.0000 ± 0.1250"
+    assert found.rows[1][4] == "+0.0000 (-1.5883 to +1.5883)"  # t of one degree of freedom, 12.706, times .125
     assert found.rows[2][4] == "no shared seed"
 
 
 def test_a_run_under_way_is_compared_where_the_other_was(runs, tmp_path):
     short = write(tmp_path, "nsa short", 0, (3.5,), num_layers=3)
     dense, own = read_recipes([runs[0], short])
-    difference, _, seeds, tokens = own.against(dense, "eval_text_loss")  # no error of one seed
-    assert (difference, seeds, tokens) == (0.5, 1, 100)
-    assert dense.against(own, "eval_text_loss")[0] == -0.5
+    assert own.against(dense, "eval_text_loss") == ([0.5], 100)
+    assert dense.against(own, "eval_text_loss") == ([-0.5], 100)
     assert table([own, dense], own).rows[1][4] == "-0.5000 at 0.0M"
 
 
@@ -104,4 +101,4 @@ def test_one_run_twice_and_what_is_unknown_are_one_line(runs, capsys):
     assert main(["report", str(runs[0]), "--reference", "x"]) == 2
     assert "--reference x: expected one of dense" in capsys.readouterr().err
     assert main(["report", str(runs[0]), "--eval", str(runs[0] / "train_config.json")]) == 2
-    assert "is no eval.json of `nsa eval`" in capsys.readouterr().err
+    assert "is no result of `nsa eval` or `nsa compare`" in capsys.readouterr().err

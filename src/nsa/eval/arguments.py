@@ -73,13 +73,15 @@ class DemoArguments:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Training runs side by side on one page: curves, and a table with differences from the dense twin, seed by seed.
+    """All evidence on training runs on one page: curves, a table with differences from the dense twin, evaluations.
 
-    Runs whose configurations differ in their seed alone are one recipe, named after its folder without `-seedN`.
+    Runs whose configurations differ in their seed alone are one recipe, named after its folder without `-seedN`. Of
+    several seeds there are the mean and its 95% t-interval, of differences those of equal seeds.
 
     Examples:
         nsa report runs/nsa runs/dense --output report.html
-        nsa report runs/*-seed* --eval judged/eval.json --output evidence.html
+        nsa report runs/*-seed* --eval judged/eval.json needles/eval.json --output evidence.html
+        nsa report runs/*-seed* --eval judged/eval.json --compare compared/compare.json --output evidence.html
         nsa report runs/*-seed* --reference dense --markdown
     """
 
@@ -87,8 +89,11 @@ class ReportArguments:
     """Folders of `nsa train`, finished or not."""
     reference: Annotated[str | None, tyro.conf.arg(metavar="RECIPE")] = None
     """What the others are set against. Default: the first recipe with dense attention, if there is one."""
-    eval: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """An eval.json of `nsa eval`, whose tables and pictures follow on the page."""
+    eval: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH...")] = ()
+    """Files eval.json of `nsa eval`: needle maps, loss by position and tables by recipe follow on the page. Of a run's
+    folder, wherever it lay, the model is its recipe's; others have a column of their own."""
+    compare: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """A compare.json of `nsa compare`, whose charts and tables follow."""
     title: str = "Training runs"
     """The page's."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None

@@ -4,23 +4,29 @@ by seed."""
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.eval.files import read_object, read_records
-from nsa.eval.scoring import mean_and_error
+from nsa.methods.registry import TRAINED
 from nsa.training.config import TrainConfig
+from nsa.training.curriculum import parse_curriculum
 from nsa.training.folder import CONFIG_FILE, METRICS_FILE
 
 NOT_THE_RECIPE = ("out", "seed", "preset", "resume", "cache_dir", "quiet", "workers", "log_every", "report_to")
+SIZES: dict[str, Callable[[Any], Any]] = {"nsa": NSAConfig.from_dict, "infllm_v2": InfLLMv2Config.from_dict}
 LOSSES = {"eval_text_loss": "held-out loss", "eval_retrieval_loss": "answers' loss"}
 
 
 @dataclass(kw_only=True)
 class Run:
-    """What one run has recorded: each loss by tokens seen, in the order of training."""
+    """What one run has recorded: each loss by tokens seen, in the order of training.
+
+    `keys` is what the last query of a row of `context` tokens reads, the longest of training, mean over the layers.
+    """
 
     folder: Path
     seed: int
@@ -29,6 +35,8 @@ class Run:
     losses: dict[str, dict[int, float]] = field(default_factory=lambda: {name: {} for name in LOSSES})
     tokens_per_second: float = math.nan
     minutes: float = math.nan
+    context: int = 0
+    keys: float = math.nan
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -45,6 +53,7 @@ class Run:
                 f"{folder / CONFIG_FILE}: expected an integer seed and a named attention, got {seed!r}, {attention!r}"
             )
         run = cls(folder=folder, seed=seed, attention=attention, settings=settings)
+        run.context, run.keys = _keys_read(settings, attention, folder / CONFIG_FILE)
         tokens, speeds, seconds = 0, [], 0.0
         for record in read_records(folder / METRICS_FILE):
             found = {name: value for name, value in record.items() if isinstance(value, float | int)}
@@ -78,8 +87,8 @@ class Recipe:
         columns = {tokens: [losses[tokens] for losses in own] for tokens in shared}
         return {tokens: (statistics.fmean(x), min(x), max(x)) for tokens, x in columns.items()}
 
-    def against(self, other: "Recipe", loss: str) -> tuple[float, float, int, int] | None:
-        """Mean difference and its standard error over shared seeds, after as many tokens; the seeds, and the tokens.
+    def against(self, other: "Recipe", loss: str) -> tuple[list[float], int] | None:
+        """The difference of every shared seed after as many tokens, and the tokens.
 
         None where no seed is shared, or no number of tokens by then.
         """
@@ -89,8 +98,13 @@ class Recipe:
         if not shared:
             return None
         last = max(shared)
-        mean, error = mean_and_error([own[last] - theirs[last] for own, theirs in pairs])
-        return mean, error, len(seeds), last
+        return [own[last] - theirs[last] for own, theirs in pairs], last
+
+    def differs(self, other: "Recipe") -> list[str]:
+        """Settings of which the other recipe has another value: "nsa.window_size = 256, not 64"."""
+        own, theirs = (_flat(next(iter(recipe.runs.values())).settings) for recipe in (self, other))
+        names = [name for name in own | theirs if own.get(name) != theirs.get(name)]
+        return [f"{name} = {own.get(name)}, not {theirs.get(name)}" for name in names]
 
 
 def read_recipes(folders: Sequence[Path]) -> list[Recipe]:
@@ -126,3 +140,23 @@ def _name(recipe: Recipe) -> str:
     for ending in (f"-seed{seed}", f"_seed{seed}", f"-{seed}", f"_{seed}"):
         name = name.removesuffix(ending)
     return name
+
+
+def _keys_read(settings: dict[str, Any], attention: str, path: Path) -> tuple[int, float]:
+    """The longest row of training, and the keys that its last query reads; ValueError where settings are damaged."""
+    try:
+        context = max(stage.length for stage in parse_curriculum(settings["curriculum"]))
+        method = TRAINED[attention]
+        read = method.reads(SIZES[method.sizes](settings[method.sizes])).last(context).keys
+        dense, layers = len(settings["dense_layers"]), settings["num_layers"]
+        return context, (dense * context + (layers - dense) * read) / layers
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: expected the settings of a run, got a damaged {error}") from error
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a field as "nsa.window_size"."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

@@ -1,6 +1,7 @@
-"""`nsa report`: runs of nsa train, and what nsa eval judged of them, on one page."""
+"""`nsa report`: runs of nsa train, what nsa eval judged of them, and a comparison of nsa compare, on one page."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from nsa.eval.arguments import ReportArguments
+from nsa.eval.costs import Costs
+from nsa.eval.judged import Judged, read_judged, read_result
+from nsa.eval.judged_table import between, judged_blocks
 from nsa.eval.recipes import LOSSES, Recipe, read_recipes
 from nsa.eval.report import Report
 from nsa.eval.report_charts import marked
@@ -23,36 +27,68 @@ TITLES = {"eval_text_loss": "On held-out text", "eval_retrieval_loss": "On answe
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """The page's first section."""
+    """The page's first section; `settings` has what tells each recipe from the reference, or from the first."""
 
     legend: list[tuple[str, str]]
     charts: list[tuple[str, str]]
     table: Table
+    settings: list[tuple[str, str]]
 
 
 def report(arguments: ReportArguments) -> None:
     """The page, and its table in the terminal, or all of it as JSON."""
     recipes = read_recipes(arguments.runs)
     reference = _reference(recipes, arguments.reference)
-    result = _judged(arguments.eval)
+    judged = read_judged(arguments.eval, recipes)
+    compared = _compared(arguments.compare)
     found = table(recipes, reference)
     if arguments.output is not None:
-        colors = colors_of(recipes)
-        section = Recipes(
-            legend=[(recipe.name, colors[recipe.name]) for recipe in recipes],
-            charts=charts(recipes, colors),
-            table=found,
-        )
-        page = Report(result=result, recipes=section, title=arguments.title)
-        write_whole(arguments.output, page.render())
+        write_whole(arguments.output, page(arguments.title, recipes, reference, judged, compared).render())
     if arguments.json:
-        print(json.dumps([_plain(recipe) for recipe in recipes], indent=1))
+        print(json.dumps([_plain(recipe, judged) for recipe in recipes], indent=1))
     elif arguments.markdown:
         print(found.markdown())
     else:
         Console(markup=False, emoji=False).print(found.rich())
     if arguments.output is not None:
         print(f"wrote {arguments.output}", file=sys.stderr)
+
+
+def page(
+    title: str,
+    recipes: Sequence[Recipe],
+    reference: Recipe | None,
+    judged: Judged,
+    compared: tuple[Path, Result, Costs] | None,
+) -> Report:
+    """Everything that was read, the runs first."""
+    colors = colors_of(recipes)
+    beside = reference or recipes[0]
+    section = Recipes(
+        legend=list(colors.items()),
+        charts=charts(recipes, colors),
+        table=table(recipes, reference),
+        settings=[(recipe.name, settings_of(recipe, beside)) for recipe in recipes],
+    )
+    named = reference.name if reference else None
+    result = judged.pooled(named)
+    origins = [(f"{path}: ", of_file) for path, of_file in judged.files]
+    others = [name for name in result.names if name not in colors]
+    more = {name: f"var(--other-{(len(colors) + place) % 8})" for place, name in enumerate(others)}
+    found = Report(
+        result=result,
+        recipes=section,
+        title=title,
+        blocks=judged_blocks(judged, named),
+        seeds={name: len(column.rows) for name, column in judged.columns.items()},
+        colors=colors | more,
+        origins=origins,
+    )
+    if compared is not None:
+        path, of_file, found.costs = compared
+        found.compared = of_file
+        found.origins = [*origins, (f"{path}: ", of_file)]
+    return found
 
 
 def table(recipes: Sequence[Recipe], reference: Recipe | None) -> Table:
@@ -74,19 +110,28 @@ def table(recipes: Sequence[Recipe], reference: Recipe | None) -> Table:
                 row.append("" if recipe is reference else _difference(recipe, reference, name))
         speed = sum(run.tokens_per_second for run in runs) / len(runs)
         minutes = sum(run.minutes for run in runs) / len(runs)
-        rows.append([*row, f"{speed:,.0f}", f"{minutes:.1f}"])
-    return Table("Runs of nsa train", [*header, "tokens/s", "minutes"], rows)
+        one = next(iter(runs))
+        rows.append([*row, f"{one.keys:,.0f} (of {one.context:,})", f"{speed:,.0f}", f"{minutes:.1f}"])
+    return Table("Runs of nsa train", [*header, "keys a query", "tokens/s", "minutes"], rows)
 
 
 def _difference(recipe: Recipe, reference: Recipe, loss: str) -> str:
-    """With its standard error over seeds, where there are two; after how many tokens, where they are not the last."""
+    """With its 95% t-interval over seeds, where there are two; after how many tokens, where they are not the last."""
     found = recipe.against(reference, loss)
     if found is None:
         return "no shared seed"
-    mean, error, seeds, tokens = found
-    text = f"{mean:+.4f}" + (f" ± {error:.4f}" if seeds > 1 else "")
+    differences, tokens = found
+    text = between(differences) if len(differences) > 1 else f"{differences[0]:+.4f}"
     last = max(recipe.curve(loss), default=tokens)
     return text if tokens == last else f"{text} at {tokens / 1e6:,.1f}M"
+
+
+def settings_of(recipe: Recipe, other: Recipe) -> str:
+    """In words: what the other recipe has otherwise, and where the runs lie."""
+    runs = ", ".join(f"seed {seed} in {run.folder}" for seed, run in sorted(recipe.runs.items()))
+    if recipe is other:
+        return f"{recipe.attention} attention, what the others are set against; {runs}"
+    return f"{'; '.join(recipe.differs(other))}; {runs}"
 
 
 def charts(recipes: Sequence[Recipe], colors: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -128,25 +173,42 @@ def _reference(recipes: Sequence[Recipe], name: str | None) -> Recipe | None:
     raise ValueError(f"--reference {name}: expected one of {', '.join(recipe.name for recipe in recipes)}")
 
 
-def _judged(path: Path | None) -> Result:
+def _compared(path: Path | None) -> tuple[Path, Result, Costs] | None:
+    """A compare.json; ValueError in one line for another file."""
     if path is None:
-        return Result(models=[], tasks={}, rows={})
+        return None
+    result = read_result(path)
     try:
-        return Result.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is no eval.json of `nsa eval`: {reason}") from error
+        return path, result, Costs.from_plain(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has no costs: expected the compare.json of a newer `nsa compare`; run it again, which takes what "
+            "is in its rows.jsonl"
+        ) from error
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
+def _plain(recipe: Recipe, judged: Judged) -> dict[str, Any]:
     runs = [
         {
             "seed": seed,
             "folder": str(run.folder),
-            "tokens_per_second": run.tokens_per_second,
+            "tokens_per_second": _finite(run.tokens_per_second),
             "minutes": run.minutes,
+            "context": run.context,
+            "keys_per_query": run.keys,
             **{name: {str(tokens): value for tokens, value in losses.items()} for name, losses in run.losses.items()},
+            "judged": _judged_of(recipe.name, seed, judged),
         }
         for seed, run in recipe.runs.items()
     ]
     return {"recipe": recipe.name, "attention": recipe.attention, "runs": runs}
+
+
+def _judged_of(name: str, seed: int, judged: Judged) -> list[dict[str, Any]]:
+    column = judged.columns.get(name)
+    rows = column.rows.get(seed, []) if column else []
+    return [{"task": row.task, "where": row.where, "value": _finite(row.value), "n": row.n} for row in rows]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from nsa.eval.blocks import keys_per_query
-from nsa.eval.costs import HEADS, Costs
+from nsa.eval.compare_table import tables_of
+from nsa.eval.costs import Costs
 from nsa.eval.models import Candidate
 from nsa.eval.pictures import BlockPicture, Curve, KeysRead, continuation, look_inside, picture_prompt, read_curve
-from nsa.eval.report_charts import Colors, colors_of, context_charts, curve_charts, keys_chart, quality_charts
+from nsa.eval.report_charts import colors_of, context_charts, curve_charts, keys_chart, quality_charts
 from nsa.eval.report_pictures import needle_maps, selected_blocks
 from nsa.eval.result import Result
-from nsa.eval.table import blocks_of
+from nsa.eval.table import Block, blocks_of
 from nsa.files import write_whole
 from nsa.report.page import render
 
@@ -33,7 +34,12 @@ class Report:
     keys: KeysRead | None = None
     samples: dict[str, tuple[str, str]] = field(default_factory=dict)
     costs: Costs | None = None
+    compared: Result | None = None  # what the costs are of, where that is another result
     recipes: Any = None  # nsa.eval.recipes_report.Recipes
+    blocks: list[Block] | None = None  # by default those of the result
+    seeds: Mapping[str, int] = field(default_factory=dict)  # behind a model's numbers, where that is more than one
+    colors: Mapping[str, str] | None = None
+    origins: Sequence[tuple[str, Result]] = ()  # of the numbers, each after a word; by default the result
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate], result: Result, *, text: str, **more: Any) -> "Report":
@@ -52,7 +58,8 @@ class Report:
 
     def render(self) -> str:
         """The page, from the most important to the most detailed."""
-        result, colors = self.result, colors_of(self.result)
+        result, colors = self.result, self.colors or colors_of(self.result)
+        origins = self.origins or [("", result)]
         curves = {name: curve for name, curve in self.curves.items() if curve.steps or curve.held_out_steps}
         return render(
             title=self.title,
@@ -60,10 +67,11 @@ class Report:
             tiles=self.tiles,
             recipes=self.recipes,
             colors=colors,
-            costs=_costs(result, self.costs, colors) if self.costs else None,
+            costs=_costs(self.compared or result, self.costs) if self.costs else None,
             names=result.names,
             reference=result.reference,
-            blocks=blocks_of(result),
+            seeds=self.seeds if max(self.seeds.values(), default=1) > 1 else {},
+            blocks=blocks_of(result) if self.blocks is None else self.blocks,
             context=context_charts(result, colors),
             needles=needle_maps(result),
             curves={"legend": [(name, colors[name]) for name in curves], "charts": curve_charts(curves, colors)}
@@ -72,17 +80,17 @@ class Report:
             picture=selected_blocks(self.picture) if self.picture else None,
             keys=_keys(self.keys) if self.keys else None,
             samples=self.samples,
-            run=list(_what_was_run(result)),
-            notes=result.notes,
+            run=[(words + name, *rest) for words, origin in origins for name, *rest in _what_was_run(origin)],
+            notes=[words + note for words, origin in origins for note in origin.notes],
         )
 
     def save(self, path: Path) -> None:
         write_whole(path, self.render())
 
 
-def _costs(result: Result, costs: Costs, colors: Colors) -> dict[str, Any]:
-    """What each method finds against what it reads; the table of the terminal, and each method's sizes."""
-    sizes = []
+def _costs(result: Result, costs: Costs) -> dict[str, Any]:
+    """What each method finds against what it reads; the tables of the terminal, and each method's sizes."""
+    sizes, colors = [], colors_of(result)
     for cost in costs.rows:
         phases = "sparse in " + " and ".join(cost.sparse_in) if cost.sparse_in else "dense"
         listed = ", ".join(f"{key} = {value}" for key, value in cost.sizes.items())
@@ -90,8 +98,8 @@ def _costs(result: Result, costs: Costs, colors: Colors) -> dict[str, Any]:
             listed += "; heads: " + ", ".join(f"{count} {name}" for name, count in sorted(cost.patterns.items()))
         paper = "arXiv:" + cost.paper.rsplit("/", 1)[-1]
         sizes.append((f"{cost.method} at {cost.length:,}", "; ".join(filter(None, [phases, listed, paper]))))
-    lengths = [(length, [cost for cost in costs.rows if cost.length == length]) for length in costs.lengths()]
-    return {"charts": quality_charts(result, costs, colors), "heads": HEADS, "lengths": lengths, "sizes": sizes}
+    charts = quality_charts(result, costs, colors)
+    return {"charts": charts, "tables": tables_of(result, costs), "colors": colors, "sizes": sizes}
 
 
 def _keys(read: KeysRead) -> dict[str, Any]:

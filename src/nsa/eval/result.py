@@ -26,6 +26,7 @@ class Result:
     rows: dict[str, list[Row]]
     run: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    beside: str | None = None  # the reference, where it was named; in no file
 
     @property
     def names(self) -> list[str]:
@@ -34,8 +35,8 @@ class Result:
     @property
     def reference(self) -> str | None:
         """The model the others are set against: the dense twin if there is one, else the first of several."""
-        if len(self.models) < 2:
-            return None
+        if self.beside or len(self.models) < 2:
+            return self.beside
         return next((m["name"] for m in self.models if m["attention"] == "dense"), self.models[0]["name"])
 
     def of_task(self, name: str, task: str) -> list[Row]:

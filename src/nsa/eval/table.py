@@ -33,7 +33,7 @@ def blocks_of(result: Result) -> list[Block]:
     """Needle grids are summed over the depths (the heat map shows them); all else is one line a row."""
     blocks = []
     for task in result.tasks:
-        columns = {name: _summed(result.of_task(name, task)) for name in result.names}
+        columns = {name: summed(result.of_task(name, task)) for name in result.names}
         reference = columns.get(result.reference or "", [])
         places, shared = own_and_shared([row.where for row in next(iter(columns.values()), [])])
         lines = []
@@ -41,10 +41,9 @@ def blocks_of(result: Result) -> list[Block]:
             cells = []
             for name, rows in columns.items():
                 other = None if name == result.reference or not reference else reference[index]
-                cells.append(_cell(rows[index], other))
+                cells.append(cell(rows[index], other))
             lines.append(Line(place, cells))
-        chances = sorted({row.chance for row in next(iter(columns.values()), []) if row.chance is not None})
-        shared = ", ".join(filter(None, [shared, f"chance {_chances(chances)}" if chances else ""]))
+        shared = ", ".join(filter(None, [shared, chances_of(next(iter(columns.values()), []))]))
         blocks.append(Block(f"{task}: {shared}" if shared else task, lines))
     return blocks
 
@@ -84,13 +83,17 @@ def _words(key: str, value: Any) -> str:
     return value if isinstance(value, str) else f"{key} {value}"
 
 
-def _chances(chances: Sequence[float]) -> str:
-    """What finding nothing scores: one share, or the range of the rows'."""
+def chances_of(rows: Sequence[Row]) -> str:
+    """What finding nothing scores, in words: one share, or the range of the rows'; "" where nothing is known."""
+    chances = sorted({row.chance for row in rows if row.chance is not None})
+    if not chances:
+        return ""
     shares = [f"{chance:.1%}" if chance >= 0.001 else "< 0.1%" for chance in chances]
-    return " to ".join(dict.fromkeys([shares[0], shares[-1]]))
+    return "chance " + " to ".join(dict.fromkeys([shares[0], shares[-1]]))
 
 
-def _cell(row: Row, reference: Row | None) -> tuple[str, str]:
+def cell(row: Row, reference: Row | None) -> tuple[str, str]:
+    """(value, detail): of losses the paired difference from the reference, if there is one."""
     if not row.n:
         return "–", "no result"
     if row.correct is not None:
@@ -102,7 +105,7 @@ def _cell(row: Row, reference: Row | None) -> tuple[str, str]:
     return value, f"{difference:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
-def _summed(rows: Sequence[Row]) -> list[Row]:
+def summed(rows: Sequence[Row]) -> list[Row]:
     """Rows that differ in their depth only become one."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
