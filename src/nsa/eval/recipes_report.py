@@ -31,7 +31,7 @@ class Recipes:
 
     legend: list[tuple[str, str]]
     charts: list[tuple[str, str]]
-    table: Table
+    tables: list[Table]
     settings: list[tuple[str, str]]
 
 
@@ -41,15 +41,15 @@ def report(arguments: ReportArguments) -> None:
     reference = _reference(recipes, arguments.reference)
     judged = read_judged(arguments.eval, recipes)
     compared = _compared(arguments.compare)
-    found = table(recipes, reference)
+    tables = [table(recipes, reference), costs(recipes)]
     if arguments.output is not None:
         write_whole(arguments.output, page(arguments.title, recipes, reference, judged, compared).render())
     if arguments.json:
         print(json.dumps([_plain(recipe, judged) for recipe in recipes], indent=1))
     elif arguments.markdown:
-        print(found.markdown())
+        print("\n\n".join(found.markdown() for found in tables))
     else:
-        Console(markup=False, emoji=False).print(found.rich())
+        Console(markup=False, emoji=False).print(*(found.rich() for found in tables))
     if arguments.output is not None:
         print(f"wrote {arguments.output}", file=sys.stderr)
 
@@ -67,7 +67,7 @@ def page(
     section = Recipes(
         legend=list(colors.items()),
         charts=charts(recipes, colors),
-        table=table(recipes, reference),
+        tables=[table(recipes, reference), costs(recipes)],
         settings=[(recipe.name, settings_of(recipe, beside)) for recipe in recipes],
     )
     named = reference.name if reference else None
@@ -108,11 +108,20 @@ def table(recipes: Sequence[Recipe], reference: Recipe | None) -> Table:
             row.append("" if last is None else f"{curve[last][0]:.4f}" + (f" ({each})" if len(runs) > 1 else ""))
             if reference:
                 row.append("" if recipe is reference else _difference(recipe, reference, name))
+        rows.append(row)
+    return Table("Runs of nsa train", header, rows)
+
+
+def costs(recipes: Sequence[Recipe]) -> Table:
+    """A row a recipe: keys that the last query of the longest row reads, tokens a second in training, all minutes."""
+    rows = []
+    for recipe in recipes:
+        runs = list(recipe.runs.values())
         speed = sum(run.tokens_per_second for run in runs) / len(runs)
         minutes = sum(run.minutes for run in runs) / len(runs)
-        one = next(iter(runs))
-        rows.append([*row, f"{one.keys:,.0f} (of {one.context:,})", f"{speed:,.0f}", f"{minutes:.1f}"])
-    return Table("Runs of nsa train", [*header, "keys a query", "tokens/s", "minutes"], rows)
+        keys = f"{runs[0].keys:,.0f} of {runs[0].context:,}"
+        rows.append([recipe.name, keys, f"{speed:,.0f}", f"{minutes:.1f}"])
+    return Table("What a run costs", ["recipe", "keys a query", "tokens/s", "minutes"], rows)
 
 
 def _difference(recipe: Recipe, reference: Recipe, loss: str) -> str:
