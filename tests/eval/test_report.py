@@ -17,7 +17,7 @@ from nsa.eval.report_pictures import color_of, heat_map, marked_text
 from nsa.eval.result import Result, paired_difference
 from nsa.eval.table import blocks_of, own_and_shared
 from nsa.eval.tasks import Row
-from nsa.report.charts import HEIGHT, NAME_HEIGHT, Point, Series, as_file, line_chart, point_chart
+from nsa.report.charts import HEIGHT, NAME_HEIGHT, Series, as_file, draw
 from nsa.report.page import part
 from nsa.report.table import format_number
 
@@ -81,7 +81,7 @@ def example_report() -> Report:
     picture = BlockPicture(model="nsa", pieces=list("<text & needle in it>" + "." * 43), needle=(9, 17), answer="x<y",
                            window_size=8, block_size=16, heads=[head])  # fmt: skip
     keys = KeysRead(model="nsa", config=NSAConfig(), contexts=[32, 64], counted=[30.0, 50.0])
-    curve = Curve(steps=[1, 2], losses=[3.0, math.nan], held_out_steps=[2], held_out_losses=[2.5])
+    curve = Curve(losses={"loss": {1: 3.0, 2: math.nan}, "eval_text_loss": {2: 2.5}})
     return Report(
         result=example_result(),
         title="A title",
@@ -234,10 +234,8 @@ def test_marked_text_leaves_out_what_nobody_selected():
 
 
 def test_charts_take_losses_that_are_not_finite():
-    labels = {"title": "t", "x_label": "x", "y_label": "y"}
-    assert "nan" not in line_chart([Series(name="a", color="red", x=[1, 2, 3], y=[1.0, math.nan, 2.0])], **labels)
-    empty = line_chart([Series(name="a", color="red", x=[], y=[])], **labels)
-    assert "no data" in empty
+    assert "nan" not in draw([Series(name="a", color="red", x=[1, 2, 3], y=[1.0, math.nan, 2.0])], title="t")
+    assert "no data" in draw([Series(name="a", color="red", x=[], y=[])], title="t")
 
 
 def test_numbers_are_short():
@@ -246,12 +244,13 @@ def test_numbers_are_short():
     ]  # fmt: skip
 
 
+def dot(name: str, color: str, x: float, y: float, **interval) -> Series:
+    return Series(name=name, color=color, x=[x], y=[y], line=False, **interval)
+
+
 def test_names_of_points_never_overlap_and_stand_in_the_order_of_their_dots():
-    points = [
-        Point(name=f"m{i}", color="var(--nsa)", x=100.0 + i, y=0.5 + 0.001 * (i % 3), low=0.4, high=0.6)
-        for i in range(9)
-    ]
-    chart = point_chart(points, title="t", x_label="x", y_label="y", y_range=(0.0, 1.0))
+    dots = [dot(f"m{i}", "var(--nsa)", 100.0 + i, 0.5 + 0.001 * (i % 3), low=[0.4], high=[0.6]) for i in range(9)]
+    chart = draw(dots, title="t", log="x", shares=True, names="beside")
     names = re.findall(r'<text class="tick" x="[\d.]+" y="([\d.]+)" [^>]*fill: var\(--nsa\)">m(\d)</text>', chart)
     heights = [float(y) for y, _ in names]
     assert len(names) == 9
@@ -259,27 +258,26 @@ def test_names_of_points_never_overlap_and_stand_in_the_order_of_their_dots():
     assert heights[0] > 0
     assert heights[-1] < HEIGHT
     assert [int(i) % 3 for _, i in names] == [2, 2, 2, 1, 1, 1, 0, 0, 0]
-    empty = point_chart([Point(name="a", color="red", x=1.0, y=math.nan)], title="t", x_label="x", y_label="y")
-    assert "no data" in empty
-    without = point_chart([Point(name="a", color="red", x=1.0, y=1.0)], title="t", x_label="x", y_label="y")
+    assert "no data" in draw([dot("a", "red", 1.0, math.nan)], title="t", log="x", names="beside")
+    without = draw([dot("a", "red", 1.0, 1.0, low=[math.nan], high=[math.nan])], title="t", log="x", names="beside")
     assert "nan" not in without
 
 
 def test_charts_write_letters_as_text_and_colours_as_the_pages_variables():
     series = [Series(name="$a$ <b>", color="var(--nsa)", x=[1, 2], y=[1.0, 2.0], low=[0, 1], high=[2, 3], dots=True)]
-    chart = line_chart(series, title="t", x_label="tokens & more", y_label="y", log_x=True, named=True)
+    labels = {"title": "t", "x_label": "tokens & more", "y_label": "y"}
+    chart = draw(series, **labels, log="x", names="legend")
     for said in (">tokens &amp; more</text>", ">$a$ &lt;b&gt;</text>", "<title>$a$ &lt;b&gt;: 2 at 2</title>"):
         assert said in chart
     assert not re.search(r"#[0-9a-fA-F]{3,6}|<defs|<use|url\(| id=|clip", chart)
-    assert chart == line_chart(series, title="t", x_label="tokens & more", y_label="y", log_x=True, named=True)
+    assert chart == draw(series, **labels, log="x", names="legend")
 
 
 def test_charts_as_a_file_are_one_picture_that_needs_no_page():
-    points = [Point(name="a", color="var(--dense)", x=1.0, y=1.0)]
-    chart = point_chart(points, title="t", x_label="x", y_label="y")
+    chart = draw([dot("a", "var(--dense)", 1.0, 1.0)], title="t", names="beside")
     root = ElementTree.fromstring(as_file([("one", chart), ("two & three", chart), ("four", chart)]))
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     inner = root.findall("{http://www.w3.org/2000/svg}svg")
     assert len({(svg.get("x"), svg.get("y")) for svg in inner}) == 3
     style = root.find("{http://www.w3.org/2000/svg}style").text
-    assert all(word in style for word in ("--dense:", ".grid", ".tick", "prefers-color-scheme: dark"))
+    assert all(word in style for word in ("--dense:", ".dot", ".tick", "prefers-color-scheme: dark"))

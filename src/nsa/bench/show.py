@@ -230,9 +230,9 @@ def write(result: Result, stem: Path) -> None:
 
 def plot(result: Result, path: Path) -> None:
     """Milliseconds over length, a chart a part, both axes logarithmic."""
-    from nsa.report.charts import Series, as_file, line_chart
+    from nsa.report.charts import Charts, Series, as_file, draw
 
-    charts = []
+    charts: Charts = []
     for part in _parts(result):
         series: list[Series] = []
         for number, inputs in enumerate(dict.fromkeys(entry.inputs for entry in result.of(part) if entry.ms)):
@@ -244,9 +244,9 @@ def plot(result: Result, path: Path) -> None:
                 lengths, times = zip(*points, strict=True)
                 series.append(Series(name=label, color=f"var(--{color})", x=lengths, y=times, dots=True,
                                      dash=DASHES[number % len(DASHES)]))  # fmt: skip
-        labels = {"title": part, "x_label": "tokens", "y_label": "milliseconds"}
         if part != "kernels":
-            charts.append((part, line_chart(series, **labels, log_x=True, log_y=True, named=True)))
+            chart = draw(series, title=part, x_label="tokens", y_label="milliseconds", log="xy", names="legend")
+            charts.append((part, chart))
     write_whole(path, as_file(charts))
 
 

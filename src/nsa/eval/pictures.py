@@ -18,6 +18,12 @@ from nsa.eval.tasks import Needle
 from nsa.eval.text import held_out_texts
 
 SAMPLE_TOKENS = 240
+# Losses as the trainer names them, and what a chart of each is called.
+CURVES = {
+    "loss": "While training",
+    "eval_text_loss": "On held-out text",
+    "eval_retrieval_loss": "On values to be recalled",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +73,9 @@ class KeysRead:
 
 @dataclass(kw_only=True)
 class Curve:
-    """Losses over training steps."""
+    """Losses by training step, for each of CURVES that was recorded."""
 
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    held_out_steps: list[int] = field(default_factory=list)
-    held_out_losses: list[float] = field(default_factory=list)
-    retrieval_steps: list[int] = field(default_factory=list)
-    retrieval_losses: list[float] = field(default_factory=list)
+    losses: dict[str, dict[int, float]] = field(default_factory=dict)
     seconds_per_step: float | None = None
 
 
@@ -132,19 +133,13 @@ def continuation(candidate: Candidate, text: str, *, seed: int = 0) -> tuple[str
 def read_curve(folder: Path) -> Curve:
     """The losses that the trainer wrote beside the model; an empty curve where there are none."""
     curve = Curve()
-    targets = {
-        "loss": (curve.steps, curve.losses),
-        "eval_text_loss": (curve.held_out_steps, curve.held_out_losses),
-        "eval_retrieval_loss": (curve.retrieval_steps, curve.retrieval_losses),
-    }
     for record in read_records(folder / "metrics.jsonl"):
         step, seconds = record.get("step"), record.get("seconds")
         if not isinstance(step, int):
             continue
-        for key, (steps, losses) in targets.items():
-            if key in record:
-                steps.append(step)
-                losses.append(record[key] if isinstance(record[key], float | int) else math.nan)
+        for name in CURVES.keys() & record.keys():
+            value = record[name]
+            curve.losses.setdefault(name, {})[step] = value if isinstance(value, float | int) else math.nan
         if step and isinstance(seconds, float | int):
             curve.seconds_per_step = seconds / step
     return curve

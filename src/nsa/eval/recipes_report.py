@@ -16,10 +16,9 @@ from nsa.eval.judged import Judged, read_judged, read_result
 from nsa.eval.judged_table import between, judged_blocks
 from nsa.eval.recipes import LOSSES, Recipe, read_recipes
 from nsa.eval.report import Report
-from nsa.eval.report_charts import marked
 from nsa.eval.result import Result
 from nsa.files import write_whole
-from nsa.report.charts import Series, line_chart
+from nsa.report.charts import Charts, Series, colors_of, draw
 from nsa.report.table import Table
 
 TITLES = {"eval_text_loss": "On held-out text", "eval_retrieval_loss": "On answers to be looked up"}
@@ -30,7 +29,7 @@ class Recipes:
     """The page's first section; `settings` has what tells each recipe from the reference, or from the first."""
 
     legend: list[tuple[str, str]]
-    charts: list[tuple[str, str]]
+    charts: Charts
     tables: list[Table]
     settings: list[tuple[str, str]]
 
@@ -62,7 +61,7 @@ def page(
     compared: tuple[Path, Result, Costs] | None,
 ) -> Report:
     """Everything that was read, the runs first."""
-    colors = colors_of(recipes)
+    colors = colors_of((recipe.name, recipe.attention) for recipe in recipes)
     beside = reference or recipes[0]
     section = Recipes(
         legend=list(colors.items()),
@@ -143,9 +142,9 @@ def settings_of(recipe: Recipe, other: Recipe) -> str:
     return f"{'; '.join(recipe.differs(other))}; {runs}"
 
 
-def charts(recipes: Sequence[Recipe], colors: Mapping[str, str]) -> list[tuple[str, str]]:
+def charts(recipes: Sequence[Recipe], colors: Mapping[str, str]) -> Charts:
     """Losses by tokens: the mean over seeds, and the band from the lowest to the highest of them."""
-    found = []
+    found: Charts = []
     for loss, title in TITLES.items():
         series = []
         for recipe in recipes:
@@ -156,21 +155,8 @@ def charts(recipes: Sequence[Recipe], colors: Mapping[str, str]) -> list[tuple[s
                 Series(name=recipe.name, color=colors[recipe.name], x=x, y=mean, low=low, high=high, dots=True)
             )
         if any(s.x for s in series):
-            chart = line_chart(series, title=title, x_label="million tokens", y_label="nats per token")
-            found.append((title, chart))
-    return marked(found)
-
-
-def colors_of(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """The first recipe of NSA, dense and window has its own; others take the remaining ones in turn."""
-    colors: dict[str, str] = {}
-    others = 0
-    for recipe in recipes:
-        color = f"var(--{recipe.attention})" if recipe.attention in ("nsa", "dense", "window") else ""
-        if not color or color in colors.values():
-            color, others = f"var(--other-{others % 8})", others + 1
-        colors[recipe.name] = color
-    return colors
+            found.append((title, draw(series, title=title, x_label="million tokens", y_label="nats per token")))
+    return found
 
 
 def _reference(recipes: Sequence[Recipe], name: str | None) -> Recipe | None:

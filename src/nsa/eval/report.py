@@ -60,7 +60,7 @@ class Report:
         """The page, from the most important to the most detailed."""
         result, colors = self.result, self.colors or colors_of(self.result)
         origins = self.origins or [("", result)]
-        curves = {name: curve for name, curve in self.curves.items() if curve.steps or curve.held_out_steps}
+        curves = {name: curve for name, curve in self.curves.items() if curve.losses}
         return render(
             title=self.title,
             lead=self.lead,

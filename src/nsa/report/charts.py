@@ -1,6 +1,6 @@
 """Charts as SVG through matplotlib: letters stay text, colours are the page's CSS variables, light or dark.
 
-A chart is a string with a viewBox and no fixed size, so that the page lays it out. Colours are given as CSS, of which
+A chart is markup with a viewBox and no fixed size, so that the page lays it out. Colours are given as CSS, of which
 `var(--nsa)` and the other variables of page.css are drawn in their light value and put back into the picture.
 """
 
@@ -8,15 +8,16 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from textwrap import wrap
-from typing import Any, cast
+from typing import Any, Literal, cast
 from xml.etree import ElementTree
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
@@ -25,17 +26,24 @@ from nsa.report.table import format_number
 
 WIDTH, HEIGHT = 520, 330  # of the viewBox
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 46
-NAMES = 104  # at the right edge, for the names of points
+NAMES = 104  # at the right edge, for the names of dots
 NAME_HEIGHT = 15.0
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "nsa", "text.parse_math": False}
 CSS = files("nsa.report").joinpath("page.css").read_text(encoding="utf-8")
+CSS_OF_CHARTS = CSS[: CSS.index("* {")]
 LIGHT = {f"var(--{name})": value for name, value in re.findall(r"--([\w-]+): (#\w{6});", CSS[: CSS.index("}")])}
+LIGHT_NAMES = {value: name for name, value in reversed(LIGHT.items())}
 SVG = "{http://www.w3.org/2000/svg}"
+
+Charts = list[tuple[str, Markup]]  # with their headings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line, or one set of points, of a chart; `low` and `high` are its error band or its whiskers."""
+    """A line, with its values as dots or without; or dots alone. What is not finite is left out.
+
+    low, high: the line's error band, or the 95% intervals of dots alone, NaN where there is none.
+    """
 
     name: str
     color: str
@@ -43,140 +51,107 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
-    dots: bool = False
     line: bool = True
+    dots: bool = False
     dash: str = "-"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A dot with its 95% interval; NaN bounds for none."""
-
-    name: str
-    color: str
-    x: float
-    y: float
-    low: float = math.nan
-    high: float = math.nan
+    def points(self) -> list[tuple[float, ...]]:
+        """(x, y, low, high) of what is drawn."""
+        points = zip(self.x, self.y, self.low or self.y, self.high or self.y, strict=True)
+        return [point for point in points if all(map(math.isfinite, point if self.line else point[:2]))]
 
 
-@matplotlib.rc_context(STYLE)
-def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_x: bool = False, log_y: bool = False,
-    named: bool = False,
-) -> str:  # fmt: skip
-    """Lines with error bands over a grid; a dot carries its value as a tooltip; `named` adds the lines' names."""
-    axes = _axes(x_label, y_label)
-    for s in series:
-        points = [p for p in zip(s.x, s.y, s.low or s.y, s.high or s.y, strict=True) if all(map(math.isfinite, p))]
-        if not points:
-            continue
-        x, y, low, high = zip(*points, strict=True)
-        color = LIGHT.get(s.color, s.color)
-        if s.low and s.line:
-            axes.fill([*x, *x[::-1]], [*high, *low[::-1]], color=color, alpha=0.14, linewidth=0)
-        if s.line:
-            axes.plot(x, y, s.dash, color=color, linewidth=2.2, solid_joinstyle="round", label=s.name)
-        for at, value in zip(x, y, strict=True) if s.dots else ():
-            _dot(axes, at, value, color, f"{s.name}: {format_number(value)} at {format_number(at)}")
-    if not axes.has_data():
-        return empty_chart(title)
-    axes.margins(x=0.01, y=0.06)
-    _scale(axes, log_x, log_y)
-    if named:
-        axes.legend(frameon=False, fontsize=11)
-    return _picture(axes, title)
+def colors_of(attentions: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Of (name, attention): the first of NSA, dense and window has its own colour, others take the rest in turn."""
+    colors: dict[str, str] = {}
+    others = 0
+    for name, attention in attentions:
+        color = f"var(--{attention})" if attention in ("nsa", "dense", "window") else ""
+        if not color or color in colors.values():
+            color, others = f"var(--other-{others % 8})", others + 1
+        colors[name] = color
+    return colors
 
 
 @matplotlib.rc_context(STYLE)
-def interval_chart(groups: Sequence[str], series: Sequence[Series], *, title: str, y_label: str) -> str:
-    """Scores between 0 and 1 with whiskers: one column a group, one dot a series; `x` holds group numbers."""
-    if not groups or not series:
-        return empty_chart(title)
-    axes = _axes("", y_label)
-    column = (WIDTH - LEFT - RIGHT) / len(groups)
-    step = min(34.0, 0.8 * column / len(series)) / column
-    for index, s in enumerate(series):
-        color = LIGHT.get(s.color, s.color)
-        for place, y, low, high in zip(s.x, s.y, s.low or s.y, s.high or s.y, strict=True):
-            x = place + (index - (len(series) - 1) / 2) * step
-            axes.plot([x, x], [low, high], color=color, linewidth=2, alpha=0.55)
-            _dot(axes, x, y, color, f"{s.name}: {y:.1%}, 95% interval {low:.1%} to {high:.1%}", size=11)
-    names = ["\n".join(wrap(group, max(8, int(column / 7)))[:2]) for group in groups]
-    axes.set(xlim=(-0.5, len(groups) - 0.5), ylim=(0, 1), yticks=[0, 0.25, 0.5, 0.75, 1])
-    axes.set_xticks(range(len(groups)), names)
-    axes.xaxis.grid(visible=False)
-    for edge in range(1, len(groups)):
-        axes.axvline(edge - 0.5, color=LIGHT["var(--line)"], linewidth=1, zorder=0.5)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    return _picture(axes, title)
+def draw(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str = "",
+    y_label: str = "",
+    log: Literal["", "x", "xy"] = "",
+    columns: Sequence[str] = (),
+    shares: bool = False,
+    names: Literal["", "legend", "beside"] = "",
+) -> Markup:
+    """Series over a grid; a dot carries its value as a tooltip.
 
-
-@matplotlib.rc_context(STYLE)
-def point_chart(
-    points: Sequence[Point], *, title: str, x_label: str, y_label: str, y_range: tuple[float, float] | None = None
-) -> str:
-    """One dot a point over a logarithmic x axis, joined by a thin line to its name.
-
-    Names stand in one column in the order of their dots, so that they never overlap, however close the dots are.
+    Args:
+        log: the axes that are logarithmic.
+        columns: names of the places 0, 1, .. of x, in which series stand side by side.
+        shares: y goes from 0 to 1, in percent.
+        names: none; a legend; or beside the dots of series of one dot, joined to them by a thin line, in one column in
+            the order of the dots, so that they never overlap.
     """
-    points = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
-    if not points:
-        return empty_chart(title)
-    right = WIDTH - NAMES
-    axes = _axes(x_label, y_label, right)
-    for p in points:
-        color, interval = LIGHT.get(p.color, p.color), ""
-        if math.isfinite(p.low) and math.isfinite(p.high):
-            axes.plot([p.x, p.x], [p.low, p.high], color=color, linewidth=1.6, alpha=0.4)
-            interval = f", 95% interval {p.low:.3g} to {p.high:.3g}"
-        _dot(axes, p.x, p.y, color, f"{p.name}: {p.y:.3g} at {format_number(round(p.x))} keys{interval}", size=8.4)
-    axes.set_ylim(y_range)
-    axes.margins(y=0.05)
-    _scale(axes, log_x=True, log_y=False)
-    axes.set_xlim(min(p.x for p in points) / 1.12, max(p.x for p in points) * 1.12)
-    low, high = axes.get_ylim()
-    pad = 0.05 * (high - low) if y_range else 0.0
-    axes.set_ylim(low - pad, high + pad)
-    points = sorted(points, key=lambda p: (-p.y, -p.x))  # of equal height the nearest first: lines do not cross
-    plot = axes.transAxes.inverted()
-    dots = [plot.transform(axes.transData.transform((p.x, p.y))) for p in points]
-    room = HEIGHT - BOTTOM - TOP
-    for p, (x, y), place in zip(points, dots, _spread([room * (1 - y) for _, y in dots], room), strict=True):
-        at, color = 1 - place / room, LIGHT.get(p.color, p.color)
-        axes.plot([x, 1 + 8 / (right - LEFT)], [y, at], color=color, linewidth=0.8, alpha=0.45,
-                  transform=axes.transAxes, scalex=False, scaley=False)  # fmt: skip
-        axes.text(1 + 12 / (right - LEFT), at, p.name, color=color, va="center", size=12, transform=axes.transAxes)
+    axes = _axes(x_label, y_label, WIDTH - (NAMES if names == "beside" else RIGHT))
+    said: Callable[[float], str] = "{:.1%}".format if shares else format_number
+    width = (WIDTH - LEFT - RIGHT) / max(1, len(columns))
+    apart = min(34.0, 0.8 * width / max(1, len(series))) / width if columns else 0.0
+    for number, s in enumerate(series):
+        points, color = s.points(), LIGHT.get(s.color, s.color)
+        if points and s.line:
+            xs, ys, lows, highs = zip(*points, strict=True)
+            if s.low:
+                axes.fill([*xs, *xs[::-1]], [*highs, *lows[::-1]], color=color, alpha=0.14, linewidth=0)
+            axes.plot(xs, ys, s.dash, color=color, linewidth=2.2, solid_joinstyle="round", label=s.name)
+        for at, value, low, high in points if s.dots or not s.line else ():
+            tip = f"{s.name}: {said(value)}" + ("" if columns else f" at {format_number(at)}")
+            at += (number - (len(series) - 1) / 2) * apart
+            if s.low and not s.line and math.isfinite(low) and math.isfinite(high):
+                axes.plot([at, at], [low, high], color=color, linewidth=1.8, alpha=0.5)
+                tip += f", 95% interval {said(low)} to {said(high)}"
+            size = 7.2 if s.line else 9.6
+            axes.plot([at], [value], "o", color=color, markersize=size, markeredgewidth=0, gid=f"tip:{tip}", zorder=3)
+    if not axes.has_data():
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
+        return _picture(axes, title)
+    axes.margins(x=0.06 if names == "beside" else 0.01, y=0.06)
+    _scale(axes, log)
+    if columns:
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_xticks(range(len(columns)), ["\n".join(wrap(name, max(8, int(width / 7)))[:2]) for name in columns])
+        axes.xaxis.grid(visible=False)
+        for edge in range(1, len(columns)):
+            axes.axvline(edge - 0.5, color=LIGHT["var(--line)"], linewidth=1, zorder=0.5)
+    if shares:
+        axes.set(ylim=(0, 1), yticks=[0, 0.25, 0.5, 0.75, 1])
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if names == "legend":
+        axes.legend(frameon=False, fontsize=11)
+    elif names == "beside":
+        _name_beside(axes, series)
     return _picture(axes, title)
 
 
-@matplotlib.rc_context(STYLE)
-def empty_chart(title: str) -> str:
-    axes = _axes("", "")
-    axes.set_axis_off()
-    axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
-    return _picture(axes, title)
-
-
-def as_file(charts: Sequence[tuple[str, str]], columns: int = 2) -> str:
+def as_file(charts: Charts, columns: int = 2) -> str:
     """Charts with their headings as one SVG file with the page's colours, light or dark as its reader's page is."""
-    style = CSS[: CSS.index("* {")] + "\n".join(re.findall(r"^svg (?:\.[^\n]*|text [^\n]*)$", CSS, re.MULTILINE))
     columns = max(1, min(columns, len(charts)))
     width, height = columns * (WIDTH + 30), -(-len(charts) // columns) * (HEIGHT + 44)
-    parts = [f'<rect width="{width}" height="{height}" style="fill:var(--card)"/>']
+    parts = []
     for place, (heading, chart) in enumerate(charts):
         x, y = 15 + place % columns * (WIDTH + 30), place // columns * (HEIGHT + 44)
         parts.append(f'<text x="{x + LEFT}" y="{y + 26}" class="heading">{escape(heading)}</text>')
-        parts.append(chart.replace("<svg ", f'<svg x="{x}" y="{y + 36}" width="{WIDTH}" height="{HEIGHT}" ', 1))
-    font = 'svg { font-family: system-ui, -apple-system, "Segoe UI", sans-serif; }\n'
-    font += "svg .heading { font-size: 15px; font-weight: 650; fill: var(--ink); }\n"
+        parts.append(str(chart).replace("<svg ", f'<svg x="{x}" y="{y + 36}" width="{WIDTH}" height="{HEIGHT}" ', 1))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">\n'
-        f"<style>\n{style}\n{font}</style>\n" + "\n".join(parts) + "\n</svg>\n"
-    )
+        f'<style>\n{CSS_OF_CHARTS}</style>\n<rect width="{width}" height="{height}" style="fill:var(--card)"/>\n'
+        + "\n".join(parts) + "\n</svg>\n"
+    )  # fmt: skip
 
 
-def _axes(x_label: str, y_label: str, right: float = WIDTH - RIGHT) -> Axes:
+def _axes(x_label: str, y_label: str, right: float) -> Axes:
     """A plot with a grid and nothing else around it, which ends at `right`."""
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
     figure.patch.set_visible(False)
@@ -191,18 +166,29 @@ def _axes(x_label: str, y_label: str, right: float = WIDTH - RIGHT) -> Axes:
     return axes
 
 
-def _dot(axes: Axes, x: float, y: float, color: str, tip: str, size: float = 7.2) -> None:
-    axes.plot([x], [y], "o", color=color, markersize=size, markeredgewidth=0, gid=f"tip:{tip}", zorder=3)
-
-
-def _scale(axes: Axes, log_x: bool, log_y: bool) -> None:
-    """About six round ticks, powers of two where the axis is logarithmic."""
-    for axis, log, make in ((axes.xaxis, log_x, axes.set_xscale), (axes.yaxis, log_y, axes.set_yscale)):
-        if log:
-            make("log", base=2)
-        axis.set_major_locator(LogLocator(base=2, numticks=8) if log else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+def _scale(axes: Axes, log: str) -> None:
+    """About six round ticks, powers of two where the axis is logarithmic and several of them are in sight."""
+    for name, axis, scale in (("x", axes.xaxis, axes.set_xscale), ("y", axes.yaxis, axes.set_yscale)):
+        if name in log:
+            scale("log", base=2)
+        low, high = axes.get_xlim() if name == "x" else axes.get_ylim()
+        powers = name in log and high > 4 * low
+        axis.set_major_locator(LogLocator(base=2, numticks=8) if powers else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: format_number(round(value, 12))))
+
+
+def _name_beside(axes: Axes, series: Sequence[Series]) -> None:
+    plot, room, width = axes.transAxes.inverted(), HEIGHT - BOTTOM - TOP, WIDTH - NAMES - LEFT
+    ends = [(s, *plot.transform(axes.transData.transform(s.points()[-1][:2]))) for s in series if s.points()]
+    ends.sort(key=lambda end: (-end[2], -end[1]))  # of equal height the nearest first: lines do not cross
+    places = _spread([room * (1 - y) for _, _, y in ends], room)
+    fixed: Any = {"transform": axes.transAxes}
+    axes.autoscale(False)
+    for (s, x, y), place in zip(ends, places, strict=True):
+        at, color = 1 - place / room, LIGHT.get(s.color, s.color)
+        axes.plot([x, 1 + 8 / width], [y, at], color=color, linewidth=0.8, alpha=0.45, **fixed)
+        axes.text(1 + 12 / width, at, s.name, color=color, va="center", size=12, **fixed)
 
 
 def _spread(wanted: Sequence[float], room: float) -> list[float]:
@@ -218,7 +204,7 @@ def _spread(wanted: Sequence[float], room: float) -> list[float]:
     return places
 
 
-def _picture(axes: Axes, title: str) -> str:
+def _picture(axes: Axes, title: str) -> Markup:
     """The chart for a page: no ids, no references, no fonts, named for screen readers."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
@@ -229,10 +215,8 @@ def _picture(axes: Axes, title: str) -> str:
     radii = {str(path.get("id")): str(path.get("d")).split()[2] for path in root.iterfind(f".//{SVG}defs/{SVG}path")}
     name = escape(title)
     body = "".join(_drawn(node, radii, "tick") for node in root)
-    return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}"><title>{name}</title>'
-        f"{body}</svg>"
-    )
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}"'
+    return Markup(f'<svg class="chart" {box}><title>{name}</title>{body}</svg>')
 
 
 def _drawn(node: ElementTree.Element, radii: dict[str, str], css: str) -> str:
@@ -248,8 +232,7 @@ def _drawn(node: ElementTree.Element, radii: dict[str, str], css: str) -> str:
         radius = _rounded(radii[node.get("{http://www.w3.org/1999/xlink}href", "")[1:]])
         return f'<circle class="dot" cx="{places["x"]}" cy="{places["y"]}" r="{radius}" fill="{style["fill"]}"/>'
     if kind == "path":
-        kept = ("fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-linejoin", "opacity", "stroke-opacity")
-        drawn = "; ".join(f"{key}: {_rounded(style[key])}" for key in kept if key in style)
+        drawn = "; ".join(f"{key}: {_rounded(value)}" for key, value in style.items())
         return f'<path d="{places["d"]}" style="{drawn}"/>'
     if kind == "text":
         turned = "" if "rotate(-0 " in places["transform"] else f' transform="{places["transform"]}"'
@@ -264,6 +247,3 @@ def _rounded(numbers: str) -> str:
     return " ".join(
         re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), numbers).split()
     )
-
-
-LIGHT_NAMES = {value: name for name, value in reversed(LIGHT.items())}
