@@ -34,6 +34,13 @@ def test_a_packed_row_is_its_documents_alone(implementation):
     torch.testing.assert_close(found, alone)
 
 
+def test_the_bytes_that_a_token_adds_to_the_cache_are_those_of_all_layers():
+    model, held = hybrid(), []
+    for length in (256, 512):
+        held.append(model(torch.ones(1, length, dtype=torch.long), use_cache=True).past_key_values.num_bytes())
+    assert (held[1] - held[0]) / 256 == model.cache_bytes_per_token()
+
+
 def test_a_packed_row_of_the_dense_layers_makes_no_mask(monkeypatch):
     """[t, t] entries would be a gigabyte of a row of 32k tokens."""
     seen = []

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 
 from nsa.backend import resolve, why_not_triton
-from nsa.models.cache import Layout, NSALlamaCache
+from nsa.models.cache import Layout, NSALlamaCache, dense_layer
 from nsa.models.captured_step import CapturedStep
 from nsa.models.configuration import SPARSE, NSALlamaConfig
 from nsa.models.positions import follow_each_other
@@ -248,8 +248,10 @@ class GenerationPolicy(GenerationMixin):
 
     def cache_bytes_per_token(self) -> float:
         """Bytes that a long sequence adds to the cache with each token, all layers together."""
-        layers = self.model.layers
-        return sum(layers[number].self_attn.cache_bytes_per_token() for number in self.config.sparse_layers)
+        layers, kept = self.model.layers, self.config.dense_layers or ()
+        pair = 2 * self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
+        dense = sum(pair for number in kept if not dense_layer(self.config, number).is_sliding)
+        return dense + sum(layers[number].self_attn.cache_bytes_per_token() for number in self.config.sparse_layers)
 
     def _why_no_cuda_graph(self, generation_config: Any) -> str | None:
         if self._cuda_graphs_asked is False:
