@@ -134,7 +134,7 @@ def test_the_page_is_of_everything(runs, tmp_path, capsys):
     assert "://" not in html
     for words in (
         "2 seeds", "95% t-interval over seeds", "attention = nsa, not dense", "128 tokens, budget: 50 keys a query",
-        "as trained nsa reads", f"{one}: command", f"{compared}: command", "nsa eval nsa-seed0", "a note", "127 of 256",
+        "as trained nsa reads", str(one), str(compared), "nsa eval nsa-seed0", "a note", "127 of 256",
         "quest",
     ):  # fmt: skip
         assert words in found.text, words

@@ -102,7 +102,7 @@ def pooled_row(rows: Sequence[Row]) -> Row:
     if len(rows) == 1:
         return rows[0]
     value, low, high = interval_of(rows)
-    if is_share(rows[0]):
+    if rows[0].is_share:
         correct = None if any(row.correct is None for row in rows) else sum(row.correct or 0 for row in rows)
         values = [value for row in rows for value in row.values]
         return replace(rows[0], value=value, low=low, high=high, correct=correct, n=len(values), values=values)
@@ -117,15 +117,10 @@ def interval_of(rows: Sequence[Row]) -> tuple[float, float, float]:
     agree, and say no more for it.
     """
     mean, low, high = over_seeds([row.value for row in rows])
-    if not is_share(rows[0]):
+    if not rows[0].is_share:
         return mean, low, high
     least, most = wilson(sum(sum(row.values) for row in rows), sum(len(row.values) for row in rows))
     return mean, max(0.0, min(low, least)), min(1.0, max(high, most))
-
-
-def is_share(row: Row) -> bool:
-    """Whether values lie between 0 and 1, and are not losses."""
-    return row.unit != "nats per token"
 
 
 def places(tasks: Any) -> dict[str, Row]:

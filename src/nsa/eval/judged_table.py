@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from nsa.eval.judged import Judged, Rows, interval_of, is_share, places
+from nsa.eval.judged import Judged, Rows, interval_of, places
 from nsa.eval.result import paired_difference
 from nsa.eval.seeds import over_seeds
 from nsa.eval.table import Block, Line, cell, chances_of, own_and_shared, summed
@@ -44,7 +44,7 @@ def _cell(own: dict[int | None, Row], reference: dict[int | None, Row]) -> tuple
         other = reference[shared[0]] if shared else next(iter(reference.values()), None)
         return cell(rows[0], other if len(reference) == 1 or shared else None)
     value, low, high = interval_of(rows)
-    if is_share(rows[0]):
+    if rows[0].is_share:
         right = sum(sum(row.values) for row in rows)
         return f"{value:.1%}", f"{right:g}/{sum(row.n for row in rows)} ({100 * low:.0f}-{high:.0%})"
     if not shared:

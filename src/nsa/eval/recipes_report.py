@@ -71,7 +71,7 @@ def page(
     )
     named = reference.name if reference else None
     result = judged.pooled(named)
-    origins = [(f"{path}: ", of_file) for path, of_file in judged.files]
+    origins = [(str(path), of_file) for path, of_file in judged.files]
     others = [name for name in result.names if name not in colors]
     more = {name: f"var(--other-{(len(colors) + place) % 8})" for place, name in enumerate(others)}
     found = Report(
@@ -86,7 +86,7 @@ def page(
     if compared is not None:
         path, of_file, found.costs = compared
         found.compared = of_file
-        found.origins = [*origins, (f"{path}: ", of_file)]
+        found.origins = [*origins, (str(path), of_file)]
     return found
 
 

@@ -39,7 +39,7 @@ class Report:
     blocks: list[Block] | None = None  # by default those of the result
     seeds: Mapping[str, int] = field(default_factory=dict)  # behind a model's numbers, where that is more than one
     colors: Mapping[str, str] | None = None
-    origins: Sequence[tuple[str, Result]] = ()  # of the numbers, each after a word; by default the result
+    origins: Sequence[tuple[str, Result]] = ()  # of the numbers, with titles; by default the result
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate], result: Result, *, text: str, **more: Any) -> "Report":
@@ -67,7 +67,7 @@ class Report:
             tiles=self.tiles,
             recipes=self.recipes,
             colors=colors,
-            costs=_costs(self.compared or result, self.costs) if self.costs else None,
+            costs=_costs(self.compared or result, self.costs, apart=self.compared is not None) if self.costs else None,
             names=result.names,
             reference=result.reference,
             seeds=self.seeds if max(self.seeds.values(), default=1) > 1 else {},
@@ -80,15 +80,18 @@ class Report:
             picture=selected_blocks(self.picture) if self.picture else None,
             keys=_keys(self.keys) if self.keys else None,
             samples=self.samples,
-            run=[(words + name, *rest) for words, origin in origins for name, *rest in _what_was_run(origin)],
-            notes=[words + note for words, origin in origins for note in origin.notes],
+            run=[
+                (title, list(_what_was_run(origin)), origin.notes)
+                for title, origin in origins
+                if origin.run or origin.models
+            ],
         )
 
     def save(self, path: Path) -> None:
         write_whole(path, self.render())
 
 
-def _costs(result: Result, costs: Costs) -> dict[str, Any]:
+def _costs(result: Result, costs: Costs, *, apart: bool) -> dict[str, Any]:
     """What each method finds against what it reads; the tables of the terminal, and each method's sizes."""
     sizes, colors = [], colors_of(result)
     for cost in costs.rows:
@@ -99,7 +102,8 @@ def _costs(result: Result, costs: Costs) -> dict[str, Any]:
         paper = "arXiv:" + cost.paper.rsplit("/", 1)[-1]
         sizes.append((f"{cost.method} at {cost.length:,}", "; ".join(filter(None, [phases, listed, paper]))))
     charts = quality_charts(result, costs, colors)
-    return {"charts": charts, "tables": tables_of(result, costs), "colors": colors, "sizes": sizes}
+    title = f"Attention methods on {result.run.get('model', 'one model')}" if apart else "Quality and cost"
+    return {"title": title, "charts": charts, "tables": tables_of(result, costs), "colors": colors, "sizes": sizes}
 
 
 def _keys(read: KeysRead) -> dict[str, Any]:

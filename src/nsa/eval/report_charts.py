@@ -8,6 +8,7 @@ from nsa.eval.blocks import keys_per_query
 from nsa.eval.compare_table import LOSSES, quality_of
 from nsa.eval.costs import Costs
 from nsa.eval.pictures import CURVES, Curve, KeysRead
+from nsa.eval.regions import BEYOND, INSIDE, OUT_OF_REACH
 from nsa.eval.result import Result, paired_difference
 from nsa.eval.table import own_and_shared
 from nsa.eval.tasks import Perplexity
@@ -42,14 +43,22 @@ def context_charts(result: Result, colors: Colors) -> Charts:
     if "recall" in result.tasks:
         rows = {name: result.of_task(name, "recall") for name in result.names}
         columns, shared = own_and_shared([row.where for row in next(iter(rows.values()))])
+        columns = [short_places(column) for column in columns]
         series = []
         for name, own in rows.items():
-            x, judged = zip(*[(place, row) for place, row in enumerate(own) if row.n], strict=True)
-            y, low, high = ([getattr(row, of) for row in judged] for of in ("value", "low", "high"))
+            x = [place for place, row in enumerate(own) if row.n]
+            y, low, high = ([getattr(own[place], of) for place in x] for of in ("value", "low", "high"))
             series.append(Series(name=name, color=colors[name], x=x, y=y, low=low, high=high, line=False))
         title = f"Recall: {shared}" if shared else "Recall"
         found.append((title, draw(series, title=title, y_label="exact match", columns=columns, shares=True)))
     return found + (losses_by_position(result, colors) if "perplexity" in result.tasks else [])
+
+
+def short_places(name: str) -> str:
+    """As a column of a chart has room for."""
+    for place, short in ((OUT_OF_REACH, "out of reach"), (BEYOND, "beyond window"), (INSIDE, "in window")):
+        name = name.replace(place, short)
+    return name
 
 
 def losses_by_position(result: Result, colors: Colors) -> Charts:

@@ -96,8 +96,8 @@ def cell(row: Row, reference: Row | None) -> tuple[str, str]:
     """(value, detail): of losses the paired difference from the reference, if there is one."""
     if not row.n:
         return "–", "no result"
-    if row.correct is not None:
-        return f"{row.value:.1%}", f"{row.correct}/{row.n} ({100 * row.low:.0f}-{row.high:.0%})"
+    if row.is_share:
+        return f"{row.value:.1%}", f"{sum(row.values):g}/{row.n} ({100 * row.low:.0f}-{row.high:.0%})"
     value = f"{row.value:.3f}"
     if reference is None or not reference.n or not row.values:
         return value, "" if math.isnan(row.error) else f"± {row.error:.3f}"

@@ -121,7 +121,7 @@ def draw(
     _scale(axes, log)
     if columns:
         axes.set_xlim(-0.5, len(columns) - 0.5)
-        axes.set_xticks(range(len(columns)), ["\n".join(wrap(name, max(8, int(width / 7)))[:2]) for name in columns])
+        axes.set_xticks(range(len(columns)), ["\n".join(wrap(name, max(8, int(width / 7)))[:3]) for name in columns])
         axes.xaxis.grid(visible=False)
         for edge in range(1, len(columns)):
             axes.axvline(edge - 0.5, color=LIGHT["var(--line)"], linewidth=1, zorder=0.5)

@@ -60,6 +60,11 @@ class Row:
                    values=list(losses))  # fmt: skip
 
     @property
+    def is_share(self) -> bool:
+        """Whether it is of answers, right or wrong or in part: between 0 and 1, and the higher the better."""
+        return self.unit == "exact match" or self.unit.startswith("share of ")
+
+    @property
     def error(self) -> float:
         """The standard error of the mean of `values`."""
         return mean_and_error(self.values)[1]
