@@ -111,6 +111,22 @@ def test_charts_see_each_recipe_once(runs, tmp_path):
     assert loss.values == [2.0625, 2.625]  # sample by sample
 
 
+def test_a_model_that_was_not_asked_leaves_its_place_empty(runs, tmp_path):
+    one = result_file(tmp_path / "one.json", ["nsa-seed0", "dense-seed0"])
+    result = Result.from_json(one.read_text())
+    where = {"length": 64, "region": "beyond the stacked windows"}
+    result.rows["nsa-seed0"].append(Row.of_answers("recall", where, [True], 0.01))
+    result.tasks["recall"] = {"length": 64}
+    result.save(one)
+    lines = lines_of(read_judged([one], read_recipes(runs)), "dense")
+    assert lines["64 tokens, beyond the stacked windows"] == {
+        "nsa": ("100.0%", "1/1 (21-100%)"),
+        "dense": ("–", "no result"),
+    }
+    page = tmp_path / "page.html"
+    assert main(["report", *map(str, runs), "--eval", str(one), "--output", str(page)]) == 0
+
+
 def compare_file(path):
     result = example_result()
     for model, name in zip(result.models, ("quest", "full", "trained nsa"), strict=True):
