@@ -89,6 +89,8 @@ def test_another_vllm_is_refused_and_none_falls_back(capsys, folder, monkeypatch
     assert said(capsys, folder, "--name", "x").startswith(
         "name: transformers' server calls a model by its path; expected"
     )
+    for options, name in ((["--memory", "2"], "memory"), (["--vllm=--seed 1"], "vllm"), (["--compile"], "compile")):
+        assert said(capsys, folder, *options).startswith(f"{name}: transformers' server has no such option; expected")
 
 
 def test_an_attention_without_caches_on_vllm(capsys, tmp_path, monkeypatch):

@@ -19,10 +19,10 @@ class ServeArguments:
     Without vLLM on transformers' own server, a request at a time; it says so.
 
     Examples:
-        nsa serve runs/demo/nsa
-        nsa serve runs/demo/nsa --port 8001 --max-model-len 4096 --memory 2
-        nsa serve runs/demo/nsa --host 0.0.0.0 --api-key SECRET
-        nsa serve runs/demo/nsa --vllm="--max-num-batched-tokens 2048 --seed 1"
+        nsa serve nsa-demo/nsa
+        nsa serve nsa-demo/nsa --port 8001 --max-model-len 4096 --memory 2
+        nsa serve nsa-demo/nsa --host 0.0.0.0 --api-key SECRET
+        nsa serve nsa-demo/nsa --vllm="--max-num-batched-tokens 2048 --seed 1"
         curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
             -d '{"model": "nsa", "prompt": "def main", "max_tokens": 20}'
     """

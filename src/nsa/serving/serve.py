@@ -36,14 +36,9 @@ def serve(arguments: ServeArguments) -> None:
     key = arguments.api_key or os.environ.get("VLLM_API_KEY")
     name = arguments.name or arguments.model.resolve().name
     if engine == "transformers":
-        from nsa.serving.transformers_server import run
+        from nsa.serving.transformers_server import check, run
 
-        if key:
-            raise ValueError("api_key: transformers' server asks for none; expected vLLM for it, or no api_key")
-        if arguments.name:
-            raise ValueError(
-                f"name: transformers' server calls a model by its path; expected none, got {arguments.name!r}"
-            )
+        check(arguments, key)
         why = "vLLM is not installed; " if vllm_version() is None else ""
         _say(arguments, str(arguments.model.resolve()), f"transformers' own server: {why}a request at a time")
         run(arguments)
