@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from few_questions import few
 from rich.console import Console
 from rigged import write_text
 from safetensors.torch import load_file
 
 from nsa.config import NSAConfig
-from nsa.eval import demo, demo_work, pictures, twins
+from nsa.eval import demo, demo_work, pictures, twins, workers
 from nsa.eval.arguments import DemoArguments
-from nsa.eval.tasks import Needle, Perplexity, Recall
 from nsa.training.config import TrainConfig
 from nsa.training.folder import is_trained
 
@@ -59,12 +59,6 @@ def shrink(patch: pytest.MonkeyPatch, text: str) -> None:
         num_heads=2, num_kv_heads=1, intermediate_size=16, nsa=nsa, eval_every=2, eval_tokens=256, log_every=1,
         device="cpu", quiet=True,
     )  # fmt: skip
-
-    def few(config: TrainConfig) -> list:
-        sizes = {"length": 128, "text": text}
-        recall = Recall(**sizes, window_size=24, num_layers=2, num_keys=2, hops=(1,), samples=2, seed=config.seed)
-        return [recall, Perplexity(**sizes, samples=2), Needle(lengths=(64,), depths=(0.5,), samples=1, text=text)]
-
     patch.setattr(demo, "preset", lambda name: config)
     patch.setattr(demo_work, "tasks_for", few)
     patch.setattr(pictures, "SAMPLE_TOKENS", 4)
@@ -161,17 +155,18 @@ def test_a_twin_that_was_stopped_goes_on_from_its_checkpoint(tiny, monkeypatch, 
 def test_processes_of_their_own_do_the_same_work(finished, text, tmp_path, monkeypatch):
     """The same weights and the same answers, up to the rounding of sums over another number of threads."""
     shrink(monkeypatch, text)
+    monkeypatch.setattr(twins, "WORK", "few_questions")
+    monkeypatch.setattr(twins, "start_server", lambda _: workers.start_server(demo_work.__name__))
     out, _ = finished
     recipes = {twin: demo.recipe(tmp_path, twin, steps=None, seed=0) for twin in TWINS}
     rows = twins.train_and_judge(recipes, 2, Console(file=io.StringIO()))
     for twin in TWINS:
         name = f"{twin}/model.safetensors"
         torch.testing.assert_close(load_file(tmp_path / name), load_file(out / name))
-    monkeypatch.undo()  # processes of their own ask the demo's own questions
-    here = demo_work.judge_twin("nsa", recipes["nsa"], quiet=True)
-    assert [(row["where"], row["n"]) for row in rows["nsa"]] == [(row["where"], row["n"]) for row in here]
-    for row, expected in zip(rows["nsa"], here, strict=True):
-        assert row["values"] == pytest.approx(expected["values"], rel=1e-5)
+        here = demo_work.judge_twin(twin, recipes[twin], quiet=True)
+        assert [(row["where"], row["n"]) for row in rows[twin]] == [(row["where"], row["n"]) for row in here]
+        for row, expected in zip(rows[twin], here, strict=True):
+            assert row["values"] == pytest.approx(expected["values"], rel=1e-5)
 
 
 def test_a_twin_that_fails_in_its_process_says_why(text, tmp_path, monkeypatch):
