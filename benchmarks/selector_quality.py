@@ -14,10 +14,14 @@ Of the selected branch, in held-out text, for queries of the last half of a sequ
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
+from nsa.config import NSAConfig
 from nsa.eval.blocks import keep
 from nsa.eval.models import load, names_of
 from nsa.eval.runner import text_of
@@ -67,13 +71,50 @@ def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     return found
 
 
+class FreeMass(NamedTuple):
+    """What n queries pay to the blocks that they are free to choose, mean over the heads of a group."""
+
+    mass: Float[Tensor, "g n blocks"]
+    free: Bool[Tensor, "n blocks"]
+    choices: int  # blocks of a query that are not forced
+
+    @classmethod
+    def of(
+        cls, q: Float[Tensor, "t h d"], k: Float[Tensor, "t g d"], positions: Int[Tensor, " n"], config: NSAConfig
+    ) -> "FreeMass":
+        """Of the queries at `positions`; q and k rotated, scores scaled by d^-0.5."""
+        (t, groups, _), blocks = k.shape, config.num_selection_blocks(len(k))
+        some = q[positions].unflatten(1, (groups, -1)).permute(1, 2, 0, 3) * q.shape[-1] ** -0.5
+        scores = some @ k.permute(1, 2, 0)[:, None]
+        unseen = torch.arange(t, device=q.device) > positions[:, None]
+        p = scores.masked_fill(unseen, -torch.inf).softmax(-1).mean(1)
+        p = F.pad(p, (0, blocks * config.select_block_size - t)).unflatten(-1, (blocks, -1)).sum(-1)
+        own, block = positions[:, None] // config.select_block_size, torch.arange(blocks, device=q.device)
+        free = (block >= config.num_initial_blocks) & (block <= own - config.num_local_blocks)
+        forced = config.num_initial_blocks + config.num_local_blocks
+        return cls(p * free, free, config.num_selected_blocks - forced)
+
+    def kept(self, chosen: Int[Tensor, "n g slots"]) -> float:
+        """The share that these blocks have; -1 is none."""
+        picked, which = torch.zeros_like(self.mass, dtype=torch.bool), chosen.transpose(0, 1).long()
+        picked.scatter_(-1, which.clamp(min=0), which >= 0)
+        return ((self.mass * picked).sum() / self.mass.sum()).item()
+
+    def best(self) -> float:
+        most = self.mass.topk(min(self.choices, self.mass.shape[-1]), dim=-1).values
+        return (most.sum() / self.mass.sum()).item()
+
+    def chance(self) -> float:
+        return (self.choices / self.free.sum(-1).clamp(min=self.choices)).mean().item()
+
+
 @torch.inference_mode()
-def of_model(model: Any, rows: torch.Tensor) -> list[dict[str, float]]:
+def of_model(model: Any, rows: Tensor) -> list[dict[str, float]]:
     """The figures of every layer, mean over rows."""
     sums: list[dict[str, float]] = []
     layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
     for row in rows:
-        inputs: dict[int, torch.Tensor] = {}
+        inputs: dict[int, Tensor] = {}
         hooks = [layer.register_forward_pre_hook(keep(inputs, i), with_kwargs=True) for i, layer in enumerate(layers)]
         model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=1)
         for hook in hooks:
@@ -83,34 +124,21 @@ def of_model(model: Any, rows: torch.Tensor) -> list[dict[str, float]]:
     return [{name: value / len(rows) for name, value in layer.items()} for layer in sums]
 
 
-def of_layer(layer: NativeSparseAttention, x: torch.Tensor) -> dict[str, float]:
+def of_layer(layer: NativeSparseAttention, x: Tensor) -> dict[str, float]:
     """The figures of one layer for one sequence [1, t, hidden]."""
     config, t = layer.config, x.shape[1]
     layout = TokenLayout.of(x, layer.rotary, config)
     q, tokens, _ = layer._inputs(x, layout.cos, layout.sin)
     chosen = layer.select(x)[1][0]
     positions = torch.linspace(t // 2, t - 1, QUERIES, device=x.device).long()
-    blocks, groups = config.num_selection_blocks(t), tokens.slc.k.shape[2]
-    some = q[0, positions].unflatten(1, (groups, -1)).permute(1, 2, 0, 3) * q.shape[-1] ** -0.5
-    scores = some @ tokens.slc.k[0].permute(1, 2, 0)[:, None]
-    unseen = torch.arange(t, device=x.device) > positions[:, None]
-    p = scores.masked_fill(unseen, -torch.inf).softmax(-1).mean(1)
-    p = torch.nn.functional.pad(p, (0, blocks * config.select_block_size - t)).unflatten(-1, (blocks, -1)).sum(-1)
-    own, block = positions[:, None] // config.select_block_size, torch.arange(blocks, device=x.device)
-    free = (block >= config.num_initial_blocks) & (block <= own - config.num_local_blocks)
-    mass = p * free
-    picked = torch.zeros_like(p, dtype=torch.bool)
-    which = chosen[positions].transpose(0, 1).long()
-    picked.scatter_(-1, which.clamp(min=0), which >= 0)
-    n = config.num_selected_blocks - config.num_initial_blocks - config.num_local_blocks
-    total = mass.sum(-1)
+    paid = FreeMass.of(q[0], tokens.slc.k[0], positions, config)
     four = chosen[: t // 4 * 4].unflatten(0, (-1, 4))[t // 8 :].permute(0, 2, 1, 3).flatten(2).sort(-1).values
     distinct = 1 + (four.diff(dim=-1) > 0).sum(-1)
     return {
-        "free": total.mean().item(),
-        "kept": ((mass * picked).sum() / total.sum()).item(),
-        "best": (mass.topk(min(n, blocks), dim=-1).values.sum() / total.sum()).item(),
-        "chance": (n / free.sum(-1).clamp(min=n)).mean().item(),
+        "free": paid.mass.sum(-1).mean().item(),
+        "kept": paid.kept(chosen[positions]),
+        "best": paid.best(),
+        "chance": paid.chance(),
         "u4": distinct.float().mean().item(),
     }
 
