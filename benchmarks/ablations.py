@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from nsa.eval.files import read_records
+from nsa.training.folder import is_trained, last_checkpoint
 
 SHORT_ROWS, LONG_ROWS = "repeated=0.1:retrieval=0.1:puzzles=0.2", "retrieval=0.05:puzzles=0.1"
 Flags = dict[str, tuple[str, ...]]
@@ -61,9 +62,12 @@ def main() -> None:
     for seed in arguments.seeds:
         for row in arguments.rows:
             out = arguments.out / f"{row}-seed{seed}"
-            if not arguments.table and not (out / "model.safetensors").exists():
-                flags = ("--data", arguments.data, "--seed", str(seed), *flags_of(row), *others)
-                subprocess.run([sys.executable, "-m", "nsa", "train", "--out", str(out), *flags], check=True)
+            if not arguments.table and not is_trained(out):
+                flags = ["--data", arguments.data, "--seed", str(seed), *flags_of(row), *others]
+                flags += [] if last_checkpoint(out) is None else ["--resume"]
+                done = subprocess.run([sys.executable, "-m", "nsa", "train", "--out", str(out), *flags])
+                if done.returncode:
+                    sys.exit(done.returncode)  # nsa train has said why
     print(table(arguments.out))
 
 

@@ -1,6 +1,7 @@
 """Every row of the ablations is a configuration that `nsa train` takes, and no two are the same."""
 
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,23 @@ def test_the_table_has_runs_that_have_only_begun(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(text)
     assert ablations.table(tmp_path).splitlines()[2:] == ["| a |  |  |  |  |", "| b | 64 | 2.5000 |  |  |"]
+
+
+def test_a_finished_run_is_left_alone_a_stopped_one_goes_on_and_a_refused_one_ends_it(tmp_path, monkeypatch):
+    (tmp_path / "dense-seed0").mkdir()
+    (tmp_path / "dense-seed0" / "model.safetensors").touch()
+    (tmp_path / "window-seed0" / "checkpoint-20").mkdir(parents=True)
+    asked, codes = [], [0, 2]
+
+    def run(words):
+        asked.append(words)
+        return subprocess.CompletedProcess(words, codes[len(asked) - 1])
+
+    monkeypatch.setattr(ablations.subprocess, "run", run)
+    rows = ["dense", "window", "nsa", "nsa-shared"]
+    monkeypatch.setattr("sys.argv", ["ablations.py", "--out", str(tmp_path), "--rows", *rows])
+    with pytest.raises(SystemExit, match="2"):
+        ablations.main()
+    outs = [Path(words[words.index("--out") + 1]).name for words in asked]
+    assert outs == ["window-seed0", "nsa-seed0"]
+    assert ["--resume" in words for words in asked] == [True, False]

@@ -157,7 +157,7 @@ class AdaptArguments:
 
     # Records
     eval_every: int = 100
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations, of which the last step has one too; 0: none at all."""
     eval_tokens: int = 32768
     """Tokens of held-out text in an evaluation."""
     save_every: int = 100

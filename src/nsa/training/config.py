@@ -163,7 +163,7 @@ class TrainConfig:
 
     # Records
     eval_every: int = 100
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations, of which the last step has one too; 0: none at all."""
     eval_tokens: int = 32768
     """Tokens of held-out text, and of retrieval rows, in an evaluation."""
     save_every: int = 100
