@@ -6,9 +6,9 @@ from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
+from nsa.bench.options import HeadDim, Heads, HiddenSize, Json, KVHeads, Output, Repetitions
 from nsa.bench.train_arguments import TrainArguments
 
-Output = Annotated[Path | None, tyro.conf.arg(metavar="STEM")]
 RIVALS = ("cuDNN", "FlashAttention-2", "FlexAttention", "FlexAttention, selected branch")
 
 
@@ -30,22 +30,16 @@ class KernelArguments:
 
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
     """Lengths in tokens."""
-    heads: int = 64
-    """Query heads, H."""
-    kv_heads: int = 4
-    """KV heads, HK."""
-    head_dim: int = 128
-    """Width of a head of q, k and v."""
+    heads: Heads = 64
+    kv_heads: KVHeads = 4
+    head_dim: HeadDim = 128
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """Number format of the inputs."""
     rivals: tuple[str, ...] = RIVALS
     """Whom to compare with: cuDNN, FlashAttention-2, FlexAttention, "FlexAttention, selected branch"; or nobody."""
-    repetitions: int = 5
-    """Rounds that count, after one that does not."""
+    repetitions: Repetitions = 5
     output: Output = None
-    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
-    json: bool = False
-    """Print the result as JSON instead of tables."""
+    json: Json = False
 
     def wants(self, rival: str) -> bool:
         return rival in self.rivals
@@ -64,20 +58,13 @@ class ModuleArguments:
 
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     """Lengths in tokens."""
-    hidden_size: int = 4096
-    """Width of the hidden states."""
-    heads: int = 64
-    """Query heads, H."""
-    kv_heads: int = 4
-    """KV heads, HK."""
-    head_dim: int = 128
-    """Width of a head of q, k and v."""
-    repetitions: int = 5
-    """Rounds that count, after one that does not."""
+    hidden_size: HiddenSize = 4096
+    heads: Heads = 64
+    kv_heads: KVHeads = 4
+    head_dim: HeadDim = 128
+    repetitions: Repetitions = 5
     output: Output = None
-    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
-    json: bool = False
-    """Print the result as JSON instead of tables."""
+    json: Json = False
 
 
 @dataclass(frozen=True)
@@ -98,12 +85,9 @@ class StepArguments:
     """Whose sizes: demo, small or 1b."""
     layers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Layers of the model. Default: the preset's."""
-    repetitions: int = 3
-    """Rounds that count, after one that does not."""
+    repetitions: Repetitions = 3
     output: Output = None
-    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
-    json: bool = False
-    """Print the result as JSON instead of tables."""
+    json: Json = False
 
 
 @dataclass(frozen=True)
@@ -139,24 +123,17 @@ class GenerateArguments:
     """Tokens of a row that NSA reads at once."""
     layers: int = 16
     """Layers of the model."""
-    hidden_size: int = 2048
-    """Width of the hidden states."""
-    heads: int = 32
-    """Query heads, H."""
-    kv_heads: int = 8
-    """KV heads, HK."""
-    head_dim: int = 64
-    """Width of a head of q, k and v."""
+    hidden_size: HiddenSize = 2048
+    heads: Heads = 32
+    kv_heads: KVHeads = 8
+    head_dim: HeadDim = 64
     intermediate_size: int = 8192
     """Width inside the MLP."""
     vocab_size: int = 128256
     """Tokens that there are; input and output embeddings are one."""
-    repetitions: int = 5
-    """Rounds that count, after one that does not."""
+    repetitions: Repetitions = 5
     output: Output = None
-    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
-    json: bool = False
-    """Print the result as JSON instead of tables."""
+    json: Json = False
 
 
 @dataclass(frozen=True)
@@ -180,22 +157,16 @@ class DecodeArguments:
     """Tokens in the cache."""
     batches: tuple[int, ...] = (1, 8, 32, 64)
     """Rows."""
-    heads: int = 64
-    """Query heads, H."""
-    kv_heads: int = 4
-    """KV heads, HK."""
-    head_dim: int = 128
-    """Width of a head of q, k and v."""
+    heads: Heads = 64
+    kv_heads: KVHeads = 4
+    head_dim: HeadDim = 128
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """Number format of the cache."""
     rivals: tuple[str, ...] = RIVALS[:2]
     """Whom to compare with: cuDNN, FlashAttention-2; or nobody."""
-    repetitions: int = 5
-    """Rounds that count, after one that does not."""
+    repetitions: Repetitions = 5
     output: Output = None
-    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
-    json: bool = False
-    """Print the result as JSON instead of tables."""
+    json: Json = False
 
 
 @dataclass(frozen=True)
@@ -209,7 +180,7 @@ class ShowArguments:
 
     result: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RESULT.json")]
     """What `nsa bench ... --output` wrote."""
-    output: Output = None
+    output: Annotated[Path | None, tyro.conf.arg(metavar="STEM")] = None
     """Write STEM.md and STEM.svg."""
 
 

@@ -1,11 +1,9 @@
 """The arguments of `nsa bench train`."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from nsa.bench.options import Json, Output, Repetitions
 from nsa.methods.registry import Attention
 
 
@@ -47,11 +45,8 @@ class TrainArguments:
     """Processes that make batches."""
     steps: int = 3
     """Steps of a candidate before the next one's turn."""
-    repetitions: int = 5
-    """Rounds that count, after one that does not."""
+    repetitions: Repetitions = 5
     seed: int = 0
     """Of documents and tokens."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="STEM")] = None
-    """Write STEM.json after every measurement, STEM.md and STEM.svg at the end."""
-    json: bool = False
-    """Print the result as JSON instead of tables."""
+    output: Output = None
+    json: Json = False

@@ -29,6 +29,16 @@ def exact_match(
     return [all(matches) for matches in token_matches(model, prompts, advance)]
 
 
+def shares_found(
+    model: nn.Module, asked: Sequence[tuple[Prompt, Sequence[tuple[int, int]]]], advance: Callable[[int], None]
+) -> list[float]:
+    """Of each prompt the share of its answer's spans of tokens that greedy decoding says, given what is before them."""
+    matches = token_matches(model, [prompt for prompt, _ in asked], advance)
+    return [
+        sum(all(match[a:b]) for a, b in spans) / len(spans) for (_, spans), match in zip(asked, matches, strict=True)
+    ]
+
+
 def token_matches(
     model: nn.Module, prompts: Sequence[Prompt], advance: Callable[[int], None] | None = None
 ) -> list[list[bool]]:

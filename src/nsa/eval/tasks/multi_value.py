@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nsa.eval.prompts import VALUE_LENGTH, Prompt, chat_frame
-from nsa.eval.scoring import token_matches, wilson
+from nsa.eval.scoring import shares_found
 from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
 from nsa.training.puzzles.puzzle import fill
@@ -53,18 +53,9 @@ class MultiValue:
         return self.samples
 
     def run(self, model: nn.Module, tokenizer: Any, advance: Advance = ignore) -> list[Row]:
-        asked = self.prompts(tokenizer)
-        matches = token_matches(model, [prompt for prompt, _ in asked], advance)
-        shares = [
-            sum(all(match[a:b]) for a, b in spans) / len(spans)
-            for (_, spans), match in zip(asked, matches, strict=True)
-        ]
-        mean = sum(shares) / len(shares)
-        low, high = wilson(sum(shares), len(shares))  # wide enough: a share varies no more than a coin of that mean
-        where = {"length": self.length, "values": self.num_values}
-        chance = len(VALUE_LETTERS) ** -VALUE_LENGTH
-        return [Row(task=self.name, unit="share of values", where=where, value=mean, low=low, high=high,
-                    n=len(shares), chance=chance, values=shares)]  # fmt: skip
+        shares = shares_found(model, self.prompts(tokenizer), advance)
+        where, chance = {"length": self.length, "values": self.num_values}, len(VALUE_LETTERS) ** -VALUE_LENGTH
+        return [Row.of_shares(self.name, "values", where, shares, chance)]
 
     def _prompt(self, tokenizer: Any, sample: int) -> tuple[Prompt, list[tuple[int, int]]]:
         rng = random.Random(f"multivalue/{self.seed}/{self.length}/{self.num_values}/{sample}")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nsa.eval.prompts import Prompt, chat_frame
-from nsa.eval.scoring import token_matches, wilson
+from nsa.eval.scoring import shares_found
 from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
 from nsa.training.puzzles.puzzle import Kind, lay
@@ -67,17 +67,9 @@ class PuzzleTask(ABC):
         for length in self.lengths:
             for where, kind in self.kinds():
                 asked = self.asked(tokenizer, length, kind)
-                matches = token_matches(model, [one.prompt for one in asked], advance)
-                shares = [
-                    sum(all(match[a:b]) for a, b in one.spans) / len(one.spans)
-                    for one, match in zip(asked, matches, strict=True)
-                ]
+                shares = shares_found(model, [(one.prompt, one.spans) for one in asked], advance)
                 chance = sum(one.chance for one in asked) / len(asked)
-                low, high = wilson(sum(shares), len(shares))  # a share varies no more than a coin of that mean
-                row = Row(task=self.name, unit="share of answers", where={"length": length, **where},
-                          value=sum(shares) / len(shares), low=low, high=high, n=len(shares), chance=chance,
-                          values=shares)  # fmt: skip
-                rows.append(row)
+                rows.append(Row.of_shares(self.name, "answers", {"length": length, **where}, shares, chance))
         return rows
 
     def _asked(self, tokenizer: Any, length: int, kind: Kind, sample: int) -> Asked:

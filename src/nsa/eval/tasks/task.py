@@ -52,6 +52,13 @@ class Row:
                    correct=correct, chance=chance, values=values)  # fmt: skip
 
     @classmethod
+    def of_shares(cls, task: str, what: str, where: dict[str, Any], shares: Sequence[float], chance: float) -> "Row":
+        """Mean of one share a prompt, of its `what`; the interval is Wilson's of as many answers."""
+        low, high = wilson(sum(shares), len(shares))  # wide enough: a share varies no more than a coin of that mean
+        return cls(task=task, unit=f"share of {what}", where=where, value=sum(shares) / len(shares), low=low, high=high,
+                   n=len(shares), chance=chance, values=list(shares))  # fmt: skip
+
+    @classmethod
     def of_losses(cls, task: str, where: dict[str, Any], losses: Sequence[float]) -> "Row":
         """Mean of one loss a sequence; the interval is 1.96 standard errors over the sequences to each side."""
         mean, error = mean_and_error(losses)
