@@ -1,6 +1,7 @@
 """`nsa compare` from a folder to rows, tables and a report; resumed runs; memory that does not suffice."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_every_method_is_a_line_of_every_task(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(word in said for word in (*LAID_OVER, *TASKS, "128 tokens", "decode"))
     (note,) = (line for line in said.splitlines() if "above the budget" in line)
-    assert note.startswith("note: above the budget of 40 keys at 128 tokens, by their own rules, in decode: ")
+    assert note.startswith("note: above the budget of 40 keys at 128 tokens, by their own rules or sizes, in decode: ")
     # Two of three layers are dense in quest and clusterkv, one in magicpig, all in minference; full has no budget.
     assert {word for word in LAID_OVER if f"{word} " in note.split("decode: ")[1]} == {
         "quest", "clusterkv", "magicpig", "minference"
@@ -212,6 +213,18 @@ def test_trained_models_are_rows_beside_the_methods_which_read_as_many_keys(fold
     assert not ran
     compare(arguments(folder, tmp_path, **{**asked, "budget": 50}))  # a trained model reads what it was made for
     assert ran == [("exact_top", "continuation"), ("h2o", "continuation")]
+
+
+def test_a_model_trained_on_other_data_is_a_note(folder, tmp_path, capsys):
+    for name, data in (("llama", "one"), ("nsa", "another"), ("infllm", "one")):
+        shutil.copytree(folder / name, tmp_path / name)
+        (tmp_path / name / "data.json").write_text(json.dumps({"data": data}))
+    trained = (tmp_path / "nsa", tmp_path / "infllm")
+    few = {"methods": ("full",), "tasks": ("continuation",), "trained": trained, "text": folder / "text"}
+    compare(replace(arguments(tmp_path, tmp_path / "out"), **few))
+    said = capsys.readouterr().out
+    assert "note: trained nsa was trained on other data than llama" in said
+    assert "infllm was trained on other data" not in said
 
 
 def test_layers_that_stay_dense_count_with_all_that_they_see(folder, tmp_path):

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from nsa.eval.compare_run import Prepared, remember, run_apart, run_here
 from nsa.eval.compare_table import comparison_markdown, comparison_tables
 from nsa.eval.compared import Compared, load_compared
 from nsa.eval.costs import Cost, Costs
-from nsa.eval.files import make_writable, refuse_to_lose
+from nsa.eval.files import make_writable, read_object, refuse_to_lose
 from nsa.eval.methods import METHODS, split
 from nsa.eval.methods.nsa import keys_of_last
 from nsa.eval.models import check_folder
@@ -28,6 +29,7 @@ from nsa.eval.tasks import TASKS, Row
 from nsa.eval.tasks.lm_eval import PREFIX
 from nsa.files import write_whole
 from nsa.report.charts import as_file
+from nsa.training.folder import DATA_FILE
 
 if TYPE_CHECKING:
     from nsa.eval.arguments import CompareArguments
@@ -164,12 +166,21 @@ def notes_on_trained(arguments: CompareArguments, compared: Compared) -> list[st
         if candidate.num_parameters != compared.model.num_parameters:
             counts = f"{candidate.num_parameters:,} parameters, {compared.model.name} {compared.model.num_parameters:,}"
             notes.append(f"{candidate.name} has {counts}")
+        data = [digest_of_data(one.folder) for one in (candidate, compared.model)]
+        if None not in data and data[0] != data[1]:
+            notes.append(f"{candidate.name} was trained on other data than {compared.model.name}")
         keys = {length: keys_of_last(candidate.config, length) for length in arguments.lengths}
         for length in sorted(length for length, read in keys.items() if read >= length):
             notes.append(
                 f"{candidate.name} reads {keys[length]:,} keys at {length:,} tokens, which spares none of them"
             )
     return notes
+
+
+def digest_of_data(folder: Path) -> str | None:
+    """Of what a run of `nsa train` in a folder was trained on; None where it does not say."""
+    file = folder / DATA_FILE
+    return read_object(file, "the digests of a run's data").get("data") if file.is_file() else None
 
 
 def notes_on_budgets(costs: Costs) -> list[str]:
@@ -181,5 +192,5 @@ def notes_on_budgets(costs: Costs) -> list[str]:
         above = [f"{name} {keys:,.0f}" for name, keys in read.items() if keys > 1.02 * costs.budgets[length]]
         if above:
             budget = f"{costs.budgets[length]:,} keys at {length:,} tokens"
-            notes.append(f"above the budget of {budget}, by their own rules, in decode: {', '.join(above)}")
+            notes.append(f"above the budget of {budget}, by their own rules or sizes, in decode: {', '.join(above)}")
     return notes

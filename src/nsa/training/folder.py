@@ -8,6 +8,7 @@ CONFIG_FILE = "train_config.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
+DATA_FILE = "data.json"  # digests of the data and the tokenizer
 # Without one of them a continued run would silently be another one.
 CHECKPOINT_FILES = (MODEL_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
 SHARDS = "shards"  # model and optimizer in a checkpoint of several processes, in pieces ..

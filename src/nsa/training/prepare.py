@@ -14,14 +14,13 @@ from nsa.training.config import TrainConfig
 from nsa.training.corpus import Corpus
 from nsa.training.data import FixedBatches, TrainingBatches, retrieval_batches, text_batches
 from nsa.training.documents import Documents, tokenized
-from nsa.training.folder import at_home
+from nsa.training.folder import DATA_FILE, at_home
 from nsa.training.readers import Document
 from nsa.training.sizes import model_config
 from nsa.training.tokenizer import byte_tokenizer, cached_bpe, encoder, fingerprint, load_tokenizer
 
 RETRIEVAL_ROWS = 32
 FILLER_CHARACTERS = 16_000_000  # of the corpus, between a definition and its use
-DATA_FILE = "data.json"
 
 
 def make_tokenizer(config: TrainConfig, corpus: Corpus, cache: Cache) -> PreTrainedTokenizerBase:
