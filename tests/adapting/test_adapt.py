@@ -89,6 +89,7 @@ def test_selectors_have_their_own_loss_in_stage_2_alone(folders, tmp_path, monke
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folders, tmp_path, monkeypatch, capsys):
     stages = ["--first", "64x4", "--second", "64x6", "--no-twin", "--lora", "2"]
+    assert call(folders, tmp_path / "whole", *stages, "--data", "/nowhere") == 2  # which leaves the folder free
     assert call(folders, tmp_path / "whole", *stages) == 0
 
     def stop(config, **more):
@@ -99,6 +100,11 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folders, tmp_path, monk
     monkeypatch.setattr(module, "train", stop)
     assert call(folders, tmp_path / "cut", *stages) == 130
     assert "--resume" in capsys.readouterr().err
+    options = tmp_path / "cut" / "adapt_options.json"
+    older = {name: value for name, value in json.loads(options.read_text()).items() if name != "selector_loss"}
+    options.write_text(json.dumps(older))
+    assert call(folders, tmp_path / "cut", *stages) == 2
+    assert "is there and not empty; go on with --resume" in capsys.readouterr().err
     assert call(folders, tmp_path / "cut", *stages, "--resume") == 0
     assert "stage-1 is done" in capsys.readouterr().err
     whole, cut = (weights(tmp_path / name / "stage-2") for name in ("whole", "cut"))

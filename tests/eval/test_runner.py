@@ -90,6 +90,8 @@ def test_an_oracle_differs_from_its_model_where_blocks_are_chosen_and_nowhere_el
     rows = found["rows"]
     assert list(rows) == ["nsa", "dense", "nsa, oracle"]
     assert "oracle" not in " ".join(found["notes"])  # the same weights, said once
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("blocks chosen by their exact attention mass") == 1
     losses = {name: {str(row["where"]["positions"]): row["value"] for row in found} for name, found in rows.items()}
     assert losses["nsa"]["[1, 64]"] == losses["nsa, oracle"]["[1, 64]"]  # four blocks of 16 are all
     assert losses["nsa"]["[128, 256]"] != losses["nsa, oracle"]["[128, 256]"]

@@ -17,6 +17,7 @@ from nsa.adapting.layers import train_what_is_new
 from nsa.adapting.low_rank import add_low_rank, merge
 from nsa.adapting.source import find_model, read_config
 from nsa.adapting.trainers import LayerTrainer, TaughtTrainer
+from nsa.eval.files import read_object
 from nsa.eval.models import device_of
 from nsa.eval.scoring import token_losses
 from nsa.eval.tasks.perplexity import Perplexity
@@ -173,20 +174,32 @@ def _check_models(arguments: AdaptArguments, sparse: Any, dense: Path, context: 
 
 def _claim(arguments: AdaptArguments, out: Path) -> None:
     """Keep the options beside a new run; ValueError in one line where those of a continued one are others."""
-    now = {name: value for name, value in vars(arguments).items() if name not in FREE}
-    text, path = json.dumps(now, indent=2, default=str) + "\n", out / OPTIONS
+    text, path = json.dumps(_options(arguments), indent=2) + "\n", out / OPTIONS
     if arguments.resume:
         if not path.is_file():
             raise ValueError(f"--resume: there is no run in {out}")
-        saved, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        # An option that a run is older than has its default there.
+        saved = _options(AdaptArguments(sparse=arguments.sparse)) | read_object(
+            path, "the options of a run of nsa adapt"
+        )
+        now = _options(arguments)
         changed = [f"{name}: {saved.get(name)!r}, now {now[name]!r}" for name in now if saved.get(name) != now[name]]
         if changed:
             raise ValueError(f"--resume: the run in {out} has other options ({'; '.join(changed)})")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; expected a folder as --out")
+    there = list(out.iterdir()) if out.is_dir() else []
+    if there and (not path.is_file() or any(is_trained(run) or last_checkpoint(run) for run in there)):
         raise ValueError(f"{out} is there and not empty; go on with --resume or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def _options(arguments: AdaptArguments) -> dict[str, Any]:
+    """As JSON has them, but for those that may change."""
+    given = {name: value for name, value in vars(arguments).items() if name not in FREE}
+    return json.loads(json.dumps(given, default=str))
 
 
 @torch.no_grad()

@@ -46,6 +46,8 @@ class Candidate:
             "max_positions": getattr(config, "max_position_embeddings", None),
             "vocab_size": config.vocab_size,
             "nsa": dict(getattr(config, self.attention, None) or getattr(config, "nsa", None) or {}),
+            "dense_layers": list(getattr(config, "dense_layers", None) or ()),
+            "by_mass": self.by_mass,
         }
 
 

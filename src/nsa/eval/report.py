@@ -128,8 +128,12 @@ def _what_was_run(result: Result) -> Iterator[tuple[str, str, str]]:
     for model in result.models:
         sizes = f"{model['num_parameters']:,} parameters, {model['num_layers']} layers"
         details = f"{model['attention']} attention, {sizes}, vocabulary of {model['vocab_size']:,}"
-        if model["attention"] in ("nsa", "window") and model["nsa"]:
+        if model["attention"] != "dense" and model["nsa"]:
             details += "; " + _parameters(model["nsa"])
+        if model.get("dense_layers"):
+            details += "; dense layers " + " ".join(map(str, model["dense_layers"]))
+        if model.get("by_mass"):
+            details += "; blocks chosen by their exact attention mass"
         yield model["name"], details, model["folder"]
     for task, values in result.tasks.items():
         yield task, _parameters(values), ""
