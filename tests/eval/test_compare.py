@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rigged import write_text
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from nsa.cli import main
 from nsa.config import InfLLMv2Config, NSAConfig
@@ -24,6 +24,7 @@ from nsa.eval.methods.nsa import keys_of_last, keys_read
 from nsa.eval.result import Result
 from nsa.eval.tasks import Continuation
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
+from nsa.models.swap import swap_attention
 from nsa.training.tokenizer import byte_tokenizer
 
 SIZES = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4,
@@ -236,6 +237,25 @@ def test_layers_that_stay_dense_count_with_all_that_they_see(folder, tmp_path):
         sparse = keys_read(whole, tokens, 16)[phase].attended
         assert keys_read(half, tokens, 16)[phase].attended == pytest.approx((2 * sparse + seen) / 3, abs=0.26)
     assert keys_of_last(half.config, 128) == round((2 * NSAConfig.from_dict(NSA).keys_per_query(128) + 128) / 3)
+
+
+def test_a_converted_model_that_reads_all_is_its_dense_one_and_every_method_too(folder, tmp_path, capsys):
+    dense = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)).eval()
+    sizes = {**NSA, "num_selected_blocks": 8}  # of 16 tokens: all 128
+    converted = swap_attention(dense, "nsa", layers={"dense": [0]}, nsa=sizes, gate_bias=30.0)
+    for name, model in (("dense", dense), ("nsa", converted)):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    asked = {"trained": (tmp_path / "nsa",), "budget": None, "methods": ("full", "streaming_llm")}
+    asked |= {"tasks": ("perplexity", "continuation"), "text": folder / "text"}
+    compare(replace(arguments(tmp_path, tmp_path / "out", model="dense"), **asked))
+    said = capsys.readouterr().out
+    assert "tokens, which spares none of them" in said
+    assert "budget: every key, as trained nsa reads" in " ".join(said.split())
+    rows = Result.from_json((tmp_path / "out" / "compare.json").read_text()).rows
+    for name in ("streaming_llm", "trained nsa"):
+        for row, full in zip(rows[name], rows["full"], strict=True):
+            assert row.values == pytest.approx(full.values, rel=1e-5)
 
 
 @pytest.mark.parametrize(
