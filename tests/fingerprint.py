@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parent / "support"))
 from decoding import DecodeCase, Scene, append_arguments
 from layouts import LAYOUTS, Layout
+from moved import moved
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig, native_sparse_attention
 from nsa.cache import LayerCache, PagedNSACache, StaticNSACache
@@ -184,9 +185,7 @@ def function() -> Iterator[Case]:
 
 def layer(config: NSAConfig, dtype: torch.dtype = torch.float64) -> NativeSparseAttention:
     made = NativeSparseAttention(24, 4, 2, head_dim=6, v_head_dim=4, config=config, bias=True)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    moved(made, 0.2)
     return made.to(dtype)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decoding import DecodeCase, Scene, append_arguments, same_memory
+from moved import moved
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig
 from nsa.cache import PagedNSACache, StaticNSACache
@@ -24,10 +25,7 @@ WIDTH = 16
 def layer(config: NSAConfig = CONFIG, heads: int = 4, kv_heads: int = 2) -> NativeSparseAttention:
     torch.manual_seed(0)
     attention = NativeSparseAttention(WIDTH, heads, kv_heads, config=config).double()
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return attention
+    return moved(attention, 0.3)
 
 
 class Stopped(BaseException):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from moved import moved
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig
 from nsa.cache import PagedNSACache, StaticNSACache
@@ -12,10 +13,7 @@ CONFIG = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=8
 def layer() -> NativeSparseAttention:
     torch.manual_seed(0)
     attention = NativeSparseAttention(16, 4, 2, config=CONFIG).double()
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return attention
+    return moved(attention, 0.3)
 
 
 def fed(attention, cache, x: torch.Tensor, steps: list[tuple[int, ...]]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decoding import DecodeCase, Scene, append_arguments
+from moved import moved
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig
 from nsa.cache import PagedNSACache, StaticNSACache, convert
@@ -24,10 +25,7 @@ HALVES = [torch.float16, torch.bfloat16]
 def layer(config: NSAConfig = CONFIG) -> NativeSparseAttention:
     torch.manual_seed(0)
     attention = NativeSparseAttention(32, 4, 2, config=config)
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return attention
+    return moved(attention, 0.1)
 
 
 def in_chunks(attention, x, chunks, cache):

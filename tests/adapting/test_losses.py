@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_families import FITS, NSA, dense, tokens
+from dense_families import FITS, NSA, dense
+from tiny_llama import tokens
 
 from nsa.adapting import layers
 from nsa.adapting.layers import layer_loss, train_what_is_new

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from groups import sizes
+from moved import moved
 from tiny_llama import INFLLM_V2, TWINS, model, tokens
 
 from nsa import NativeSparseAttention, NSAConfig
@@ -21,10 +22,7 @@ def layer(method="nsa", **options):
         made = InfLLMv2Attention(24, 4, 2, 6, config=InfLLMv2Config(**{**INFLLM_V2, **options})).double()
     else:
         made = NativeSparseAttention(24, 4, 2, 6, config=NSAConfig(**{**NSA, **options})).double()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return made
+    return moved(made, 0.3)
 
 
 def check_layer(b, t, bounds=None, positions=None, **options):

@@ -1,22 +1,18 @@
 """Models whose heads several ranks share, beside the same in one process, in fp64."""
 
 import os
-import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from groups import sizes
+from tiny_llama import model, tokens
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from nsa.distributed import context_parallel, tensor_parallel
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_llama import model, tokens
 
 CLOSE = {"atol": 1e-10, "rtol": 1e-10}
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from few_questions import few
 from rich.console import Console
-from rigged import write_text
 from safetensors.torch import load_file
 
 from nsa.config import NSAConfig
@@ -22,11 +21,6 @@ from nsa.training.config import TrainConfig
 from nsa.training.folder import is_trained
 
 TWINS = ("nsa", "dense", "window")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    return write_text(tmp_path_factory.mktemp("demo") / "text")
 
 
 @pytest.fixture(scope="module")

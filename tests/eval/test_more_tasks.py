@@ -5,29 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rigged import Rigged, Uniform, write_text
+from rigged import Rigged, Uniform
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nsa.eval.prompts import chat_frame
 from nsa.eval.scoring import exact_match, wilson
 from nsa.eval.tasks import Continuation, MultiValue, Needle, Perplexity, Recall
-from nsa.training.tokenizer import byte_tokenizer, train_bpe
-
-TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end]{% endfor %}[assistant] "
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("tasks") / "text")
-
-
-@pytest.fixture(scope="module", params=["bytes", "bpe"])
-def tokenizer(request, text):
-    from nsa.eval.text import held_out_text
-
-    tokenizer = byte_tokenizer() if request.param == "bytes" else train_bpe([held_out_text(text)], 300)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+from nsa.training.tokenizer import byte_tokenizer
 
 
 class Lister(Rigged):

@@ -1,7 +1,6 @@
 """Prompts: exact lengths and places, for any tokenizer, and the same every time."""
 
 import pytest
-from rigged import write_text
 
 from nsa.eval.prompts import planted
 from nsa.eval.text import held_out_text
@@ -12,8 +11,8 @@ CLOSING = ")\n"
 
 
 @pytest.fixture(scope="module")
-def filler(tmp_path_factory):
-    return held_out_text(write_text(tmp_path_factory.mktemp("prompts") / "text"))
+def filler(text):
+    return held_out_text(text)
 
 
 @pytest.fixture(params=["bytes", "words"])

@@ -5,30 +5,16 @@ import re
 from collections import Counter
 
 import pytest
-from rigged import Rigged, Uniform, write_text
+from rigged import Rigged, Uniform
 
 from nsa.eval.scoring import wilson
 from nsa.eval.tasks import PUZZLES, TASKS, Recall
 from nsa.training.puzzles.puzzle import GUESS
 from nsa.training.retrieval import is_held_out
-from nsa.training.tokenizer import byte_tokenizer, train_bpe
+from nsa.training.tokenizer import byte_tokenizer
 
 LENGTHS = {"noise": 300, "multikey": 400, "multiquery": 400, "tracking": 400, "mqar": 500}  # others: 900
 LINE = re.compile(r"^([A-Z]+)[= ](\w+)$", re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("puzzles") / "text")
-
-
-@pytest.fixture(scope="module", params=["bytes", "bpe"])
-def tokenizer(request, text):
-    from nsa.eval.text import held_out_text
-
-    tokenizer = byte_tokenizer() if request.param == "bytes" else train_bpe([held_out_text(text)], 300)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end]{% endfor %}[assistant] "
-    return tokenizer
 
 
 def task_of(name, text, **options):

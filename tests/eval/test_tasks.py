@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from rigged import Lookup, Picker, Uniform, write_text
+from rigged import Lookup, Picker, Uniform
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nsa.eval.tasks import PUZZLES, TASKS, Needle, Perplexity, Recall
@@ -14,11 +14,6 @@ from nsa.training.tokenizer import byte_tokenizer
 
 SIZES = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
          "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("tasks") / "text")
 
 
 @pytest.fixture(scope="module")

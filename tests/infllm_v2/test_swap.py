@@ -1,14 +1,9 @@
 """Dense models of every family with InfLLM-V2 in the place of their attention: the same weights, the same function."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-
-from dense_families import DENSE, dense, tokens
+from dense_families import DENSE, dense
+from tiny_llama import tokens
 
 from nsa.config import InfLLMv2Config
 from nsa.models import NSALlamaCache, swap_attention

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from fast_interpreter import few_programs
+from moved import moved
 from poison import poisoned_memory
 
 from nsa.backend import resolve, use_backend
@@ -237,10 +238,7 @@ def test_autocast_casts_what_attends_and_not_the_sums(generator: torch.Generator
 def _layer() -> NativeSparseAttention:
     torch.manual_seed(0)
     layer = NativeSparseAttention(32, 4, 2, 8, config=SMALL)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return layer
+    return moved(layer, 0.3)
 
 
 def _layer_gradients(layer: NativeSparseAttention, x: torch.Tensor, backend: str, **kwargs) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 import fast_interpreter  # noqa: F401
 import pytest
 import torch
+from moved import moved
 from poison import poisoned_memory
 from step_checks import USES, check_begin, check_project, check_rms_norm
 
@@ -56,9 +57,7 @@ def test_a_step_of_the_model_is_that_of_the_operations(monkeypatch: pytest.Monke
              "window_size": 6},
     )  # fmt: skip
     model, ids = NSALlamaForCausalLM(config).eval().half(), torch.randint(50, (2, 36))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    moved(model, 0.1)
     calls = []
     for name in ("project", "rms_norm"):
         kernel = getattr(kernels, name)

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from dense_families import DENSE, FITS, HYBRID, NSA, dense, tokens
+from dense_families import DENSE, FITS, HYBRID, NSA, dense
+from tiny_llama import tokens
 from transformers import AutoModelForCausalLM
 
 from nsa.config import NSAConfig

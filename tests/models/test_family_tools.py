@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from dense_families import DENSE, NSA, SIZES, dense, tokens
+from dense_families import DENSE, NSA, SIZES, dense
 from huggingface_hub import ModelCard
 from quantizers import QUANTIZERS
+from tiny_llama import tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from moved import moved
 
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
 from nsa.models.captured_step import CapturedStep
@@ -35,10 +36,7 @@ def stop(*_: object) -> None:
 def model(nsa: dict | None = None, **kwargs) -> NSALlamaForCausalLM:
     torch.manual_seed(0)
     built = NSALlamaForCausalLM(NSALlamaConfig(attention="nsa", nsa=nsa or NSA, **{**SIZES, **kwargs})).eval()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return built
+    return moved(built, 0.1)
 
 
 def new_cache(config: NSALlamaConfig, layout: str) -> NSALlamaCache:

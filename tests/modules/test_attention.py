@@ -4,79 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny_layer import CONFIG, in_chunks, layer
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig
-
-CONFIG = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=10)
-
-
-def layer(config=CONFIG, **kwargs) -> NativeSparseAttention:
-    """In fp64, with gates and phi away from where they start, so that nothing cancels."""
-    torch.manual_seed(0)
-    attention = NativeSparseAttention(24, 4, 2, 6, 10, config, **kwargs).double()
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return attention
-
-
-def in_chunks(attention, x, chunks, mask=None):
-    cache, outs, done = NSACache(attention.config, max_crop=2), [], 0
-    for chunk in chunks:
-        upto = None if mask is None else mask[:, : done + chunk]
-        outs.append(attention(x[:, done : done + chunk], cache=cache, attention_mask=upto))
-        done += chunk
-    return torch.cat(outs, dim=1)
-
-
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 12, 17, 33])
-def test_every_split_into_prefill_and_decoding_gives_the_whole(length):
-    attention, x = layer(), torch.randn(2, length, 24, dtype=torch.float64)
-    with torch.no_grad():
-        whole = attention(x)
-        for prefill in range(length + 1):
-            out = in_chunks(attention, x, [prefill] + [1] * (length - prefill))
-            torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("first", range(0, 61, 5))
-def test_every_chunking_gives_the_whole(first):
-    attention, x = layer(), torch.randn(1, 60, 24, dtype=torch.float64)
-    with torch.no_grad():
-        whole = attention(x)
-        for second in range(first, 61, 3):
-            out = in_chunks(attention, x, [first, second - first, 60 - second])
-            torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("shared_kv", [False, True])
-@pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])
-def test_chunks_give_the_whole_for_every_compression_and_shared_keys(compression, shared_kv):
-    config = NSAConfig.from_dict({**CONFIG.to_dict(), "compression": compression, "shared_kv": shared_kv})
-    attention, x = layer(config), torch.randn(2, 50, 24, dtype=torch.float64)
-    with torch.no_grad():
-        out = in_chunks(attention, x, [20, 1, 1, 28])
-        torch.testing.assert_close(out, attention(x), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("padding", ["left", "right", "holes", "an empty row"])
-@pytest.mark.parametrize("chunks", [[45], [20, 25], [30] + [1] * 15, [1] * 45], ids=lambda c: f"{len(c)} chunks")
-def test_a_padded_batch_gives_what_each_row_gives_alone(padding, chunks):
-    attention, x = layer(), torch.randn(3, 45, 24, dtype=torch.float64)
-    column, lengths = torch.arange(45), torch.tensor([45, 13, 30])[:, None]
-    mask = {
-        "left": column >= 45 - lengths,
-        "right": column < lengths,
-        "holes": torch.rand(3, 45) > 0.4,
-        "an empty row": (column >= 45 - lengths) & torch.tensor([[True], [False], [True]]),
-    }[padding]
-    with torch.no_grad():
-        out = in_chunks(attention, x, chunks, mask.long()) if len(chunks) > 1 else attention(x, attention_mask=mask)
-        for row in range(3):
-            if mask[row].any():
-                alone = attention(x[row : row + 1, mask[row]])
-                torch.testing.assert_close(out[row : row + 1, mask[row]], alone, rtol=1e-10, atol=1e-10)
-        assert (out[~mask] == 0).all()
 
 
 def test_packed_sequences_give_what_each_gives_alone_whole_or_in_chunks():
@@ -86,7 +16,7 @@ def test_packed_sequences_give_what_each_gives_alone_whole_or_in_chunks():
         packed = attention(x, cu_seqlens=cu_seqlens)
         for start, end in pairwise(cu_seqlens.tolist()):
             if end > start:
-                alone = in_chunks(attention, x[:, start:end], [end - start - 1, 1])
+                alone = in_chunks(attention, x[:, start:end], [end - start - 1, 1], NSACache(CONFIG))
                 torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-10, atol=1e-10)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from moved import moved
 from torch import nn
 
 from nsa.cache import StaticNSACache
@@ -20,10 +21,7 @@ def layer(compression: str = "mlp") -> NativeSparseAttention:
         compression=compression,
     )  # fmt: skip
     built = NativeSparseAttention(24, 4, 2, config=config).double().eval()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return built
+    return moved(built, 0.2)
 
 
 class Adapter(nn.Module):

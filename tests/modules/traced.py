@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from moved import moved
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,10 +21,7 @@ EXACT = {"rtol": 0.0, "atol": 1e-10}
 def layer() -> NativeSparseAttention:
     torch.manual_seed(0)
     built = NativeSparseAttention(24, 4, 2, config=CONFIG).double()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return built
+    return moved(built, 0.1)
 
 
 @pytest.fixture(autouse=True)

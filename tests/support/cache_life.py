@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from moved import moved
 from torch import Tensor
 
 from nsa import NativeSparseAttention, NSACache, NSAConfig
@@ -45,12 +46,10 @@ class Life:
         pick = self.random.choice
         self.config = random_config(self.random)
         g, group = pick((1, 2)), pick((1, 3))
-        self.layer = NativeSparseAttention(
+        made = NativeSparseAttention(
             WIDTH, g * group, g, pick((2, 4)), pick((2, 3)), self.config, bias=pick((False, True))
-        ).double()
-        with torch.no_grad():  # away from where gates and phi start, so that nothing cancels
-            for parameter in self.layer.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.4)
+        )
+        self.layer = moved(made.double(), 0.4)
         self.max_crop, self.max_new = pick((0, 1, 5, 20)), pick((1, 3, 16))
         self.page_size = math.lcm(self.config.select_block_size, 16) * pick((1, 2))
         self.max_length, self.num_pages = pick((30, 64, 100, 200)), pick((3, 6, 12, 40))

@@ -1,6 +1,9 @@
 """Tiny dense models of every family, in fp64, far from their initialisation; between them what Llamas differ in."""
 
+import tiny_llama
 import torch
+from moved import moved
+from tiny_llama import NSA
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -20,25 +23,7 @@ from transformers import (
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-NSA = {
-    "compress_block_size": 8,
-    "compress_stride": 4,
-    "select_block_size": 8,
-    "num_selected_blocks": 4,
-    "window_size": 10,
-}
+SIZES = {name: size for name, size in tiny_llama.SIZES.items() if name != "head_dim"} | {"max_position_embeddings": 256}
 FITS = 32  # tokens: num_selected_blocks * select_block_size
 
 
@@ -95,11 +80,4 @@ HYBRID = ("gemma2", "gemma3")  # of which one layer of two attends within a wind
 def dense(name):
     torch.manual_seed(0)
     built = DENSE[name]().eval().double()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return built
-
-
-def tokens(rows, columns):
-    return torch.randint(2, SIZES["vocab_size"], (rows, columns), generator=torch.Generator().manual_seed(1))
+    return moved(built, 0.2)

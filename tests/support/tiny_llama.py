@@ -1,6 +1,7 @@
 """The tiny models of these tests, in fp64, far from their initialisation."""
 
 import torch
+from moved import moved
 
 from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 
@@ -38,10 +39,7 @@ def config(attention="nsa", **kwargs) -> NSALlamaConfig:
 def model(attention="nsa", **kwargs) -> NSALlamaForCausalLM:
     torch.manual_seed(0)
     built = NSALlamaForCausalLM(config(attention, **kwargs)).eval().double()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return built
+    return moved(built, 0.2)
 
 
 def tokens(rows, columns, seed=1):

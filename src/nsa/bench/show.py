@@ -42,10 +42,7 @@ def tables(result: Result) -> list[Table]:
         found.append(_rates(result))
     if any(entry.gib for entry in result.entries):
         found.append(_memory(result))
-    for inputs in ("random", "correlated"):
-        if result.of("kernels", inputs):
-            found.append(_kernels(result, inputs))
-    return found
+    return found + [_kernels(result, inputs) for inputs in ("random", "correlated") if result.of("kernels", inputs)]
 
 
 def _parts(result: Result) -> list[str]:
@@ -145,11 +142,8 @@ def _memory(result: Result) -> Table:
         for entry in entries
     ]
     header = ["tokens", "inputs", *names, *(f"{name}, planned" for name in planned)]
-    return Table(f"peak memory{_memory_of(result)}, on top of inputs and weights: GiB", header, rows)
-
-
-def _memory_of(result: Result) -> str:
-    return ", first token" if result.bench == "generate" else ", forward + backward"
+    what = "first token" if result.bench == "generate" else "forward + backward"
+    return Table(f"peak memory, {what}, on top of inputs and weights: GiB", header, rows)
 
 
 def _kernels(result: Result, inputs: str) -> Table:
@@ -209,17 +203,13 @@ def notes(result: Result) -> list[str]:
 
 def print_tables(result: Result) -> None:
     console = Console(markup=False, emoji=False)
-    for note in notes(result):
-        console.print(note, highlight=False)
-    for table in tables(result):
-        console.print(table.rich())
+    console.print(*notes(result), sep="\n", highlight=False)
+    console.print(*(table.rich() for table in tables(result)), sep="")
 
 
 def markdown(result: Result) -> str:
-    parts = [f"# nsa bench {result.bench}", "", *(f"* {note}" for note in notes(result))]
-    for table in tables(result):
-        parts += ["", table.markdown()]
-    return "\n".join(parts) + "\n"
+    head = "\n".join([f"# nsa bench {result.bench}", "", *(f"* {note}" for note in notes(result))])
+    return "\n\n".join([head, *(table.markdown() for table in tables(result))]) + "\n"
 
 
 def write(result: Result, stem: Path) -> None:
