@@ -36,6 +36,7 @@ CASES = [
     *(Case(layout=whole(1000), config=SPARSE, h=8, g=2, family=family) for family in INPUT_FAMILIES),
     *(Case(layout=whole(length)) for length in LENGTHS),
     *(Case(layout=whole(300), config=SMALL, h=2 * group, g=2, d=64, e=64) for group in (1, 2, 3, 4, 6, 8, 16, 32)),
+    Case(layout=whole(8192), config=NSAConfig(compress_block_size=16), h=3, g=1, d=64, e=64),  # SmolLM2's heads
     *(Case(layout=whole(1500), config=SPARSE, h=2 * group, g=2, d=128, e=128) for group in (1, 4)),
     *(Case(layout=whole(300), config=SMALL, h=8, g=2, d=d, e=e) for d, e in WIDTHS),
     *(Case(layout=whole(300), config=SMALL, h=8, g=2, dtype=dtype) for dtype in DTYPES),

@@ -98,7 +98,7 @@ class AdaptArguments:
     Examples:
         nsa adapt models/qwen3-nsa --out runs/qwen3 --data ~/texts
         nsa adapt models/qwen3-nsa --out runs/qwen3 --data ~/texts --resume
-        nsa adapt models/smollm2-nsa --first 2048x500 --second 2048x500 8192x200 --batch-tokens 65536 --dtype bfloat16
+        nsa adapt models/smollm2-nsa --first 8192x300 --second 2048x500 8192x200 --batch-tokens 65536 --dtype bfloat16
         nsa adapt models/qwen3-nsa --first 2048x500 --second 2048x500 --lora 16
     """
 
@@ -109,7 +109,7 @@ class AdaptArguments:
     out: Path = Path("runs/adapted")
     """Folder for the runs stage-1, stage-2, dense-trained and for adapt.json: new, empty, or a run's with --resume."""
     first: tuple[str, ...] = ("2048x300",)
-    """Stage 1's curriculum, LENGTHxSTEPS as in `nsa train`; none: it is left out."""
+    """Stage 1's curriculum, LENGTHxSTEPS as in `nsa train`, of the length that is meant; none: it is left out."""
     second: tuple[str, ...] = ("2048x300",)
     """Stage 2's curriculum; none: it is left out, and the dense model is not trained."""
     twin: bool = True
@@ -141,7 +141,8 @@ class AdaptArguments:
     selector_loss: float = 0.5
     """Of the divergence of block scores from the attention that is paid to the blocks, in stage 2 (of NSA)."""
     teacher_weight: float = 1.0
-    """Of the divergence from the dense model's predictions, beside the text's loss, in stage 2; 0: no teacher."""
+    """Of the divergence from the dense model's predictions, beside the text's loss, in stage 2; 0: no teacher, which is
+    better on text that is new to the dense model (docs/convert.md)."""
     lora: int = 0
     """Rank of what stage 2 trains of each linear map, beside gates and phi; 0: all weights."""
     warmup_steps: int = 20
