@@ -1,8 +1,8 @@
 """Cases that several processes run together: one helper process imports, and forks each group of them.
 
-    python groups.py MODULE RESULTS [--at-once]
+    python groups.py RESULTS MODULES.. [--at-once]
 
-Every function case_* of the module with an attribute `sizes` runs in a group of each of these sizes; RESULTS becomes
+Every function case_* of the modules with an attribute `sizes` runs in a group of each of these sizes; RESULTS becomes
 JSON of "name/size" -> what went wrong on any rank, "" for nothing. The cases of a size share a group, one after
 another; with --at-once each has a group of its own, and all of them run together.
 """
@@ -31,13 +31,14 @@ def sizes(*numbers):
     return mark
 
 
-def cases_of(module):
-    found = {name.removeprefix("case_"): case for name, case in vars(module).items() if name.startswith("case_")}
+def cases_of(*modules):
+    named = [pair for module in modules for pair in vars(module).items()]
+    found = {name.removeprefix("case_"): case for name, case in named if name.startswith("case_")}
     return {f"{name}/{size}": (case, size) for name, case in found.items() for size in case.sizes}
 
 
-def run(module, *, at_once=False, **environment):
-    """{"name/size": error} of all cases of a module, in an environment with these variables besides."""
+def run(*modules, at_once=False, **environment):
+    """{"name/size": error} of all cases of the modules, in an environment with these variables besides."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         environment = {
@@ -46,7 +47,7 @@ def run(module, *, at_once=False, **environment):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)]),
         }
-        command = [sys.executable, "-W", "ignore", str(HERE / "groups.py"), module, str(results)]
+        command = [sys.executable, "-W", "ignore", str(HERE / "groups.py"), str(results), *modules]
         command += ["--at-once"] if at_once else []
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert results.exists(), finished.stderr
@@ -78,8 +79,9 @@ def _work(rank, size, cases, folder, number):
 def main():
     import torch.multiprocessing as mp
 
-    module, results, at_once = importlib.import_module(sys.argv[1]), Path(sys.argv[2]), "--at-once" in sys.argv
-    cases, found = cases_of(module), {}
+    results, at_once = Path(sys.argv[1]), "--at-once" in sys.argv
+    names = [name for name in sys.argv[2:] if name != "--at-once"]
+    cases, found = cases_of(*map(importlib.import_module, names)), {}
     if at_once:
         groups = [(size, {name: case}) for name, (case, size) in cases.items()]
     else:

@@ -8,14 +8,9 @@ import torch
 from nsa.distributed import ZigZag
 
 
-@pytest.fixture(scope="module")
-def results():
-    return groups.run("context_cases")
-
-
 @pytest.mark.parametrize("case", groups.cases_of(context_cases))
-def test_ranks_together_are_one_process(results, case):
-    assert results[case] == ""
+def test_ranks_together_are_one_process(together, case):
+    assert together[case] == ""
 
 
 def test_zigzag_parts_hold_every_token_once_and_padding_at_the_end():

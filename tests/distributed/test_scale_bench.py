@@ -10,14 +10,9 @@ from nsa.bench.scale_arguments import ScaleArguments
 from nsa.bench.scale_on_paper import text
 
 
-@pytest.fixture(scope="module")
-def results():
-    return groups.run("scale_cases")
-
-
 @pytest.mark.parametrize("case", groups.cases_of(scale_cases))
-def test_the_benchmark(results, case):
-    assert results[case] == ""
+def test_the_benchmark(together, case):
+    assert together[case] == ""
 
 
 def test_the_tables_on_paper_are_the_documents():

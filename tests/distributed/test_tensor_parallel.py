@@ -7,14 +7,9 @@ import tensor_cases
 from nsa.distributed.tensor import check_heads
 
 
-@pytest.fixture(scope="module")
-def results():
-    return groups.run("tensor_cases")
-
-
 @pytest.mark.parametrize("case", groups.cases_of(tensor_cases))
-def test_ranks_that_share_heads_are_one_process(results, case):
-    assert results[case] == ""
+def test_ranks_that_share_heads_are_one_process(together, case):
+    assert together[case] == ""
 
 
 def test_more_ranks_than_kv_heads_is_one_line():
