@@ -76,7 +76,7 @@ def selection_by_mass() -> Iterator[None]:
     """Inside, whole forwards select the blocks of the largest exact attention mass, by PyTorch operations.
 
     An oracle for evaluation: it reads every key to choose. What a model then gains is what its selector costs it; what
-    it still lacks of dense attention is what reading by blocks costs. Decoding over a cache is untouched.
+    it still lacks of dense attention is what reading by blocks costs. Steps over static and paged caches are untouched.
     """
     global _by_mass
     before, _by_mass = _by_mass, True
