@@ -149,6 +149,12 @@ def test_a_users_files_are_not_written_over(config):
     }
 
 
+def test_a_file_is_no_runs_folder(config):
+    config.out.write_text("mine")
+    with pytest.raises(ValueError, match="run is a file; expected a folder as --out"):
+        train(config)
+
+
 def test_a_run_that_fails_before_its_first_step_leaves_a_folder_to_begin_again_in(config):
     def fails(config, tokenizer):
         raise ValueError("no such layers")

@@ -1,6 +1,8 @@
 """`nsa generate`: the same text each time, streamed text equals the returned one, prompts from standard input."""
 
 import io
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -73,6 +75,20 @@ def test_a_prompt_in_chunks_gives_the_same_text_and_how_it_went_is_said_aside(co
         line.startswith("6 tokens read, 20 made in ") and line.endswith("; no CUDA graphs: the model is on cpu")
         for line in said
     )
+
+
+def test_tokens_beyond_the_models_positions_are_said_once(config, folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "short")
+    values = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 16}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(values))
+    generate(replace(config, model=tmp_path / "short"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("; 10 tokens are beyond the 16 positions it was made for")
+
+
+def test_top_p_without_a_temperature_is_refused(config):
+    with pytest.raises(ValueError, match="top_p is of sampling: expected a temperature above 0 beside it"):
+        generate(replace(config, top_p=0.5))
 
 
 def test_an_empty_prompt_starts_from_the_beginning_of_text(config):

@@ -62,6 +62,8 @@ def generate(config: GenerateConfig) -> str:
     check_numbers(config, LIMITS)
     if config.top_p == 0:
         raise ValueError("expected top_p in (0, 1], got 0")
+    if config.top_p < 1 and not config.temperature:
+        raise ValueError(f"top_p is of sampling: expected a temperature above 0 beside it, got top_p={config.top_p}")
     prompt = _prompt(config.prompt)
 
     import torch
@@ -95,23 +97,30 @@ def generate(config: GenerateConfig) -> str:
     torch.manual_seed(config.seed)
     inputs = torch.tensor([ids], device=model.device)
     print(prompt, end="", flush=True)
-    started = time.perf_counter()
-    output = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=config.max_new_tokens,
-        do_sample=config.temperature > 0,
-        num_beams=config.num_beams,
-        streamer=streamer,
-        pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )
+    started, verbosity = time.perf_counter(), transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what it warns of would stand in the middle of the text
+    try:
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=config.max_new_tokens,
+            do_sample=config.temperature > 0,
+            num_beams=config.num_beams,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
     if streamer is None:
         print(text)
     made, seconds = output.shape[1] - len(ids), time.perf_counter() - started
     path = getattr(model, "decode_path", "transformers' own decoding")
-    print(f"{len(ids)} tokens read, {made} made in {seconds:.2f} s; {path}", file=sys.stderr)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or output.shape[1]
+    beyond = max(0, output.shape[1] - positions)
+    remark = f"; {beyond} tokens are beyond the {positions} positions it was made for" if beyond else ""
+    print(f"{len(ids)} tokens read, {made} made in {seconds:.2f} s; {path}{remark}", file=sys.stderr)
     return text
 
 

@@ -18,8 +18,10 @@ def claimed(folder: Path) -> Iterator[None]:
     """Inside the block the folder is this run's; it is made if need be, and goes again if nothing was put into it.
 
     Raises:
-        ValueError: another run has it, in one line.
+        ValueError: another run has it, or it is a file, in one line.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; expected a folder as --out")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder / LOCK_FILE)
