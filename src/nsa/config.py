@@ -87,6 +87,8 @@ class NSAConfig(_Sizes):
     """phi, which makes one key or value of a block."""
     shared_kv: bool = False
     """One k, v for the three branches instead of one pair each."""
+    second_order: bool = False
+    """Compressed keys carry the variance of their block's keys, and scores heed it (COBS, arXiv:2607.09052)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

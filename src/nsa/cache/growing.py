@@ -66,7 +66,9 @@ class NSACache(LayerCache):
     def _compress_complete_blocks(self, compress_run: CompressRun) -> None:
         k_raw, v_raw = self.uncompressed.view()
         if not self.compressed.lengths:
-            self.compressed.append(k_raw[:, :0], v_raw[:, :0], [0] * len(self.lengths))
+            none = compress_run(k_raw[:, :0], v_raw[:, :0], 0)
+            self.compressed.append(*(x.to(k_raw.dtype) for x in none), [0] * len(self.lengths))
+        empty = [x[:, :0] for x in self.compressed.view()]
         histories = list(zip(self.lengths, self.uncompressed.lengths, self.compressed.lengths, strict=True))
         is_uniform = len(set(histories)) == 1
         new: list[tuple[Tensor, Tensor]] = []
@@ -75,8 +77,9 @@ class NSACache(LayerCache):
             want = self.config.num_compressed_blocks(length)
             start = have * self.config.compress_stride - (length - stored)
             stop = start + (want - have - 1) * self.config.compress_stride + self.config.compress_block_size
-            k, v = (x[rows, start:stop] if want > have else x[rows, :0] for x in (k_raw, v_raw))
-            k, v = compress_run(k, v, have) if want > have else (k, v)
+            k, v = (x[rows] for x in empty)
+            if want > have:
+                k, v = compress_run(k_raw[rows, start:stop], v_raw[rows, start:stop], have)
             new.append((k.to(k_raw.dtype), v.to(v_raw.dtype)))
         if is_uniform:
             k, v = new[0]
