@@ -43,6 +43,7 @@ ROWS: dict[str, Flags] = {
     "dense-short": {"attention": ("dense",)} | SHORT,
     "nsa-selector-short": SELECTOR | SHORT,
     "nsa-selector-short-fine": SELECTOR | SHORT | {"nsa.compress-block-size": ("8",)},
+    "nsa-selector-short-second": SELECTOR | SHORT | {"nsa.second-order": ()},
     "nsa-selector-dense": SELECTOR | {"dense-layers": ("3", "7")},
     "nsa-all-blocks": {"nsa.num-selected-blocks": ("128",)},
     "nsa-phi-mean": {"nsa.compression": ("mean",)},

@@ -5,6 +5,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -51,24 +52,27 @@ in_torch = partial(native_sparse_attention, backend="torch")
 in_triton = partial(native_sparse_attention, backend="triton")
 
 
-def _out_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    out = function(*inputs, SMALL)
+def _out_and_gradients(function, inputs: list[torch.Tensor], config: NSAConfig = SMALL) -> list[torch.Tensor]:
+    out = function(*inputs, config)
     return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # numpy, of a gate of 0
-@pytest.mark.parametrize("gates", ["any sign", "known nonnegative"])
-def test_the_function_and_its_gradients_are_those_of_the_ops(generator: torch.Generator, gates: str) -> None:
+@pytest.mark.parametrize(
+    ("gates", "config"),
+    [("any sign", SMALL), ("known nonnegative", SMALL), ("known nonnegative", replace(SMALL, second_order=True))],
+)
+def test_the_function_and_its_gradients_are_those_of_the_ops(
+    generator: torch.Generator, gates: str, config: NSAConfig
+) -> None:
     inputs = _inputs(torch.float32, generator)
     if gates == "any sign":
         with torch.no_grad():
             inputs[3].sub_(0.5).masked_fill_(inputs[3].abs() < 0.1, 0.0)
     in_triton = partial(native_sparse_attention, backend="triton", nonnegative_gates=gates == "known nonnegative")
-    truth = _out_and_gradients(in_torch, [x.detach().double().requires_grad_() for x in inputs])
-    plain = _out_and_gradients(in_torch, inputs)
-    for name, x, p, t in zip(
-        ("out", "dq", "dk", "dv", "dgates"), _out_and_gradients(in_triton, inputs), plain, truth, strict=True
-    ):
+    truth = _out_and_gradients(in_torch, [x.detach().double().requires_grad_() for x in inputs], config)
+    plain, found = (_out_and_gradients(function, inputs, config) for function in (in_torch, in_triton))
+    for name, x, p, t in zip(("out", "dq", "dk", "dv", "dgates"), found, plain, truth, strict=True):
         assert_close_to_fp64(x, p, t, name, largest_score=100.0)
 
 
