@@ -13,8 +13,8 @@ from nsa.composed import is_traced
 from nsa.config import NSAConfig
 from nsa.methods import nsa as method
 from nsa.ops.compress import compress, phi_mean
-from nsa.ops.second_order import mean_and_variance
 from nsa.ops.tiled_attention import factor
+from nsa.second_order import mean_and_variance
 from nsa.shapes import Sequences, bind, check_lengths, check_queries
 from nsa.streams import Branches
 
@@ -62,7 +62,7 @@ def native_sparse_attention(
         gates: one scalar per query, head and branch, in the order cmp, slc, win.
         config: block sizes and counts.
         k_cmp, v_cmp: compressed keys and values; by default the block means of k and v. With `config.second_order` the
-            keys are w = 2 d wide and carry the variance (`nsa.ops.second_order`), else w = d.
+            keys are w = 2 d wide and carry the variance (`nsa.second_order`), else w = d.
         k_win, v_win: keys and values of the window branch, at least the last t + w - 1 of them (all, where sequences
             are packed); by default k and v.
         cu_seqlens_q, cu_seqlens_k: packed sequences (b == 1) as in FlashAttention's varlen API; the second only

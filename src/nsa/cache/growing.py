@@ -66,8 +66,9 @@ class NSACache(LayerCache):
     def _compress_complete_blocks(self, compress_run: CompressRun) -> None:
         k_raw, v_raw = self.uncompressed.view()
         if not self.compressed.lengths:
-            none = compress_run(k_raw[:, :0], v_raw[:, :0], 0)
-            self.compressed.append(*(x.to(k_raw.dtype) for x in none), [0] * len(self.lengths))
+            none = k_raw[:, :0]
+            none = torch.cat([none, none], dim=-1) if self.config.second_order else none  # beside the variance
+            self.compressed.append(none, v_raw[:, :0], [0] * len(self.lengths))
         empty = [x[:, :0] for x in self.compressed.view()]
         histories = list(zip(self.lengths, self.uncompressed.lengths, self.compressed.lengths, strict=True))
         is_uniform = len(set(histories)) == 1

@@ -19,7 +19,7 @@ from nsa.kernels.rows import combine, gates_backward, signed_by_gate
 from nsa.kernels.selected_forward import selected_forward
 from nsa.kernels.selected_gradients import selected_gradients
 from nsa.kernels.selection import select_top_blocks
-from nsa.ops.second_order import as_wide_as, folded
+from nsa.second_order import as_wide_as, folded
 from nsa.shapes import Sequences
 from nsa.streams import Branches
 

@@ -14,9 +14,9 @@ from nsa.config import NSAConfig
 from nsa.ops.attend import attend
 from nsa.ops.causal_attention import causal_attention, sees_all
 from nsa.ops.combine import combine
-from nsa.ops.second_order import as_wide_as
 from nsa.ops.selection import attend_and_select, top_blocks
 from nsa.ops.tiles import accumulation_dtype
+from nsa.second_order import as_wide_as
 from nsa.streams import Blocks, Branches, Causal, Stream, Window
 
 SCORES = 2**26  # of an oracle's queries with all keys, at once

@@ -23,8 +23,8 @@ from nsa.modules.rotary import Rotary, RotaryFactors, rotate
 from nsa.modules.selector_loss import selector_loss, with_loss
 from nsa.modules.token_layout import TokenLayout
 from nsa.ops.compress import blocks_of
-from nsa.ops.second_order import as_wide_as, with_variance
 from nsa.ops.selection import block_scores, select_blocks
+from nsa.second_order import as_wide_as, with_variance
 from nsa.streams import Branches, Stream
 
 
@@ -183,10 +183,10 @@ class NativeSparseAttention(SparseLayer):
         k_cmp, v_cmp = self._compress_blocks(blocks(raw.k), blocks(raw.v), layout.cos_cmp, layout.sin_cmp)
         if not self.config.second_order:
             return k_cmp, v_cmp
-        factors = (layout.cos, layout.sin)
+        cos, sin = layout.cos, layout.sin
         if layout.counts is not None:  # keys lie to the left there, and factors with the queries
-            factors = tuple(layout.to_the_left(x.expand(raw.k.shape[0], -1, -1)) for x in factors)
-        return with_variance(k_cmp, blocks(rotate(raw.k, *factors))), v_cmp
+            cos, sin = (layout.to_the_left(x.expand(raw.k.shape[0], -1, -1)) for x in (cos, sin))
+        return with_variance(k_cmp, blocks(rotate(raw.k, cos, sin))), v_cmp
 
     def _compress_blocks(self, k_blocks: Tensor, v_blocks: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate(self.compress_k(k_blocks), cos, sin), self.compress_v(v_blocks)

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.ops.second_order import as_wide_as
 from nsa.ops.selection import sum_into_blocks
 from nsa.ops.tiles import accumulation_dtype
+from nsa.second_order import as_wide_as
 
 LEAST = 1e-6  # of a block's share: a score may be 0
 

@@ -13,8 +13,8 @@ from nsa.models import NSALlamaConfig, NSALlamaForCausalLM
 from nsa.models.cache import NSALlamaCache
 from nsa.modules.selector_loss import selector_loss
 from nsa.modules.token_layout import TokenLayout
-from nsa.ops.second_order import mean_and_variance
 from nsa.ops.selection import select_blocks
+from nsa.second_order import mean_and_variance
 
 WIDE = replace(CONFIG, second_order=True)
 
