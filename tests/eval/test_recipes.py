@@ -46,6 +46,14 @@ def test_seeds_of_one_configuration_are_one_recipe(runs):
     assert recipes["dense"].runs[1].minutes == 2
 
 
+def test_recipes_in_folders_of_one_name_are_told_apart(tmp_path):
+    folders = []
+    for parent, size in (("x", 1), ("y", 2)):
+        (tmp_path / parent).mkdir()
+        folders.append(write(tmp_path / parent, "nsa", 0, (3.0,), vocab_size=size))
+    assert [recipe.name for recipe in read_recipes(folders)] == [str(folder) for folder in folders]
+
+
 def test_differences_are_of_equal_seeds_after_equal_tokens(runs):
     dense, nsa, window = read_recipes(runs)
     assert nsa.against(dense, "eval_text_loss") == ([0.125, -0.125], 200)

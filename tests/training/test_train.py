@@ -39,11 +39,14 @@ def records(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
-@pytest.mark.parametrize("attention", ["nsa", "infllm_v2", "dense", "window"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, attention):
-    config = replace(config, attention=attention)
+@pytest.mark.parametrize(
+    ("attention", "selector_loss"), [("nsa", 0.0), ("nsa", 0.5), ("infllm_v2", 0.0), ("dense", 0.0), ("window", 0.0)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, attention, selector_loss):
+    config = replace(config, attention=attention, selector_loss=selector_loss)
     whole = replace(config, out=config.out / "whole")
-    train(whole)
+    model = train(whole)
+    assert not any(getattr(layer, "selector_weight", 0.0) for layer in model.modules())  # who trains it on says it
     stopped = replace(config, out=config.out / "stopped")
     with pytest.raises(KeyboardInterrupt, match=r"stopped at step 7; continue from .*checkpoint-4 with --resume"):
         train(stopped, callbacks=[At(7, interrupt)])

@@ -127,9 +127,11 @@ def read_recipes(folders: Sequence[Path]) -> list[Recipe]:
     found = list(recipes.values())
     for recipe in found:
         recipe.name = _name(recipe)
-    for recipe in found:
-        if [other.name for other in found].count(recipe.name) > 1:
-            recipe.name = next(iter(recipe.runs.values())).folder.name
+    for longer in (lambda folder: folder.name, str):
+        names = [recipe.name for recipe in found]
+        for recipe in found:
+            if names.count(recipe.name) > 1:
+                recipe.name = longer(next(iter(recipe.runs.values())).folder)
     return found
 
 

@@ -127,7 +127,7 @@ def _difference(recipe: Recipe, reference: Recipe, loss: str) -> str:
     """With its 95% t-interval over seeds, where there are two; after how many tokens, where they are not the last."""
     found = recipe.against(reference, loss)
     if found is None:
-        return "no shared seed"
+        return "no shared seed" if recipe.curve(loss) and reference.curve(loss) else ""
     differences, tokens = found
     text = between(differences) if len(differences) > 1 else f"{differences[0]:+.4f}"
     last = max(recipe.curve(loss), default=tokens)

@@ -52,7 +52,7 @@ def demo() -> TrainConfig:
 
 
 def small() -> TrainConfig:
-    """About 25M parameters at a context of 4096: an evening on one GPU."""
+    """About 25M parameters at a context of 4096: under an hour on one GPU."""
     return TrainConfig(
         preset="small",
         max_bytes=300_000_000,

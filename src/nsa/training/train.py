@@ -174,6 +174,7 @@ def _train(
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; {hope}") from None
     finally:
         progress.close()
+        train_selectors(model, 0.0)  # what the caller trains with it further is the caller's
     return model
 
 
