@@ -82,7 +82,7 @@ def test_selectors_have_their_own_loss_in_stage_2_alone(folders, tmp_path, monke
     stages = ["--first", "64x1", "--second", "64x1", "--selector-loss", "0.25"]
     assert call(folders, tmp_path / "out", *stages) == 0
     (first, second, twin), after = given[::2], given[1::2]
-    assert not any(sum(after, []))
+    assert not any(weight for layers in after for weight in layers)
     assert first == [0.0] * len(first) != []
     assert second == [0.25 / len(second)] * len(first)
     assert set(twin) <= {0.0}
