@@ -21,13 +21,12 @@ the diagonal of S: a second vector beside each compressed key. Both are one prod
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from selector_quality import QUERIES, FreeMass
+from selector_quality import QUERIES, FreeMass, answer
 from torch import Tensor, nn
 
 from nsa.adapting.layers import inputs_and_outputs
@@ -122,13 +121,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
-    try:
-        found = compare(given)
-    except ValueError as error:
-        parser.error(str(error))
-    if given.output is not None:
-        given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    answer(parser, compare)
 
 
 def compare(given: argparse.Namespace) -> dict[str, dict[str, Any]]:

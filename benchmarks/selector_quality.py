@@ -13,6 +13,7 @@ Of the selected branch, in held-out text, for queries of the last half of a sequ
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
+    answer(parser, compare)
+
+
+def answer(parser: argparse.ArgumentParser, compare: Callable[[argparse.Namespace], Any]) -> None:
+    """What was asked, printed and written to --output; one line for a ValueError."""
     given = parser.parse_args()
     try:
         found = compare(given)
