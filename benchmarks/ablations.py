@@ -31,6 +31,13 @@ COMMON: Flags = {
 GATES: Flags = {"compressed-gate-bias": ("-4",), "selected-gate-bias": ("4",), "window-gate-bias": ("-4",)}
 SELECTOR: Flags = {"selector-loss": ("0.5",)}
 SHORT: Flags = {"curriculum": (f"512x1400:{SHORT_ROWS}", f"4096x1800:{LONG_ROWS}")}
+LONG: Flags = {
+    "curriculum": (
+        f"512x1400:{SHORT_ROWS}",
+        *(f"{stage}:{LONG_ROWS}" for stage in ("4096x1200", "16384x300", "65536x100")),
+    ),
+    "rope-theta": ("500000",),
+}
 ROWS: dict[str, Flags] = {
     "dense": {"attention": ("dense",)},
     "window": {"attention": ("window",)},
@@ -44,6 +51,9 @@ ROWS: dict[str, Flags] = {
     "nsa-selector-short": SELECTOR | SHORT,
     "nsa-selector-short-fine": SELECTOR | SHORT | {"nsa.compress-block-size": ("8",)},
     "nsa-selector-short-second": SELECTOR | SHORT | {"nsa.second-order": ()},
+    "dense-long": {"attention": ("dense",)} | LONG,
+    "nsa-selector-long": SELECTOR | LONG,
+    "nsa-selector-long-second": SELECTOR | LONG | {"nsa.second-order": ()},
     "nsa-selector-dense": SELECTOR | {"dense-layers": ("3", "7")},
     "nsa-all-blocks": {"nsa.num-selected-blocks": ("128",)},
     "nsa-phi-mean": {"nsa.compression": ("mean",)},

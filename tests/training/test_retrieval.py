@@ -59,6 +59,13 @@ def test_depth_0_begins_with_the_definitions_and_depth_1_ends_with_them_before_t
     assert last.text.endswith(f"{answer.name}={answer.value}\nf({answer.name}={answer.value})\n")
 
 
+def test_a_row_in_eight_begins_with_a_definition():
+    rows = [retrieval_example(random.Random(seed), FILLER, 600, num_keys=2) for seed in range(400)]
+    firsts = sum(row.text.index(min((f"{a.name}=" for a in row.answers), key=row.text.index)) == 0 for row in rows)
+    # Binomial(400, 1/8) leaves [25, 78] once in ten thousand
+    assert 25 <= firsts <= 78
+
+
 def test_without_a_tokenizer_the_ids_spell_the_text():
     example = retrieval_example(random.Random(2), FILLER, 400)
     assert "".join(map(chr, example.ids)) == example.text

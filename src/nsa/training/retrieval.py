@@ -28,6 +28,7 @@ from typing import Literal
 NAME_LETTERS = string.ascii_uppercase
 VALUE_LETTERS = "123456789"  # no zero: a literal may not start with one
 HELD_OUT_ONE_IN = 10
+BEGINS_ONE_IN = 8  # of the rows whose filler lies anywhere, those that begin with a definition
 
 Encode = Callable[[str], Sequence[int]]
 Style = Literal["keyword", "assert"]
@@ -108,7 +109,7 @@ def retrieval_example(
         num_questions: names used afterwards, each once, in random order; None: all of them.
         num_hops: 1 asks for a name defined by a literal; h > 1 goes through h - 1 aliases.
         distance: tokens from the first question's answer back to the value in its definition, exactly; the
-            uses end the row. With depth None too: filler at random places.
+            uses end the row. With depth None too: filler at random places, in one row of eight not at its start.
         depth: instead of distance, 0 (definitions at the row's start) to 1 (right before the uses).
         name_length, value_length: letters in a name and in a value.
         held_out: use evaluation's names instead of training's.
@@ -228,6 +229,8 @@ def _split_filler(
     """Filler tokens above the definitions, and from there on."""
     if distance is None and depth is None:
         above = rng.randrange(spare // 4 + 1)
+        if above % BEGINS_ONE_IN == 0:  # what a row begins with is learned from rows that begin with it
+            above = 0
         return above, spare - above
     if depth is not None:
         if distance is not None or not 0.0 <= depth <= 1.0:
