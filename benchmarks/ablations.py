@@ -31,6 +31,9 @@ COMMON: Flags = {
 GATES: Flags = {"compressed-gate-bias": ("-4",), "selected-gate-bias": ("4",), "window-gate-bias": ("-4",)}
 SELECTOR: Flags = {"selector-loss": ("0.5",)}
 SHORT: Flags = {"curriculum": (f"512x1400:{SHORT_ROWS}", f"4096x1800:{LONG_ROWS}")}
+ALL_FIRST: Flags = {
+    "curriculum": (f"512x1400:{SHORT_ROWS}", f"4096x800:{LONG_ROWS}:blocks=all", f"4096x1000:{LONG_ROWS}")
+}
 LONG: Flags = {
     "curriculum": (
         f"512x1400:{SHORT_ROWS}",
@@ -51,6 +54,7 @@ ROWS: dict[str, Flags] = {
     "nsa-selector-short": SELECTOR | SHORT,
     "nsa-selector-short-fine": SELECTOR | SHORT | {"nsa.compress-block-size": ("8",)},
     "nsa-selector-short-second": SELECTOR | SHORT | {"nsa.second-order": ()},
+    "nsa-selector-all-first": SELECTOR | ALL_FIRST,
     "dense-long": {"attention": ("dense",)} | LONG,
     "nsa-selector-long": SELECTOR | LONG,
     "nsa-selector-long-second": SELECTOR | LONG | {"nsa.second-order": ()},

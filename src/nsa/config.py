@@ -1,7 +1,7 @@
 """The sizes of Native Sparse Attention and of InfLLM-V2, each with the paper's symbol, and what follows from them."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -136,6 +136,11 @@ class NSAConfig(_Sizes):
         named: dict[str, Any] = dict(zip(SIZES, sizes, strict=True))
         return cls(**named)
 
+    def with_all_blocks(self, length: int) -> "NSAConfig":
+        """The same where a query of `length` tokens selects all that there are."""
+        most = max(self.num_selected_blocks, self.num_selection_blocks(length))
+        return replace(self, num_selected_blocks=most)
+
     def num_compressed_blocks(self, length: int) -> int:
         """Compression blocks that lie wholly inside the first `length` tokens: block i needs i*d + l <= length."""
         return max(0, (length - self.compress_block_size) // self.compress_stride + 1)
@@ -243,6 +248,10 @@ class InfLLMv2Config(_Sizes):
     def from_sizes(cls, sizes: list[int]) -> "InfLLMv2Config":
         named: dict[str, Any] = dict(zip(INFLLM_V2_SIZES, sizes, strict=True))
         return cls(**named | {"coarse_lse": bool(named["coarse_lse"])})
+
+    def with_all_blocks(self, length: int) -> "InfLLMv2Config":
+        """The same where a query of `length` tokens reads all that there are."""
+        return replace(self, dense_len=max(self.dense_len, length))
 
     @property
     def sees_all(self) -> int:

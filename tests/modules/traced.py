@@ -74,6 +74,18 @@ def test_lengths_and_numbers_of_documents_compile_anew_once():
     assert counter.frame_count <= before + 2
 
 
+@pytest.mark.parametrize("built", [layer(), infllm_v2_layer()], ids=["nsa", "infllm_v2"])
+def test_all_blocks_are_one_graph_more_and_the_way_back_is_none(built):
+    own, counter = built.config, CompileCounterWithBackend("eager")
+    compiled, everything, graphs = torch.compile(built, fullgraph=True, backend=counter), own.with_all_blocks(160), []
+    for length, config in ((80, own), (160, everything), (160, own), (120, everything), (80, own), (160, everything)):
+        built.take(config)
+        x = torch.randn(1, length, 24, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), built(x), **EXACT)
+        graphs.append(counter.frame_count)
+    assert graphs[2:] == [graphs[2]] * 4
+
+
 def test_training_on_packed_documents_compiles_once(monkeypatch):
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch.compiler.config, "dynamic_sources", "")

@@ -98,10 +98,14 @@ def weights_per_token(config: Any) -> float:
     return config.num_hidden_layers * layer + hidden * config.vocab_size
 
 
-def mean_keys(config: Any) -> Callable[[int], float]:
-    """Length of a sequence -> keys that its tokens attend to on average, one that is only scored as a sixth."""
+def mean_keys(config: Any, all_blocks_of: int = 0) -> Callable[[int], float]:
+    """Length of a sequence -> keys that its tokens attend to on average, one that is only scored as a sixth.
+
+    all_blocks_of: where it is above 0, all blocks of so many tokens are selected.
+    """
     method = trained(config)
-    reads = method.reads(method.sizes_of(config))
+    sizes = method.sizes_of(config)
+    reads = method.reads(sizes.with_all_blocks(all_blocks_of) if all_blocks_of else sizes)
 
     def keys(length: int) -> float:
         read = reads.every(length)

@@ -55,7 +55,7 @@ class Saved:
 
     outs: tuple[Tensor, Tensor, Tensor]
     lses: tuple[Tensor, Tensor, Tensor]
-    block_indices: Tensor
+    block_indices: Tensor  # of no meaning where all blocks are selected
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -64,6 +64,11 @@ class Saved:
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> "Saved":
         return Saved(tuple(tensors[:3]), tuple(tensors[3:6]), tensors[6])
+
+
+def selects_all(layout: Layout, config: NSAConfig) -> bool:
+    """Whether no sequence is longer than n blocks: a query then selects all that it may see, and nothing is scored."""
+    return layout.longest <= config.num_selected_blocks * config.select_block_size
 
 
 Keys = tuple[Tensor, Tensor]
@@ -82,8 +87,12 @@ def attention_forward(
     (cmp, slc, win), q, gates = keys, as_rows(q), gates.contiguous()
     q_cmp = as_wide_as(cmp[0], q, scale)
     out_cmp, lse_cmp = contiguous_forward(q_cmp, *cmp, layouts.cmp, None, scale)
-    block_indices = select_top_blocks(q_cmp, cmp[0], lse_cmp, layouts.cmp, config, scale)
-    out_slc, lse_slc = selected_forward(q, *slc, block_indices, layouts.slc, config, scale)
+    if selects_all(layouts.slc, config):
+        block_indices = q.new_empty(*q.shape[:2], slc[0].shape[2], config.num_selected_blocks, dtype=torch.int32)
+        out_slc, lse_slc = contiguous_forward(q, *slc, layouts.slc, None, scale)
+    else:
+        block_indices = select_top_blocks(q_cmp, cmp[0], lse_cmp, layouts.cmp, config, scale)
+        out_slc, lse_slc = selected_forward(q, *slc, block_indices, layouts.slc, config, scale)
     out_win, lse_win = contiguous_forward(q, *win, layouts.win, config.window_size, scale)
     out = combine(out_cmp, out_slc, out_win, gates)
     return out, Saved((out_cmp, out_slc, out_win), (lse_cmp, lse_slc, lse_win), block_indices)
@@ -108,6 +117,9 @@ def attention_backward(
     dq, *d_cmp = contiguous_backward(as_wide_as(cmp[0], q, scale), *cmp, *of_branch(0), layouts.cmp, None, scale)
     dq = folded(dq, q, scale)
     dq, *d_win = contiguous_backward(q, *win, *of_branch(2), layouts.win, config.window_size, scale, dq)
-    arguments = (*of_branch(1), layouts.slc, config, scale)
-    dq, *d_slc = selected_gradients(q, *slc, saved.block_indices, *arguments, add_to=dq)
+    if selects_all(layouts.slc, config):
+        dq, *d_slc = contiguous_backward(q, *slc, *of_branch(1), layouts.slc, None, scale, dq)
+    else:
+        arguments = (*of_branch(1), layouts.slc, config, scale)
+        dq, *d_slc = selected_gradients(q, *slc, saved.block_indices, *arguments, add_to=dq)
     return dq, *d_cmp, *d_slc, *d_win, d_gates

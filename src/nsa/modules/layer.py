@@ -57,12 +57,16 @@ class SparseLayer(nn.Module):
         if config is not None and not isinstance(config, self.SIZES):
             kind, got = self.SIZES.__name__, type(config).__name__
             raise ValueError(f"{self.NAME}: config should be an {kind} ({kind}.from_dict), got {got}")
-        self.config = config = config or self.SIZES()
-        self.blocks = config if isinstance(config, NSAConfig) else config.blocks  # torch.compile could not ask for it
+        self.take(config or self.SIZES())
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim = head_dim or hidden_size // num_heads
         self.v_head_dim = v_head_dim or self.head_dim
         self.rotary = rotary or RotaryEmbedding(self.head_dim, rope_theta)
+
+    def take(self, config: Any) -> None:
+        """Attend by these sizes from now on; no weight depends on those that may change."""
+        self.config = config
+        self.blocks = config if isinstance(config, NSAConfig) else config.blocks  # torch.compile could not ask for it
 
     def forward(
         self,

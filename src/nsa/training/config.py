@@ -93,7 +93,8 @@ class TrainConfig:
     layout: Literal["rows", "flat"] = "rows"
     """rows: each row from one document; flat: one packed row a batch, whose documents do not see each other."""
     curriculum: tuple[str, ...] = ("512x1000:retrieval=0.1",)
-    """Stages LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:puzzles=SHARE][:keys=NUMBER][:style=assert], in order."""
+    """Stages LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:puzzles=SHARE][:keys=NUMBER][:style=assert]
+    [:blocks=all], in order. blocks=all: every query selects all blocks in these steps."""
     answer_weight: float = 1.0
     """How much a token of an answer in a retrieval row counts in the training loss; any other counts 1."""
     batch_tokens: int = 16384
@@ -236,6 +237,8 @@ class TrainConfig:
                 "selector_loss needs whole sequences and all heads on a rank: expected cp=1, tp=1 or selector_loss=0, "
                 f"got selector_loss={self.selector_loss:g}, cp={self.cp}, tp={self.tp}"
             )
+        if self.cp > 1 and any(stage.all_blocks for stage in self.stages):
+            raise ValueError(f"curriculum: blocks=all needs whole sequences on a rank: expected cp=1, got cp={self.cp}")
         for name in self.report_to:
             if name not in REPORTERS:
                 raise ValueError(f"report_to should be of {', '.join(REPORTERS)}, got {name!r}")

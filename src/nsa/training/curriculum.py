@@ -8,8 +8,8 @@ from nsa.training.puzzles.puzzle import LEAST_TOKENS
 
 SHARES = ("repeated", "retrieval", "puzzles")
 GRAMMAR = (
-    "LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:puzzles=SHARE][:keys=NUMBER][:style=assert], such as "
-    "512x1000:retrieval=0.5"
+    "LENGTHxSTEPS[:repeated=SHARE][:retrieval=SHARE][:puzzles=SHARE][:keys=NUMBER][:style=assert]"
+    "[:blocks=all], such as 512x1000:retrieval=0.5"
 )
 
 
@@ -19,7 +19,9 @@ class Stage:
 
     `repeated` and `retrieval` are the shares of rows that are examples of nsa.training.retrieval, `puzzles` of those
     of nsa.training.puzzles; the rest is text of the corpus. `keys` is the number of names in a retrieval row, 0 for
-    as many as come to fit, `style` how they are written.
+    as many as come to fit, `style` how they are written. With `all_blocks` every query of NSA and InfLLM-V2 selects
+    all blocks (in training; evaluation and the model are as configured): attention is learned densely, and by the
+    selector's loss the choice that it will need.
     """
 
     length: int
@@ -29,11 +31,13 @@ class Stage:
     puzzles: float = 0.0
     keys: int = 0
     style: Literal["keyword", "assert"] = "keyword"
+    all_blocks: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.length}x{self.steps}"]
         parts += [f"{name}={getattr(self, name):g}" for name in (*SHARES, "keys") if getattr(self, name)]
-        return ":".join(parts + ["style=assert"] * (self.style == "assert"))
+        parts += ["style=assert"] * (self.style == "assert") + ["blocks=all"] * self.all_blocks
+        return ":".join(parts)
 
 
 def parse_stage(text: str) -> Stage:
@@ -46,6 +50,8 @@ def parse_stage(text: str) -> Stage:
     values: dict[str, float] = {}
     style: Literal["keyword", "assert"] = "keyword"
     for option in options:
+        if option == "blocks=all":
+            continue
         if option in ("style=assert", "style=keyword"):
             style = "assert" if option == "style=assert" else "keyword"
             continue
@@ -64,7 +70,7 @@ def parse_stage(text: str) -> Stage:
     if values.get("puzzles") and length < LEAST_TOKENS:
         raise ValueError(f"curriculum stage {text!r}: rows of puzzles have at least {LEAST_TOKENS} tokens")
     keys = int(values.pop("keys", 0))
-    return Stage(length=length, steps=steps, keys=keys, style=style, **values)
+    return Stage(length=length, steps=steps, keys=keys, style=style, all_blocks="blocks=all" in options, **values)
 
 
 def parse_curriculum(texts: tuple[str, ...]) -> tuple[Stage, ...]:

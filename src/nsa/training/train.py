@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from nsa.costs.devices import peak_of
 from nsa.costs.flops import flops_per_token, mean_keys
 from nsa.models import NSALlamaConfig
+from nsa.training.all_blocks import AllBlocks
 from nsa.training.cache import Cache
 from nsa.training.clock import Clock
 from nsa.training.compiling import compile_parts
@@ -140,6 +141,7 @@ def _train(
     clock = Clock(None if peak is None else peak * (1 if world is None else world.size))
     metrics, progress = MetricsFiles(config.out, clock), Progress()
     stop = StopOnCtrlC(quiet=config.quiet or not is_main, any_rank=None if world is None else world.any)
+    all_blocks = AllBlocks(model, config.stages)
     records = [metrics, *([] if config.quiet else [progress])] if is_main else []
     options: dict[str, Any] = {
         "clock": clock,
@@ -150,7 +152,7 @@ def _train(
         "train_dataset": train_set,
         "eval_dataset": eval_sets,
         "processing_class": tokenizer,
-        "callbacks": [*records, stop, *callbacks],
+        "callbacks": [*records, stop, all_blocks, *callbacks],
     }
     trainer: WholeCheckpointTrainer
     if world is not None:
@@ -174,6 +176,7 @@ def _train(
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; {hope}") from None
     finally:
         progress.close()
+        all_blocks.restore()
         train_selectors(model, 0.0)  # what the caller trains with it further is the caller's
     return model
 
@@ -202,7 +205,9 @@ def _flops_of_token(model: NSALlamaConfig, train_set: TrainingBatches, batches_p
 
     @lru_cache
     def of_stage(which: int) -> float:
-        return flops_per_token(model, train_set.mean_over_tokens(which, mean_keys(model)))
+        stage = train_set.stages[which]
+        keys = mean_keys(model, stage.length if stage.all_blocks else 0)
+        return flops_per_token(model, train_set.mean_over_tokens(which, keys))
 
     return lambda step: of_stage(train_set.stage_of(step * batches_per_step))
 
