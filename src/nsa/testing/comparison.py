@@ -19,7 +19,9 @@ def assert_close_to_fp64(
 
         max |actual - truth| <= 2 max |plain - truth| + (eps + eps32 * largest_score) max |truth|
 
-    and the same for the root mean squares.
+    and the same for the root mean squares. The budget is as good as the number of errors that it is taken from: those
+    of a single number that sums up many, such as a loss in bf16, cancel by chance, in `plain` as in `actual`. Judge
+    what it is the sum of.
 
     Args:
         actual: the result to judge.
