@@ -25,18 +25,20 @@ SIZES = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_att
          "num_hidden_layers": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}  # fmt: skip
 NSA = {"compress_block_size": 16, "compress_stride": 8, "select_block_size": 16, "num_selected_blocks": 4,
        "window_size": 40}  # fmt: skip
+INFLLM_V2 = {"kernel_size": 16, "kernel_stride": 8, "block_size": 16, "window_size": 16, "topk": 3, "dense_len": 0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Three twins, a plain Llama and held-out text."""
+    """Twins, a plain Llama and held-out text."""
     folder = tmp_path_factory.mktemp("models")
-    for attention in ("nsa", "dense", "window", "llama"):
+    for attention in ("nsa", "infllm_v2", "dense", "window", "llama"):
         torch.manual_seed(0)
         if attention == "llama":
             model = LlamaForCausalLM(LlamaConfig(**SIZES))
         else:
-            model = NSALlamaForCausalLM(NSALlamaConfig(**SIZES, attention=attention, nsa=NSA))
+            config = NSALlamaConfig(**SIZES, attention=attention, nsa=NSA, infllm_v2=INFLLM_V2)
+            model = NSALlamaForCausalLM(config)
         model.save_pretrained(folder / attention)
         byte_tokenizer().save_pretrained(folder / attention)
     write_text(folder / "text")
@@ -83,22 +85,25 @@ def test_json_goes_to_stdout_alone(folder, capsys):
     ]
 
 
-def test_an_oracle_differs_from_its_model_where_blocks_are_chosen_and_nowhere_else(folder, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["nsa", "infllm_v2"])
+def test_an_oracle_differs_from_its_model_where_blocks_are_chosen_and_nowhere_else(folder, tmp_path, capsys, name):
     asked = {"tasks": ("perplexity",), "lengths": (256,), "oracle": True, "output": tmp_path / "out"}
-    judge(arguments(folder, "nsa", "dense", json=True, **asked))
+    judge(arguments(folder, name, "dense", json=True, **asked))
     found = json.loads(capsys.readouterr().out)
     rows = found["rows"]
-    assert list(rows) == ["nsa", "dense", "nsa, oracle"]
+    assert list(rows) == [name, "dense", f"{name}, oracle"]
     assert "oracle" not in " ".join(found["notes"])  # the same weights, said once
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("blocks chosen by their exact attention mass") == 1
-    losses = {name: {str(row["where"]["positions"]): row["value"] for row in found} for name, found in rows.items()}
-    assert losses["nsa"]["[1, 64]"] == losses["nsa, oracle"]["[1, 64]"]  # four blocks of 16 are all
-    assert losses["nsa"]["[128, 256]"] != losses["nsa, oracle"]["[128, 256]"]
+    losses = {of: {str(row["where"]["positions"]): row["value"] for row in found} for of, found in rows.items()}
+    assert losses[name]["[1, 64]"] == losses[f"{name}, oracle"]["[1, 64]"]  # four blocks of 16 are all
+    assert losses[name]["[128, 256]"] != losses[f"{name}, oracle"]["[128, 256]"]
 
 
-def test_an_oracle_without_a_model_of_nsa_is_refused(folder):
-    with pytest.raises(ValueError, match="--oracle is for models with attention='nsa'; dense has 'dense'"):
+def test_an_oracle_without_a_sparse_model_is_refused(folder):
+    with pytest.raises(
+        ValueError, match="--oracle is for models with attention='nsa' or 'infllm_v2'; dense has 'dense'"
+    ):
         judge(arguments(folder, "dense", oracle=True))
 
 

@@ -14,7 +14,7 @@ from nsa.backend import resolve, use_backend
 from nsa.config import NSAConfig
 from nsa.functional import native_sparse_attention
 from nsa.kernels import library
-from nsa.methods.nsa import selection_by_mass
+from nsa.methods.oracle import selection_by_mass
 from nsa.ops.compress import compress, phi_mean
 from nsa.testing import assert_close_to_fp64, assert_same_selection
 

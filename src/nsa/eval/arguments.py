@@ -38,7 +38,7 @@ class EvalArguments:
     seed: int = 0
     """Decides all prompts."""
     oracle: bool = False
-    """A second row for every NSA model: the same weights, blocks chosen by their exact attention mass."""
+    """A second row for every sparse model: the same weights, blocks chosen by their exact attention mass."""
     text: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """A file or folder of text that the models have not seen. Default: what their training held out."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None

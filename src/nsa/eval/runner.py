@@ -26,7 +26,8 @@ from nsa.eval.result import Result
 from nsa.eval.table import result_tables
 from nsa.eval.tasks import PUZZLES, TASKS, Continuation, MultiValue, Needle, Perplexity, Recall, Row, Task
 from nsa.eval.text import HELD_OUT
-from nsa.methods.nsa import selection_by_mass
+from nsa.methods.oracle import selection_by_mass
+from nsa.methods.registry import TRAINED
 from nsa.training.config import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ def judge(arguments: EvalArguments) -> Result:
         for folder, name in zip(arguments.models, names, strict=True)
     ]
     if arguments.oracle:
-        sparse = [candidate for candidate in candidates if candidate.attention == "nsa"]
+        made_sparse = [name for name, method in TRAINED.items() if method.is_sparse]
+        sparse = [candidate for candidate in candidates if candidate.attention in made_sparse]
         if not sparse:
             found = ", ".join(f"{candidate.name} has {candidate.attention!r}" for candidate in candidates)
-            raise ValueError(f"--oracle is for models with attention='nsa'; {found}")
+            expected = " or ".join(map(repr, made_sparse))
+            raise ValueError(f"--oracle is for models with attention={expected}; {found}")
         candidates += [replace(candidate, name=f"{candidate.name}, oracle", by_mass=True) for candidate in sparse]
     tasks = tasks_of(arguments, candidates)
     if arguments.output is not None:

@@ -11,10 +11,11 @@ from nsa.backend import Backend, resolve
 from nsa.cache_tensors import as_computed
 from nsa.composed import as_operator, is_traced
 from nsa.config import InfLLMv2Config
+from nsa.methods.oracle import is_by_mass
 from nsa.ops.attend import attend
 from nsa.ops.causal_attention import causal_attention, sees_all
 from nsa.ops.compress import compress, phi_mean
-from nsa.ops.pooled_selection import select_by_pooled_keys
+from nsa.ops.pooled_selection import select_by_mass, select_by_pooled_keys
 from nsa.ops.tiled_attention import factor
 from nsa.shapes import Sequences, bind, check_queries
 from nsa.streams import Blocks, Causal, Stream
@@ -89,22 +90,28 @@ def attend_to_listed(
     q: Tensor, raw: Stream, k_pool: Tensor | None, config: InfLLMv2Config, scale: float, on: Backend
 ) -> Tensor:
     """The steps of the method; `k_pool` None: means of raw's keys."""
-    s, where, blocks = raw.k.shape[1], raw.where, config.blocks
-    if s <= config.sees_all:
+    if (s := raw.k.shape[1]) <= config.sees_all:
         if on == "torch" and sees_all(q, raw, s):
             return causal_attention(q, raw.k, raw.v, scale=scale)
         return attend(q, raw, Causal(), scale=scale, backend=on)[0]
+    if is_by_mass():
+        indices = select_by_mass(q, raw.k, config, sequences=raw.where, scale=scale)
+    else:
+        indices = _choose(q, raw, k_pool, config, scale, on)
+    listed = Blocks(indices, config.block_size, config.blocks.num_local_blocks)
+    return attend(q, raw, listed, scale=scale, backend=on)[0]
+
+
+def _choose(q: Tensor, raw: Stream, k_pool: Tensor | None, config: InfLLMv2Config, scale: float, on: Backend) -> Tensor:
+    s, where = raw.k.shape[1], raw.where
     if k_pool is None:
         with torch.no_grad():
-            k_pool = compress(raw.k, phi_mean, blocks, sequences=where)
+            k_pool = compress(raw.k, phi_mean, config.blocks, sequences=where)
     if on == "triton" and not config.coarse_lse:
         from nsa.kernels import pooled_selection  # only where triton is installed
 
-        indices = pooled_selection.select_by_pooled_keys(q, k_pool, where, config, s, scale)
-    else:
-        indices = select_by_pooled_keys(q, k_pool, config, num_keys=s, sequences=where, scale=scale)
-    listed = Blocks(indices, blocks.select_block_size, blocks.num_local_blocks)
-    return attend(q, raw, listed, scale=scale, backend=on)[0]
+        return pooled_selection.select_by_pooled_keys(q, k_pool, where, config, s, scale)
+    return select_by_pooled_keys(q, k_pool, config, num_keys=s, sequences=where, scale=scale)
 
 
 def _attend(tensors: Sequence[Tensor], others: Sequence[Tensor | None], sizes: list[int], scale: float) -> Tensor:

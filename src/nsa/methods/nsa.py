@@ -1,7 +1,6 @@
 """Native Sparse Attention (arXiv:2502.11089, section 3): three branches, added by their gates."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from nsa.composed import as_operator, is_traced
 from nsa.config import NSAConfig
+from nsa.methods.oracle import is_by_mass
 from nsa.ops.attend import attend
 from nsa.ops.causal_attention import causal_attention, sees_all
 from nsa.ops.combine import combine
@@ -34,7 +34,7 @@ def compose(
         out_cmp, _ = attend(q_cmp, cmp, Causal(), scale=scale, backend=on)
         out_slc = causal_attention(q, slc.k, slc.v, scale=scale)
     else:
-        if _by_mass:
+        if is_by_mass():
             out_cmp, _ = attend(q_cmp, cmp, Causal(), scale=scale, backend=on)
             indices = blocks_by_mass(q, slc, config, scale)
         else:
@@ -73,23 +73,6 @@ def _blocks_by_mass_of_rows(q: Tensor, k: Tensor, config: NSAConfig, scale: floa
     return torch.cat(found, dim=2).transpose(1, 2)
 
 
-@contextmanager
-def selection_by_mass() -> Iterator[None]:
-    """Inside, whole forwards select the blocks of the largest exact attention mass, by PyTorch operations.
-
-    An oracle for evaluation: it reads every key to choose. What a model then gains is what its selector costs it; what
-    it still lacks of dense attention is what reading by blocks costs. Steps over static and paged caches are untouched.
-    """
-    global _by_mass
-    before, _by_mass = _by_mass, True
-    try:
-        yield
-    finally:
-        _by_mass = before
-
-
-_by_mass = False  # no context variable, which torch.compile cannot look into
-
 # ---- what takes over ----------------------------------------------------------------------------------------
 
 
@@ -98,7 +81,7 @@ def attention(
     on: Literal["torch", "triton"], nonnegative_gates: bool, max_seqlen_k: int | None,
 ) -> Tensor:  # fmt: skip
     """`nsa.functional.native_sparse_attention` of streams, all of it checked and filled in."""
-    if on == "triton" and not _by_mass:
+    if on == "triton" and not is_by_mass():
         from nsa.kernels.functional import native_sparse_attention as on_kernels  # only where triton is installed
 
         return on_kernels(q, branches, gates, config, scale, nonnegative_gates, max_seqlen_k)

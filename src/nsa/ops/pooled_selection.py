@@ -4,6 +4,7 @@ No gradient flows through the choice, and pooled keys have no values.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,32 @@ def select_by_pooled_keys(
 
     Source: arXiv:2509.24663 section 3, arXiv:2506.07900 section 2. Tested against the fp64 brute force of nsa.testing.
     """
-    op = "select_by_pooled_keys"
+    return _select("select_by_pooled_keys", q, k_pool, config, num_keys, sequences, scale)
+
+
+@torch.no_grad()
+def select_by_mass(
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b s g d"],
+    config: InfLLMv2Config,
+    *,
+    sequences: Sequences = UNIFORM,
+    scale: float | None = None,
+) -> Int[Tensor, "b t g n"]:
+    """`select_by_pooled_keys` where the scores are what a block gets of the dense attention: every key is read.
+
+        score[j] = sum over the heads h of the group, p in block j of exp(scale q[h] . k[p] - lse[h]),      p <= t
+
+    Args, Returns, Raises: as there, of the keys themselves. Tested against loops in fp64.
+    """
+    tokens = replace(config, kernel_size=1, kernel_stride=1, coarse_lse=False)
+    return _select("select_by_mass", q, k, tokens, k.shape[1], sequences, scale, by_mass=True)
+
+
+def _select(
+    op: str, q: Tensor, k_pool: Tensor, config: InfLLMv2Config, num_keys: int, sequences: Sequences,
+    scale: float | None, by_mass: bool = False,
+) -> Tensor:  # fmt: skip
     b, t, *_, g = bind(op, q=(q, "b t h d"), k_pool=(k_pool, "b c g d")).values()
     width = config.list_width(num_keys)
     slots = torch.arange(width, device=q.device, dtype=torch.int32)
@@ -68,7 +94,7 @@ def select_by_pooled_keys(
         own = _positions(part, first, few, q.device) // config.block_size
         chosen = slots.where(slots <= own[:, None], -1)
         block_indices[part.rows, :, part.q_start + first : part.q_start + few] = chosen
-        for queries, positions, scores in _scored(op, q, k_pool, part, few, config, scale):
+        for queries, positions, scores in _scored(op, q, k_pool, part, few, config, scale, by_mass):
             chosen = top_blocks(scores, positions, config.blocks)
             block_indices[part.rows, :, queries] = F.pad(chosen, (0, width - chosen.shape[-1]), value=-1)
     return block_indices.transpose(1, 2)
@@ -111,8 +137,9 @@ def pooled_scores(
 
 
 def _scored(
-    op: str, q: Tensor, k_pool: Tensor, part: Part, first: int, config: InfLLMv2Config, scale: float | None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    op: str, q: Tensor, k_pool: Tensor, part: Part, first: int, config: InfLLMv2Config, scale: float | None,
+    by_mass: bool = False,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:  # fmt: skip
     """Columns, positions and scores [b, g, queries, blocks] of the part's queries from its `first` on, a run a time."""
     count = config.blocks.num_compressed_blocks(part.num_keys)
     fine = k_pool[part.rows, part.c_start : part.c_start + count].to(accumulation_dtype(q.dtype)).transpose(1, 2)
@@ -129,7 +156,7 @@ def _scored(
         keys = fine[:, :, : config.blocks.num_visible_compressed_blocks(part.first_position + last - 1)]
         # [rows, g, queries, heads, d], and weights over the pooled keys
         of_group = q[part.rows, queries].unflatten(2, (groups, -1)).transpose(1, 2).to(fine.dtype) * scale
-        yield queries, positions, _to_blocks(_weights(of_group, keys, positions, config), config)
+        yield queries, positions, _to_blocks(_weights(of_group, keys, positions, config), config, by_mass)
         first = last
 
 
@@ -159,14 +186,15 @@ def _visible_scores(q: Tensor, keys: Tensor, positions: Tensor, config: InfLLMv2
     return scores.masked_fill_(hidden[:, None], -torch.inf)
 
 
-def _to_blocks(weights: Tensor, config: InfLLMv2Config) -> Tensor:
-    """Weights [..., c] of pooled keys to the largest [..., blocks] of those that touch each block."""
+def _to_blocks(weights: Tensor, config: InfLLMv2Config, by_mass: bool) -> Tensor:
+    """Weights [..., c] of pooled keys to the largest, or the sum, [..., blocks] of those that touch each block."""
     # Pooled key i lies on the strides i .. i + before, and per_block strides make a block.
     per_block, before = config.block_size // config.kernel_stride, config.kernel_size // config.kernel_stride - 1
     c = weights.shape[-1]
     blocks = max(1, -(-(c + before) // per_block))
     padded = F.pad(weights, (before, blocks * per_block - c))
-    return padded.unfold(-1, per_block + before, per_block).amax(-1)
+    touching = padded.unfold(-1, per_block + before, per_block)
+    return touching.sum(-1) if by_mass else touching.amax(-1)
 
 
 def _positions(part: Part, first: int, last: int, device: torch.device) -> Tensor:
