@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the bottom up: a part may import itself, the parts beside it and those before it.
 LAYERS = [
     {"config", "files", "report"},
-    {"shapes", "second_order", "backend", "cache_tensors", "decode_step", "streams"},
+    {"shapes", "backend", "cache_tensors", "decode_step", "streams"},
     {"kernels"},
     {"ops"},
     {"composed"},

@@ -105,6 +105,13 @@ def test_unknown_keys_are_an_error_that_names_them_and_the_known_ones():
         NSAConfig.from_dict({"top_k": 4, "sliding_window": 256})
 
 
+def test_the_option_that_is_gone_may_be_false_in_files_of_its_days_and_nothing_else():
+    old = NSAConfig(window_size=256).to_dict() | {"second_order": False}
+    assert NSAConfig.from_dict(old) == NSAConfig.from_json(json.dumps(old)) == NSAConfig(window_size=256)
+    with pytest.raises(ValueError, match=r"^NSAConfig: the option second_order is gone, .*: expected false, got True$"):
+        NSAConfig.from_dict(old | {"second_order": True})
+
+
 @pytest.mark.parametrize(("text", "got"), [("[1]", "list"), ("3", "int"), ("null", "NoneType")])
 def test_json_that_is_not_an_object_is_one_clear_line(text, got):
     with pytest.raises(ValueError, match=rf"^NSAConfig: expected a JSON object, got {got}$"):

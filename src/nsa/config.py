@@ -87,8 +87,6 @@ class NSAConfig(_Sizes):
     """phi, which makes one key or value of a block."""
     shared_kv: bool = False
     """One k, v for the three branches instead of one pair each."""
-    second_order: bool = False
-    """Compressed keys carry the variance of their block's keys, and scores heed it (COBS, arXiv:2607.09052)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +121,16 @@ class NSAConfig(_Sizes):
         )
         if self.compression not in ("mlp", "linear", "mean"):
             raise ValueError(f"NSAConfig: compression should be 'mlp', 'linear' or 'mean', got {self.compression!r}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "NSAConfig":
+        """As of every configuration; `second_order`, an option that is gone, may still be there and false."""
+        if values.get("second_order", False) is not False:
+            raise ValueError(
+                "NSAConfig: the option second_order is gone, for training with it diverged: expected false, "
+                f"got {values['second_order']!r}"
+            )
+        return super().from_dict({name: value for name, value in values.items() if name != "second_order"})
 
     # Counts
 

@@ -14,7 +14,6 @@ from nsa.config import NSAConfig
 from nsa.methods import nsa as method
 from nsa.ops.compress import compress, phi_mean
 from nsa.ops.tiled_attention import factor
-from nsa.second_order import mean_and_variance
 from nsa.shapes import Sequences, bind, check_lengths, check_queries
 from nsa.streams import Branches
 
@@ -36,7 +35,7 @@ def native_sparse_attention(
     gates: Float[Tensor, "b t h 3"],
     config: NSAConfig = DEFAULT,
     *,
-    k_cmp: Float[Tensor, "b c g w"] | None = None,
+    k_cmp: Float[Tensor, "b c g d"] | None = None,
     v_cmp: Float[Tensor, "b c g e"] | None = None,
     k_win: Float[Tensor, "b s_win g d"] | None = None,
     v_win: Float[Tensor, "b s_win g e"] | None = None,
@@ -61,8 +60,7 @@ def native_sparse_attention(
         k, v: keys and values of the selection branch. All keys and values have q's dtype and device.
         gates: one scalar per query, head and branch, in the order cmp, slc, win.
         config: block sizes and counts.
-        k_cmp, v_cmp: compressed keys and values; by default the block means of k and v. With `config.second_order` the
-            keys are w = 2 d wide and carry the variance (`nsa.second_order`), else w = d.
+        k_cmp, v_cmp: compressed keys and values; by default the block means of k and v.
         k_win, v_win: keys and values of the window branch, at least the last t + w - 1 of them (all, where sequences
             are packed); by default k and v.
         cu_seqlens_q, cu_seqlens_k: packed sequences (b == 1) as in FlashAttention's varlen API; the second only
@@ -112,8 +110,7 @@ def native_sparse_attention(
     # The sums inside are fp32; autocast would round their terms.
     with torch.autocast(device, enabled=False) if is_autocast else nullcontext():
         if "k_cmp" not in tensors:
-            phis = {"k": mean_and_variance if config.second_order else phi_mean, "v": phi_mean}
-            tensors |= {f"{x}_cmp": compress(tensors[x], phi, config, sequences=where) for x, phi in phis.items()}
+            tensors |= {f"{x}_cmp": compress(tensors[x], phi_mean, config, sequences=where) for x in "kv"}
         q, *keys = (tensors[name] for name in ("q", "k_cmp", "v_cmp", "k", "v", "k_win", "v_win"))
         branches = Branches.of(config, keys, lengths)
         on = resolve(q, *keys, scale=scale, backend=backend)
@@ -148,7 +145,7 @@ def attend_to_branches(
 OP = "native_sparse_attention"
 SHAPES = {
     "q": "b t h d", "k": "b s g d", "v": "b s g e", "gates": "b t h 3",
-    "k_cmp": "b c g w", "v_cmp": "b c g e", "k_win": "b u g d", "v_win": "b u g e",
+    "k_cmp": "b c g d", "v_cmp": "b c g e", "k_win": "b u g d", "v_win": "b u g e",
 }  # fmt: skip
 
 
@@ -182,12 +179,6 @@ def _check_tensors(tensors: dict[str, Tensor], lengths: Lengths, config: NSAConf
         raise ValueError(f"{OP}: q should have tokens before heads, as gates do: [b, t, h, d], got {list(q.shape)}")
     sizes = bind(OP, **{name: (x, SHAPES[name]) for name, x in tensors.items()})
     b, t, s = (sizes[letter] for letter in "bts")
-    width = sizes["d"] * (2 if config.second_order else 1)
-    if sizes.get("w", width) != width:
-        raise ValueError(
-            f"{OP}: k_cmp: expected a width of {width}, for d = {sizes['d']} and second_order={config.second_order}, "
-            f"got {sizes['w']}"
-        )
     c, u = sizes.get("c"), sizes.get("u", s)
     for name, x in tensors.items():
         if x.dtype != q.dtype and name != "gates":

@@ -69,14 +69,6 @@ def test_every_compression_and_shared_keys(compression: str, shared_kv: bool) ->
     compare(attention, attention, torch.randn(1, 300, 128, device="cuda"))
 
 
-def test_scores_to_the_second_order() -> None:
-    attention = layer(NSAConfig.from_dict({**CONFIG.to_dict(), "second_order": True}))
-    compare(attention, attention, torch.randn(1, 400, 128, device="cuda"))
-    bounds = torch.tensor([0, 3, 3, 250, 400], device="cuda")
-    attention = layer(NSAConfig.from_dict({**CONFIG.to_dict(), "second_order": True}))
-    compare(attention, lambda x: attention(x, cu_seqlens=bounds), torch.randn(1, 400, 128, device="cuda"))
-
-
 def test_bf16_autocast_trains_fp32_weights() -> None:
     attention, x = layer(), torch.randn(1, 400, 128, device="cuda")
 

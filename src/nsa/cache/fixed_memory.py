@@ -39,8 +39,6 @@ class FixedMemory(LayerCache):
 
     def __init__(self, config: NSAConfig, *, max_crop: int = 64, max_new: int = 16) -> None:
         super().__init__(config, max_crop=max_crop)
-        if config.second_order:
-            raise ValueError(f"{type(self).__name__}: expected second_order=False, got True; NSACache serves it")
         if max_new < 1:
             raise ValueError(f"cache: expected max_new >= 1, got {max_new}")
         self.max_new = max_new

@@ -66,10 +66,7 @@ class NSACache(LayerCache):
     def _compress_complete_blocks(self, compress_run: CompressRun) -> None:
         k_raw, v_raw = self.uncompressed.view()
         if not self.compressed.lengths:
-            none = k_raw[:, :0]
-            none = torch.cat([none, none], dim=-1) if self.config.second_order else none  # beside the variance
-            self.compressed.append(none, v_raw[:, :0], [0] * len(self.lengths))
-        empty = [x[:, :0] for x in self.compressed.view()]
+            self.compressed.append(k_raw[:, :0], v_raw[:, :0], [0] * len(self.lengths))
         histories = list(zip(self.lengths, self.uncompressed.lengths, self.compressed.lengths, strict=True))
         is_uniform = len(set(histories)) == 1
         new: list[tuple[Tensor, Tensor]] = []
@@ -78,7 +75,7 @@ class NSACache(LayerCache):
             want = self.config.num_compressed_blocks(length)
             start = have * self.config.compress_stride - (length - stored)
             stop = start + (want - have - 1) * self.config.compress_stride + self.config.compress_block_size
-            k, v = (x[rows] for x in empty)
+            k, v = k_raw[rows, :0], v_raw[rows, :0]
             if want > have:
                 k, v = compress_run(k_raw[rows, start:stop], v_raw[rows, start:stop], have)
             new.append((k.to(k_raw.dtype), v.to(v_raw.dtype)))

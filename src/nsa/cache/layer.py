@@ -26,7 +26,7 @@ class CacheViews:
 
     k: Float[Tensor, "b s g d"]
     v: Float[Tensor, "b s g e"]
-    k_cmp: Float[Tensor, "b c g w"]
+    k_cmp: Float[Tensor, "b c g d"]
     v_cmp: Float[Tensor, "b c g e"]
     k_win: Float[Tensor, "b s_win g d"]
     v_win: Float[Tensor, "b s_win g e"]
@@ -46,7 +46,7 @@ class CacheContents:
     lengths: list[int]
     k: Float[Tensor, "b s g d"]
     v: Float[Tensor, "b s g e"]
-    k_cmp: Float[Tensor, "b c g w"]
+    k_cmp: Float[Tensor, "b c g d"]
     v_cmp: Float[Tensor, "b c g e"]
     window_lengths: list[int]
     k_win: Float[Tensor, "b s_win g d"]

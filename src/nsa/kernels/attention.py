@@ -19,7 +19,6 @@ from nsa.kernels.rows import combine, gates_backward, signed_by_gate
 from nsa.kernels.selected_forward import selected_forward
 from nsa.kernels.selected_gradients import selected_gradients
 from nsa.kernels.selection import select_top_blocks
-from nsa.second_order import as_wide_as, folded
 from nsa.shapes import Sequences
 from nsa.streams import Branches
 
@@ -85,13 +84,12 @@ def attention_forward(
     q: Tensor, keys: ThreeKeys, gates: Tensor, layouts: Layouts, config: NSAConfig, scale: float
 ) -> tuple[Tensor, Saved]:
     (cmp, slc, win), q, gates = keys, as_rows(q), gates.contiguous()
-    q_cmp = as_wide_as(cmp[0], q, scale)
-    out_cmp, lse_cmp = contiguous_forward(q_cmp, *cmp, layouts.cmp, None, scale)
+    out_cmp, lse_cmp = contiguous_forward(q, *cmp, layouts.cmp, None, scale)
     if selects_all(layouts.slc, config):
         block_indices = q.new_empty(*q.shape[:2], slc[0].shape[2], config.num_selected_blocks, dtype=torch.int32)
         out_slc, lse_slc = contiguous_forward(q, *slc, layouts.slc, None, scale)
     else:
-        block_indices = select_top_blocks(q_cmp, cmp[0], lse_cmp, layouts.cmp, config, scale)
+        block_indices = select_top_blocks(q, cmp[0], lse_cmp, layouts.cmp, config, scale)
         out_slc, lse_slc = selected_forward(q, *slc, block_indices, layouts.slc, config, scale)
     out_win, lse_win = contiguous_forward(q, *win, layouts.win, config.window_size, scale)
     out = combine(out_cmp, out_slc, out_win, gates)
@@ -114,8 +112,7 @@ def attention_backward(
         signed = d_out if nonnegative_gates else signed_by_gate(d_out, gates, branch)
         return signed, lses[branch], deltas[branch]
 
-    dq, *d_cmp = contiguous_backward(as_wide_as(cmp[0], q, scale), *cmp, *of_branch(0), layouts.cmp, None, scale)
-    dq = folded(dq, q, scale)
+    dq, *d_cmp = contiguous_backward(q, *cmp, *of_branch(0), layouts.cmp, None, scale)
     dq, *d_win = contiguous_backward(q, *win, *of_branch(2), layouts.win, config.window_size, scale, dq)
     if selects_all(layouts.slc, config):
         dq, *d_slc = contiguous_backward(q, *slc, *of_branch(1), layouts.slc, None, scale, dq)

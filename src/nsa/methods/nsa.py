@@ -16,7 +16,6 @@ from nsa.ops.causal_attention import causal_attention, sees_all
 from nsa.ops.combine import combine
 from nsa.ops.selection import attend_and_select, top_blocks
 from nsa.ops.tiles import accumulation_dtype
-from nsa.second_order import as_wide_as
 from nsa.streams import Blocks, Branches, Causal, Stream, Window
 
 SCORES = 2**26  # of an oracle's queries with all keys, at once
@@ -28,17 +27,16 @@ def compose(
 ) -> Tensor:  # fmt: skip
     """The steps of the paper by the PyTorch operations; `on` the kernels only for an oracle's branches."""
     cmp, slc, win = branches
-    q_cmp = as_wide_as(cmp.k, q, scale)
     selects_all = sees_all(q, slc, config.num_selected_blocks * config.select_block_size)
     if selects_all:
-        out_cmp, _ = attend(q_cmp, cmp, Causal(), scale=scale, backend=on)
+        out_cmp, _ = attend(q, cmp, Causal(), scale=scale, backend=on)
         out_slc = causal_attention(q, slc.k, slc.v, scale=scale)
     else:
         if is_by_mass():
-            out_cmp, _ = attend(q_cmp, cmp, Causal(), scale=scale, backend=on)
+            out_cmp, _ = attend(q, cmp, Causal(), scale=scale, backend=on)
             indices = blocks_by_mass(q, slc, config, scale)
         else:
-            out_cmp, _, indices = attend_and_select(q_cmp, cmp, config, scale=scale)
+            out_cmp, _, indices = attend_and_select(q, cmp, config, scale=scale)
         blocks = Blocks(indices, config.select_block_size, config.num_local_blocks)
         out_slc, _ = attend(q, slc, blocks, scale=scale, backend=on)
     if not sees_all(q, win, config.window_size):

@@ -58,8 +58,6 @@ class NSALlamaCache(Cache):
                 f"{layout!r} with max_length={max_length} and num_pages={num_pages}"
             )
 
-        if nsa.second_order and layout != "growing":
-            raise ValueError(f"NSALlamaCache: second_order needs layout 'growing', got {layout!r}")
         if config.dense_layers and layout != "growing":
             raise ValueError(f"NSALlamaCache: layers that stay dense need layout 'growing', got {layout!r}")
         sparse = config.sparse_layers if config.dense_layers else range(config.num_hidden_layers)

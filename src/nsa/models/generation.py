@@ -270,8 +270,6 @@ class GenerationPolicy(GenerationMixin):
             return "logits are capped"
         if self.config.attention != "nsa":
             return f"attention={self.config.attention!r} has no step that the device takes alone"
-        if self.config.attention == "nsa" and self.config.nsa_config.second_order:
-            return "second_order has no step that the device takes alone"
         if not self.model.can_step():
             return "phi is more than its weights (adapters, hooks, quantized)"
         rope = self.model.rotary_emb.rope_type  # of each kind of layer, where these differ

@@ -24,7 +24,6 @@ from nsa.modules.selector_loss import selector_loss, with_loss
 from nsa.modules.token_layout import TokenLayout
 from nsa.ops.compress import blocks_of
 from nsa.ops.selection import block_scores, select_blocks
-from nsa.second_order import as_wide_as, with_variance
 from nsa.streams import Branches, Stream
 
 
@@ -113,8 +112,6 @@ class NativeSparseAttention(SparseLayer):
         return attend_to_branches(q, branches, gates, self.config, nonnegative_gates=True)
 
     def attend_in_context(self, x: Tensor, layout: ContextLayout) -> Float[Tensor, "b t h e"]:
-        if self.config.second_order:
-            raise ValueError("NativeSparseAttention: second_order does not go with context parallelism; expected False")
         q, tokens, gates = self._inputs(x, layout.cos, layout.sin)
         return context_parallel_attention(q, tokens, gates, layout, self._compress_blocks)
 
@@ -126,8 +123,8 @@ class NativeSparseAttention(SparseLayer):
         return [*own, self.k_proj_win, self.v_proj_win, self.k_proj_cmp, self.v_proj_cmp]
 
     def can_step(self) -> bool:
-        """Whether `decode` serves: phi is its weights and nothing else, and keys carry no variance."""
-        return not self.config.second_order and self.compress_k.is_plain() and self.compress_v.is_plain()
+        """Whether `decode` serves: phi is its weights and nothing else."""
+        return self.compress_k.is_plain() and self.compress_v.is_plain()
 
     def decode(
         self, x: Float[Tensor, "b t hidden"], tensors: CacheTensors, step: DecodeStep
@@ -151,9 +148,7 @@ class NativeSparseAttention(SparseLayer):
         layout = TokenLayout.of(x, self.rotary, self.config)
         q, tokens, _ = self._inputs(x, layout.cos, layout.sin)
         k_cmp, _ = self._compress(tokens.cmp, layout)
-        scale = q.shape[-1] ** -0.5
-        q = as_wide_as(k_cmp, q, scale)
-        return block_scores(q, k_cmp, self.config, scale=scale), select_blocks(q, k_cmp, self.config, scale=scale)
+        return block_scores(q, k_cmp, self.config), select_blocks(q, k_cmp, self.config)
 
     def _inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Branches, Tensor]:
         """q rotated; keys, rotated but for those of compression, and values; gates."""
@@ -176,17 +171,8 @@ class NativeSparseAttention(SparseLayer):
 
     def _compress(self, raw: Stream, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """The compressed keys, rotated, and values of whole sequences."""
-
-        def blocks(x: Tensor) -> Tensor:
-            return blocks_of(x, self.config) if layout.blocks is None else layout.blocks.gather(x)
-
-        k_cmp, v_cmp = self._compress_blocks(blocks(raw.k), blocks(raw.v), layout.cos_cmp, layout.sin_cmp)
-        if not self.config.second_order:
-            return k_cmp, v_cmp
-        cos, sin = layout.cos, layout.sin
-        if layout.counts is not None:  # keys lie to the left there, and factors with the queries
-            cos, sin = (layout.to_the_left(x.expand(raw.k.shape[0], -1, -1)) for x in (cos, sin))
-        return with_variance(k_cmp, blocks(rotate(raw.k, cos, sin))), v_cmp
+        gather = partial(blocks_of, config=self.config) if layout.blocks is None else layout.blocks.gather
+        return self._compress_blocks(gather(raw.k), gather(raw.v), layout.cos_cmp, layout.sin_cmp)
 
     def _compress_blocks(self, k_blocks: Tensor, v_blocks: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate(self.compress_k(k_blocks), cos, sin), self.compress_v(v_blocks)
@@ -195,11 +181,7 @@ class NativeSparseAttention(SparseLayer):
         """Compress raw tokens that begin at block `first`."""
         k_cmp, v_cmp = self.compress_k(blocks_of(k_raw, self.config)), self.compress_v(blocks_of(v_raw, self.config))
         stride = self.config.compress_stride
-        k_cmp = rotate(k_cmp, *factors.evenly_spaced(k_cmp, first * stride, k_cmp.shape[1], stride))
-        if not self.config.second_order:
-            return k_cmp, v_cmp
-        turned = rotate(k_raw, *factors.evenly_spaced(k_raw, first * stride, k_raw.shape[1]))
-        return with_variance(k_cmp, blocks_of(turned, self.config)), v_cmp
+        return rotate(k_cmp, *factors.evenly_spaced(k_cmp, first * stride, k_cmp.shape[1], stride)), v_cmp
 
 
 def _rename_old(module: NativeSparseAttention, state: dict[str, Any], prefix: str, *_: Any) -> None:

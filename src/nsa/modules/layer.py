@@ -200,9 +200,8 @@ class SparseLayer(nn.Module):
 
     def cache_bytes_per_token(self) -> float:
         """Bytes that a long sequence adds to the cache with each token: a raw pair and 1/d of a compressed pair."""
-        size = self.num_kv_heads * self.k_proj.weight.element_size()
-        pair, variance = self.head_dim + self.v_head_dim, self.head_dim * self.blocks.second_order
-        return size * (pair + (pair + variance) / self.blocks.compress_stride)
+        pair = self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.k_proj.weight.element_size()
+        return pair * (1 + 1 / self.blocks.compress_stride)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.config}"

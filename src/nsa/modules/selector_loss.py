@@ -23,7 +23,7 @@ SCORES = 2**26  # at most, of all their heads with the keys that are read
 def selector_loss(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b t g d"],
-    k_cmp: Float[Tensor, "b c g w"],
+    k_cmp: Float[Tensor, "b c g d"],
     layout: TokenLayout,
     config: NSAConfig,
 ) -> Float[Tensor, ""]:

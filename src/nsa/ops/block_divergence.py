@@ -19,7 +19,6 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.ops.selection import sum_into_blocks
 from nsa.ops.tiles import accumulation_dtype
-from nsa.second_order import as_wide_as
 
 LEAST = 1e-6  # of a block's share: a score may be 0
 
@@ -41,7 +40,7 @@ class Queries(NamedTuple):
 def block_divergence(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b s g d"],
-    k_cmp: Float[Tensor, "b c g w"],
+    k_cmp: Float[Tensor, "b c g d"],
     config: NSAConfig,
     queries: Queries,
     longest: int,
@@ -78,8 +77,7 @@ def block_divergence(
             mass = mass.unflatten(-1, (blocks, -1)).sum(-1)
         whole = torch.div(seen - config.compress_block_size, config.compress_stride, rounding_mode="floor") + 1
         read = _Read.of(k_cmp, queries.first_block[:, 0], compressed + neighbours // config.compress_stride + 1)
-        wide_queries = as_wide_as(k_cmp, some, 1.0)  # which have the factor of the scores already
-        scores = sum_into_blocks(read.attended(wide_queries, queries.first_block, whole, compressed), config)
+        scores = sum_into_blocks(read.attended(some, queries.first_block, whole, compressed), config)
         scores = F.pad(scores, (0, max(0, blocks - scores.shape[-1])))[..., :blocks]
         block = torch.arange(blocks, device=q.device)
         last = own // config.select_block_size - config.num_local_blocks

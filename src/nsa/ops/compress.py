@@ -15,7 +15,7 @@ from nsa.config import NSAConfig
 from nsa.ops.packed_blocks import PackedBlocks
 from nsa.shapes import UNIFORM, Sequences, bind
 
-Phi = Callable[[Float[Tensor, "*blocks l d"]], Float[Tensor, "*blocks w"]]
+Phi = Callable[[Float[Tensor, "*blocks l d"]], Float[Tensor, "*blocks d"]]
 
 
 def compress(
@@ -24,14 +24,14 @@ def compress(
     config: NSAConfig,
     *,
     sequences: Sequences = UNIFORM,
-) -> Float[Tensor, "b c g w"]:
+) -> Float[Tensor, "b c g d"]:
     """Compressed keys or values of whole sequences.
 
         x_cmp[i] = phi(x[i*d : i*d + l]) for the blocks that lie wholly inside the sequence
 
     Args:
         x: raw keys (before rotary) or values.
-        phi: maps blocks [..., l, d] to [..., w], mostly w = d.
+        phi: maps blocks [..., l, d] to [..., d].
         config: gives l and d.
         sequences: where the sequences lie; for packed ones blocks never cross a boundary and the blocks of one
             sequence follow those of the one before it. Ragged rows are compressed to the width of x; what is past a

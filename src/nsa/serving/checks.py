@@ -40,9 +40,7 @@ def check_served(attention: Any) -> None:
 
 
 def check_sizes(arguments: ServeArguments, config: dict[str, Any]) -> None:
-    """ValueError where a size does not fit the model, or the model has a form that has no caches here."""
-    if (config.get("nsa") or {}).get("second_order"):
-        raise ValueError("serving on vLLM: expected second_order=False, got True")
+    """ValueError where a size does not fit the model."""
     if arguments.block_size is not None and config.get("attention", "nsa") == "nsa":
         check_block_size(arguments.block_size, NSAConfig.from_dict(config.get("nsa") or {}))
     longest, asked = config.get("max_position_embeddings", 2048), arguments.max_model_len
