@@ -37,7 +37,7 @@ ALL_FIRST: Flags = {
 LONG: Flags = {
     "curriculum": (
         f"512x1400:{SHORT_ROWS}",
-        *(f"{stage}:{LONG_ROWS}" for stage in ("4096x1200", "16384x300", "65536x100")),
+        *(f"{stage}:{LONG_ROWS}" for stage in ("4096x1200", "16384x300", "65536x150")),
     ),
     "rope-theta": ("500000",),
 }
