@@ -135,7 +135,6 @@ MOST_PARAMETERS = 10
 MORE_PARAMETERS = {
     "functional.native_sparse_attention": 17,  # public: FlashAttention's arguments and two more branches
     "training.retrieval.retrieval_example": 13,  # the sizes of a task
-    "cache_tensors.empty_cache_tensors": 12,  # the sizes of a cache
     "models.twins._attend": 11,  # transformers' signature
 }
 

@@ -131,14 +131,26 @@ class CacheTensors:
         _check_counts("decode_attention", counts, found["b"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """The sizes of a pool of pages.
+
+    num_pages: pages of the pool.
+    page_size: tokens in a page; a multiple of l' and of 16.
+    pages_per_row: entries of the block table, so that a row may hold pages_per_row * page_size tokens.
+    """
+
+    num_pages: int
+    page_size: int
+    pages_per_row: int
+
+
 @torch.inference_mode(False)  # a cache outlives the mode it was made in, and is written in place afterwards
 def empty_cache_tensors(
     config: NSAConfig,
+    pages: Pages,
     *,
     rows: int,
-    num_pages: int,
-    page_size: int,
-    pages_per_row: int,
     num_kv_heads: int,
     head_dim: int,
     v_head_dim: int,
@@ -151,10 +163,8 @@ def empty_cache_tensors(
 
     Args:
         config: block sizes of the layer.
+        pages: sizes of the pool.
         rows: sequences.
-        num_pages: pages of the pool.
-        page_size: tokens in a page; a multiple of l' and of 16.
-        pages_per_row: entries of the block table, so that a row may hold pages_per_row * page_size tokens.
         num_kv_heads, head_dim, v_head_dim: g, d and e.
         max_new: tokens that come in one decoding step, at most; the rings keep as many more.
         max_crop: tokens that may be taken back; the rings keep as many more.
@@ -162,7 +172,8 @@ def empty_cache_tensors(
     Raises:
         ValueError: a size that is not positive, or a page size that does not fit the blocks.
     """
-    sizes = {"rows": rows, "num_pages": num_pages, "pages_per_row": pages_per_row, "max_new": max_new}
+    page_size = pages.page_size
+    sizes = {"rows": rows, "num_pages": pages.num_pages, "pages_per_row": pages.pages_per_row, "max_new": max_new}
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"cache: expected {name} >= 1, got {size}")
@@ -184,11 +195,11 @@ def empty_cache_tensors(
 
     ring = _aligned(config.window_size + max_new - 1 + max_crop)
     raw_ring = _aligned(config.compress_block_size + max_new - 1 + max_crop)
-    k, v = pair(num_pages, page_size)
-    k_cmp, v_cmp = pair(num_pages, page_size // config.compress_stride)
+    k, v = pair(pages.num_pages, page_size)
+    k_cmp, v_cmp = pair(pages.num_pages, page_size // config.compress_stride)
     k_win, v_win = (None, None) if config.shared_kv else pair(rows, ring)
     k_raw, v_raw = pair(rows, raw_ring)
-    block_table = torch.full((rows, pages_per_row), -1, dtype=torch.int32, device=device)
+    block_table = torch.full((rows, pages.pages_per_row), -1, dtype=torch.int32, device=device)
     lengths = torch.zeros(rows, dtype=torch.int32, device=device)
     arrivals = torch.zeros(rows, num_kv_heads, 16, dtype=torch.int32, device=device)
     return CacheTensors(k, v, k_cmp, v_cmp, k_win, v_win, k_raw, v_raw, block_table, lengths, arrivals)

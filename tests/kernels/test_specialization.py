@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime import JITFunction
 
-from nsa.cache_tensors import CacheTensors, empty_cache_tensors
+from nsa.cache_tensors import CacheTensors, Pages, empty_cache_tensors
 from nsa.config import NSAConfig
 from nsa.decode_step import DecodeStep
 from nsa.kernels import decode, launch
@@ -48,9 +48,10 @@ def step(length: int, page_size: int | None) -> None:
     """Launches an append and the attention over a cache with room for so many tokens."""
     size = page_size or length
     per_row = -(-length // size)
+    pages = Pages(num_pages=B * per_row, page_size=size, pages_per_row=per_row)
     tensors: CacheTensors = empty_cache_tensors(
-        CONFIG, rows=B, num_pages=B * per_row, page_size=size, pages_per_row=per_row, num_kv_heads=G, head_dim=D,
-        v_head_dim=D, max_new=1, max_crop=0, dtype=torch.bfloat16, device="meta",
+        CONFIG, pages, rows=B, num_kv_heads=G, head_dim=D, v_head_dim=D, max_new=1, max_crop=0,
+        dtype=torch.bfloat16, device="meta",
     )  # fmt: skip
 
     def tensor(*shape: int) -> torch.Tensor:

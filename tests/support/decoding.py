@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nsa.cache_tensors import ALIGNMENT, CacheTensors, empty_cache_tensors
+from nsa.cache_tensors import ALIGNMENT, CacheTensors, Pages, empty_cache_tensors
 from nsa.config import NSAConfig
 from nsa.decode_step import DecodeStep
 from nsa.modules.rotary import RotaryEmbedding
@@ -116,11 +116,10 @@ class Scene:
         size = -(-most // multiple) * multiple if static else size
         per_row = -(-most // size)
         b = len(lengths)
-        pages = b if static else b * per_row + 2
+        pages = Pages(num_pages=b if static else b * per_row + 2, page_size=size, pages_per_row=per_row)
         tensors = empty_cache_tensors(
-            config, rows=b, num_pages=pages, page_size=size, pages_per_row=per_row, num_kv_heads=case.g,
-            head_dim=case.d, v_head_dim=case.e, max_new=max(case.t, 1), max_crop=case.max_crop,
-            dtype=case.dtype, device=self.device,
+            config, pages, rows=b, num_kv_heads=case.g, head_dim=case.d, v_head_dim=case.e,
+            max_new=max(case.t, 1), max_crop=case.max_crop, dtype=case.dtype, device=self.device,
         )  # fmt: skip
         if static:
             tensors.block_table.copy_(torch.arange(b)[:, None])

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nsa.bench.arguments import DecodeArguments
 from nsa.bench.result import Entry
 from nsa.bench.timing import interleaved
-from nsa.cache_tensors import CacheTensors, empty_cache_tensors
+from nsa.cache_tensors import CacheTensors, Pages, empty_cache_tensors
 from nsa.config import NSAConfig
 from nsa.decode_step import DecodeStep
 from nsa.decoding import append_tokens, decode_attention
@@ -113,9 +113,10 @@ class _Layer:
         dtype = getattr(torch, arguments.dtype)
         size = page or -(-(length + ROOM) // config.select_block_size) * config.select_block_size
         per_row = -(-(length + ROOM) // size)
+        pages = Pages(num_pages=batch * per_row, page_size=size, pages_per_row=per_row)
         self.tensors = empty_cache_tensors(
-            config, rows=batch, num_pages=batch * per_row, page_size=size, pages_per_row=per_row, num_kv_heads=g,
-            head_dim=d, v_head_dim=d, max_new=1, max_crop=64, dtype=dtype, device=device,
+            config, pages, rows=batch, num_kv_heads=g, head_dim=d, v_head_dim=d, max_new=1, max_crop=64, dtype=dtype,
+            device=device,
         )  # fmt: skip
         for x in _memory(self.tensors):
             x.transpose(1, 2).normal_()

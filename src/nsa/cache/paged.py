@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.cache.fixed import FixedNSACache
-from nsa.cache_tensors import CacheTensors, empty_cache_tensors
+from nsa.cache_tensors import CacheTensors, Pages, empty_cache_tensors
 from nsa.config import NSAConfig
 
 
@@ -99,10 +99,11 @@ class PagedNSACache(FixedNSACache):
     def _new_tensors(
         self, rows: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> CacheTensors:
+        per_row = -(-self.max_length // self.page_size)
+        pages = Pages(num_pages=self.num_pages, page_size=self.page_size, pages_per_row=per_row)
         tensors = empty_cache_tensors(
-            self.config, rows=rows, num_pages=self.num_pages, page_size=self.page_size,
-            pages_per_row=-(-self.max_length // self.page_size), num_kv_heads=num_kv_heads, head_dim=head_dim,
-            v_head_dim=v_head_dim, max_new=self.max_new, max_crop=self.max_crop, dtype=dtype, device=device,
+            self.config, pages, rows=rows, num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim,
+            max_new=self.max_new, max_crop=self.max_crop, dtype=dtype, device=device,
         )  # fmt: skip
         self.table = PageTable(self.num_pages, rows)
         return tensors

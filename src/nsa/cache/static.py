@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.cache.fixed import FixedNSACache
-from nsa.cache_tensors import ALIGNMENT, CacheTensors, empty_cache_tensors
+from nsa.cache_tensors import ALIGNMENT, CacheTensors, Pages, empty_cache_tensors
 from nsa.config import NSAConfig
 
 
@@ -34,9 +34,9 @@ class StaticNSACache(FixedNSACache):
         self, rows: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> CacheTensors:
         multiple = math.lcm(self.config.select_block_size, ALIGNMENT)
+        pages = Pages(num_pages=rows, page_size=-(-self.max_length // multiple) * multiple, pages_per_row=1)
         tensors = empty_cache_tensors(
-            self.config, rows=rows, num_pages=rows, page_size=-(-self.max_length // multiple) * multiple,
-            pages_per_row=1, num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim,
+            self.config, pages, rows=rows, num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim,
             max_new=self.max_new, max_crop=self.max_crop, dtype=dtype, device=device,
         )  # fmt: skip
         tensors.block_table.copy_(torch.arange(rows, device=device)[:, None])
