@@ -134,7 +134,6 @@ def test_no_import_goes_in_a_circle():
 MOST_PARAMETERS = 10
 MORE_PARAMETERS = {
     "functional.native_sparse_attention": 17,  # public: FlashAttention's arguments and two more branches
-    "training.retrieval.retrieval_example": 13,  # the sizes of a task
     "models.twins._attend": 11,  # transformers' signature
 }
 

@@ -9,8 +9,7 @@ from rigged import Rigged, Uniform
 
 from nsa.eval.scoring import wilson
 from nsa.eval.tasks import PUZZLES, TASKS, Recall
-from nsa.training.puzzles.puzzle import GUESS
-from nsa.training.retrieval import is_held_out
+from nsa.training.retrieval import CHANCE, is_held_out
 from nsa.training.tokenizer import byte_tokenizer
 
 LENGTHS = {"noise": 300, "multikey": 400, "multiquery": 400, "tracking": 400, "mqar": 500}  # others: 900
@@ -100,7 +99,7 @@ def test_chance_is_that_of_picking_one_of_what_the_text_holds(name, text):
 
 def test_chance_of_the_only_value_is_that_of_guessing_it(text):
     (row,) = task_of("noise", text, samples=1).run(Uniform(byte_tokenizer()), byte_tokenizer())
-    assert row.chance == GUESS == 9**-4
+    assert row.chance == CHANCE == 9**-4
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -9,12 +9,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from nsa.training.retrieval import VALUE_LETTERS, RetrievalExample, retrieval_example
+from nsa.training.retrieval import Retrieval, RetrievalExample, retrieval_example
 from nsa.training.tokenizer import encoder
 
-VALUE_LENGTH = 4
 MARK = "THE TEXT"  # stands for the user's message in a chat template
-CHANCE = len(VALUE_LETTERS) ** -VALUE_LENGTH  # of guessing a value of the right form
 
 
 @dataclass(frozen=True)
@@ -65,21 +63,11 @@ def planted(
         chat: put text and question into the tokenizer's chat template.
     """
     encode = encoder(tokenizer)
+    asked = Retrieval(num_keys=num_keys, num_questions=1, num_hops=num_hops, held_out=True)
 
     def example(filler: str, length: int, **where: Any) -> RetrievalExample:
         """The same names and values whatever the length."""
-        return retrieval_example(
-            random.Random(seed),
-            filler,
-            length,
-            num_keys=num_keys,
-            num_questions=1,
-            num_hops=num_hops,
-            value_length=VALUE_LENGTH,
-            held_out=True,
-            tokenizer=encode,
-            **where,
-        )
+        return retrieval_example(random.Random(seed), filler, length, encode, asked, **where)
 
     opening: list[int] = []
     asking: list[int] | None = None

@@ -23,9 +23,9 @@ import torch
 from torch.utils.data import Dataset
 
 from nsa.training.curriculum import Stage
-from nsa.training.documents import Documents, Encode
+from nsa.training.documents import Documents
 from nsa.training.puzzles.mix import puzzle_row
-from nsa.training.retrieval import repeated_example, retrieval_example
+from nsa.training.retrieval import Encode, Retrieval, repeated_example, retrieval_example
 
 Layout = Literal["rows", "flat"]
 IGNORED = -100  # a label that no loss counts
@@ -122,10 +122,8 @@ class TrainingBatches(Dataset):
         if kind < stage.repeated:
             return _Row(_fit(self.encode(repeated_example(rng, stage.length)), stage.length))
         if kind < stage.repeated + stage.retrieval:
-            keys = stage.keys or None
-            example = retrieval_example(
-                rng, self.filler, stage.length, num_keys=keys, style=stage.style, tokenizer=self.encode
-            )
+            asked = Retrieval(num_keys=stage.keys or None, style=stage.style)
+            example = retrieval_example(rng, self.filler, stage.length, self.encode, asked)
             answers = [(answer.start, answer.end) for answer in example.answers]
             return _Row(np.asarray(example.ids, dtype=np.int64), answers=answers)
         if kind < stage.repeated + stage.retrieval + stage.puzzles:
@@ -215,8 +213,8 @@ def retrieval_batches(
     rows, labels = [], []
     for number in range(num_rows):
         rng = random.Random(f"evaluation/{seed}/{number}")
-        keys = max(1, min(4, length // 40))
-        example = retrieval_example(rng, filler, length, num_keys=keys, held_out=True, tokenizer=encode)
+        asked = Retrieval(num_keys=max(1, min(4, length // 40)), held_out=True)
+        example = retrieval_example(rng, filler, length, encode, asked)
         ids = torch.tensor(example.ids)
         label = torch.full_like(ids, IGNORED)
         for answer in example.answers:

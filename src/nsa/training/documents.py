@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from nsa.training.corpus import Corpus
 from nsa.training.readers import Document
 from nsa.training.tokenizer import encoder, fingerprint, is_byte_tokenizer
 
-Encode = Callable[[str], Sequence[int]]
 BATCH_CHARACTERS = 2_000_000 * (os.cpu_count() or 1)  # for the tokenizer at once, which gives a core a document
 FORMAT = 1  # of the cached files
 

@@ -8,7 +8,7 @@ or, in the style "assert", `QX = "4821"` and `assert QX == "4821"`: more letters
 to learn copying from, and harder to tell names apart in (docs/log.md).
 
 A name is a few capital letters, a value a few random digits, so that guessing is worthless: the chance of a whole
-value is 1 / 9**value_length. A row holds many definitions and as many uses, which supervises every row densely.
+value is 1 / 9**4. A row holds many definitions and as many uses, which supervises every row densely.
 With `num_hops` > 1 a use goes through aliases (`BC=QX`). Names are split for good by a checksum: a tenth of them
 never occurs in training and is used by evaluation alone (`held_out=True`).
 
@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-NAME_LETTERS = string.ascii_uppercase
-VALUE_LETTERS = "123456789"  # no zero: a literal may not start with one
+NAME_LETTERS, NAME_LENGTH = string.ascii_uppercase, 2
+VALUE_LETTERS, VALUE_LENGTH = "123456789", 4  # no zero: a literal may not start with one
+CHANCE = len(VALUE_LETTERS) ** -VALUE_LENGTH  # of guessing a value of the right form
 HELD_OUT_ONE_IN = 10
 BEGINS_ONE_IN = 8  # of the rows whose filler lies anywhere, those that begin with a definition
 
@@ -37,6 +38,22 @@ STYLES: dict[Style, tuple[tuple[str, str], tuple[str, str]]] = {
     "keyword": (("{name}=", "\n"), ("f({name}=", ")\n")),
     "assert": (('{name} = "', '"\n'), ('assert {name} == "', '"\n')),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """What a row defines and asks for."""
+
+    num_keys: int | None = None
+    """Names defined; None: a random number, up to as many as fit (training's dense rows)."""
+    num_questions: int | None = None
+    """Names used afterwards, each once, in random order; None: all of them."""
+    num_hops: int = 1
+    """1 asks for a name defined by a literal; h > 1 goes through h - 1 aliases."""
+    held_out: bool = False
+    """Use evaluation's names instead of training's."""
+    style: Style = "keyword"
+    """How definitions and uses are written; see the top of this file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +70,6 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalExample:
-    """`ids` are the tokens (characters' code points when no tokenizer was given), `text` their text."""
-
-    text: str
     ids: tuple[int, ...]
     answers: tuple[Answer, ...]
     """Answers in the order in which they come."""
@@ -73,6 +87,10 @@ def random_name(rng: random.Random, length: int, held_out: bool) -> str:
             return name
 
 
+def random_value(rng: random.Random) -> str:
+    return "".join(rng.choices(VALUE_LETTERS, k=VALUE_LENGTH))
+
+
 def filler_lines(rng: random.Random, filler: str, length: int) -> str:
     """About `length` characters of consecutive whole lines from a random place in `filler`."""
     if length <= 0 or not filler:
@@ -87,34 +105,23 @@ def retrieval_example(
     rng: random.Random,
     filler: str,
     length: int,
+    encode: Encode,
+    asked: Retrieval,
     *,
-    num_keys: int | None = None,
-    num_questions: int | None = None,
-    num_hops: int = 1,
     distance: int | None = None,
     depth: float | None = None,
-    name_length: int = 2,
-    value_length: int = 4,
-    held_out: bool = False,
-    style: Style = "keyword",
-    tokenizer: Encode | None = None,
 ) -> RetrievalExample:
     """One row of exactly `length` tokens: definitions, filler, uses.
 
     Args:
         rng: all randomness.
         filler: text to take whole lines from, usually the corpus.
-        length: tokens in the row (characters without a tokenizer).
-        num_keys: names defined; None: a random number, up to as many as fit (training's dense rows).
-        num_questions: names used afterwards, each once, in random order; None: all of them.
-        num_hops: 1 asks for a name defined by a literal; h > 1 goes through h - 1 aliases.
+        length: tokens in the row.
+        encode: str -> ids without special tokens.
+        asked: keys and questions.
         distance: tokens from the first question's answer back to the value in its definition, exactly; the
             uses end the row. With depth None too: filler at random places, in one row of eight not at its start.
         depth: instead of distance, 0 (definitions at the row's start) to 1 (right before the uses).
-        name_length, value_length: letters in a name and in a value.
-        held_out: use evaluation's names instead of training's.
-        style: how definitions and uses are written; see the top of this file.
-        tokenizer: str -> ids without special tokens; None: one token a character.
 
     Returns:
         The example; `answers[i].start:answers[i].end` are the tokens of a value in `ids`.
@@ -122,10 +129,9 @@ def retrieval_example(
     Raises:
         ValueError: if the row is too short for what it must hold, with both sizes.
     """
-    encode: Encode = tokenizer or (lambda text: [ord(letter) for letter in text])
-    keys = _draw_keys(rng, length, num_keys, num_hops, name_length, value_length, held_out, style, encode)
+    keys = _draw_keys(rng, length, asked, encode)
     definitions = [piece for key in keys for piece in key.definition]
-    questions = rng.sample(keys, len(keys) if num_questions is None else num_questions)
+    questions = rng.sample(keys, len(keys) if asked.num_questions is None else asked.num_questions)
     uses = [key.use for key in questions]
     needed = sum(len(piece.ids) for piece in [*definitions, *uses])
     spare = length - needed
@@ -134,7 +140,7 @@ def retrieval_example(
             f"a retrieval row of {length} tokens cannot hold {len(keys)} keys with {len(uses)} questions: "
             f"they take {needed}"
         )
-    above, inside = _split_filler(rng, spare, definitions, uses, questions[0], distance, depth)
+    above, inside = _split_filler(rng, spare, definitions, questions[0], distance, depth)
     gaps = _sprinkle(rng, inside, definitions, uses, exact=distance is not None or depth is not None)
     return _assemble(rng, filler, encode, definitions, uses, above, gaps)
 
@@ -156,7 +162,6 @@ class _Piece:
     """A line of code; the tokens at `value` spell the value."""
 
     ids: tuple[int, ...]
-    text: str
     name: str
     value: str
     span: tuple[int, int]
@@ -170,28 +175,17 @@ class _Key:
 
 def _piece(encode: Encode, before: str, value: str, after: str, name: str) -> _Piece:
     head, body, tail = (tuple(encode(part)) for part in (before, value, after))
-    return _Piece(head + body + tail, before + value + after, name, value, (len(head), len(head) + len(body)))
+    return _Piece(head + body + tail, name, value, (len(head), len(head) + len(body)))
 
 
-def _draw_keys(
-    rng: random.Random,
-    length: int,
-    num_keys: int | None,
-    num_hops: int,
-    name_length: int,
-    value_length: int,
-    held_out: bool,
-    style: Style,
-    encode: Encode,
-) -> list[_Key]:
-    sizes = {"num_hops": num_hops, "name_length": name_length, "value_length": value_length}
-    for label, number in sizes.items():
-        if number < 1:
-            raise ValueError(f"{label} must be at least 1, got {number}")
+def _draw_keys(rng: random.Random, length: int, asked: Retrieval, encode: Encode) -> list[_Key]:
+    num_keys, num_hops = asked.num_keys, asked.num_hops
+    if num_hops < 1:
+        raise ValueError(f"num_hops must be at least 1, got {num_hops}")
     # Drawing must end: far fewer names than there are of this length on either side of the split.
-    most_names = len(NAME_LETTERS) ** name_length // (2 * HELD_OUT_ONE_IN)
+    most_names = len(NAME_LETTERS) ** NAME_LENGTH // (2 * HELD_OUT_ONE_IN)
     if (num_keys or 1) * num_hops >= most_names:
-        raise ValueError(f"{num_keys or 1} keys need longer names than {name_length} letters")
+        raise ValueError(f"{num_keys or 1} keys need longer names than {NAME_LENGTH} letters")
     budget = length * (1.0 - 0.5 * rng.random()) if num_keys is None else None
     keys: list[_Key] = []
     taken: set[str] = set()
@@ -199,12 +193,12 @@ def _draw_keys(
     while budget is not None or len(keys) < (num_keys or 0):
         names: list[str] = []
         while len(names) < num_hops:
-            name = random_name(rng, name_length, held_out)
+            name = random_name(rng, NAME_LENGTH, asked.held_out)
             if name not in taken:
                 names.append(name)
                 taken.add(name)
-        value = "".join(rng.choices(VALUE_LETTERS, k=value_length))
-        (before, after), (before_use, after_use) = STYLES[style]
+        value = random_value(rng)
+        (before, after), (before_use, after_use) = STYLES[asked.style]
         lines = [_piece(encode, before.format(name=names[0]), value, after, names[0])]
         lines += [_piece(encode, f"{new}=", old, "\n", new) for old, new in pairwise(names)]
         key = _Key(tuple(lines), _piece(encode, before_use.format(name=names[-1]), value, after_use, names[-1]))
@@ -221,7 +215,6 @@ def _split_filler(
     rng: random.Random,
     spare: int,
     definitions: list[_Piece],
-    uses: list[_Piece],
     asked: _Key,
     distance: int | None,
     depth: float | None,
@@ -273,18 +266,14 @@ def _assemble(
     gaps: list[int],
 ) -> RetrievalExample:
     ids: list[int] = []
-    text: list[str] = []
     places: dict[str, int] = {}
     answers: list[Answer] = []
 
     def fill(tokens: int) -> None:
         while tokens > 0:
             lines = filler_lines(rng, filler, tokens) or "\n"
-            piece = list(encode(lines))[-tokens:]
-            if len(piece) == tokens:  # whole lines at the end, cut at the start
-                lines = _tail(encode, lines, tokens)
+            piece = list(encode(lines))[-tokens:]  # whole lines at the end, cut at the start
             ids.extend(piece)
-            text.append(lines)
             tokens -= len(piece)
 
     fill(above)
@@ -305,17 +294,4 @@ def _assemble(
                 )
             )
         ids.extend(piece.ids)
-        text.append(piece.text)
-    return RetrievalExample(text="".join(text), ids=tuple(ids), answers=tuple(answers))
-
-
-def _tail(encode: Encode, lines: str, tokens: int) -> str:
-    """The end of `lines` that is its last `tokens` tokens (to the character: the text is for reading)."""
-    low, high = 0, len(lines)
-    while low < high:
-        middle = (low + high) // 2
-        if len(encode(lines[middle:])) > tokens:
-            low = middle + 1
-        else:
-            high = middle
-    return lines[low:]
+    return RetrievalExample(ids=tuple(ids), answers=tuple(answers))

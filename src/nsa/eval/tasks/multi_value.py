@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from nsa.eval.prompts import VALUE_LENGTH, Prompt, chat_frame
+from nsa.eval.prompts import Prompt, chat_frame
 from nsa.eval.scoring import shares_found
 from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
-from nsa.training.puzzles.puzzle import fill
-from nsa.training.retrieval import VALUE_LETTERS, random_name
+from nsa.training.puzzles.puzzle import fill, new_values
+from nsa.training.retrieval import CHANCE, random_name
 from nsa.training.tokenizer import encoder
 
 
@@ -54,17 +54,14 @@ class MultiValue:
 
     def run(self, model: nn.Module, tokenizer: Any, advance: Advance = ignore) -> list[Row]:
         shares = shares_found(model, self.prompts(tokenizer), advance)
-        where, chance = {"length": self.length, "values": self.num_values}, len(VALUE_LETTERS) ** -VALUE_LENGTH
-        return [Row.of_shares(self.name, "values", where, shares, chance)]
+        where = {"length": self.length, "values": self.num_values}
+        return [Row.of_shares(self.name, "values", where, shares, CHANCE)]
 
     def _prompt(self, tokenizer: Any, sample: int) -> tuple[Prompt, list[tuple[int, int]]]:
         rng = random.Random(f"multivalue/{self.seed}/{self.length}/{self.num_values}/{sample}")
         encode = encoder(tokenizer)
         name = random_name(rng, 2, held_out=True)
-        values: list[str] = []
-        while len(values) < self.num_values:
-            value = "".join(rng.choices(VALUE_LETTERS, k=VALUE_LENGTH))
-            values += [value] if value not in values else []
+        values = new_values(rng, self.num_values)
         opening: list[int] = []
         question = list(encode(f"assert {name} == ["))
         if self.chat:

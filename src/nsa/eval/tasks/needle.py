@@ -5,17 +5,18 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from nsa.eval.prompts import CHANCE, Prompt, planted
+from nsa.eval.prompts import Prompt, planted
 from nsa.eval.scoring import exact_match
 from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
+from nsa.training.retrieval import CHANCE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needle:
     """Exact match on a grid of lengths and depths; one row a cell.
 
-    The chance of guessing a value of four letters and digits is 36**-4.
+    The chance of guessing a value, four digits without 0, is 9**-4.
 
     Args:
         lengths: tokens of prompt and answer together, exactly.

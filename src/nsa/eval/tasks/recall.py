@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from nsa.eval.prompts import CHANCE, Prompt, planted
+from nsa.eval.prompts import Prompt, planted
 from nsa.eval.regions import ANYWHERE, BEYOND, INSIDE, OUT_OF_REACH
 from nsa.eval.scoring import exact_match
 from nsa.eval.tasks.task import Advance, Row, ignore
 from nsa.eval.text import held_out_text
+from nsa.training.retrieval import CHANCE
 
 ATTEMPTS = 1000
 

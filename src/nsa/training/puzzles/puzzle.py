@@ -1,19 +1,14 @@
 """What a puzzle is, and how it is laid into exactly so many tokens."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nsa.training.retrieval import NAME_LETTERS, VALUE_LETTERS, filler_lines, is_held_out, random_name
+from nsa.training.retrieval import NAME_LETTERS, Encode, filler_lines, is_held_out, random_name, random_value
 
 LEAST_TOKENS = 128
 """Of a row of puzzles: some kind fits whatever the tokenizer."""
-VALUE_LENGTH = 4
-GUESS = len(VALUE_LETTERS) ** -VALUE_LENGTH
-"""The chance of guessing a value of the right form."""
-
-Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,15 +119,11 @@ def new_names(rng: random.Random, count: int, held_out: bool) -> list[str]:
     return list(names)
 
 
-def new_value(rng: random.Random) -> str:
-    return "".join(rng.choices(VALUE_LETTERS, k=VALUE_LENGTH))
-
-
 def new_values(rng: random.Random, count: int) -> list[str]:
     """Different values, of far fewer than there are."""
     values: dict[str, None] = {}
     while len(values) < count:
-        values[new_value(rng)] = None
+        values[random_value(rng)] = None
     return list(values)
 
 

@@ -4,16 +4,15 @@ import random
 from dataclasses import dataclass
 
 from nsa.training.puzzles.puzzle import (
-    GUESS,
     Encode,
     Puzzle,
     TooShort,
     mean_tokens,
     new_names,
-    new_value,
     new_values,
     new_words,
 )
+from nsa.training.retrieval import CHANCE, random_value
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Values:
             between=(", ",) * (len(values) - 1),
             closing="]\n",
             asks=f"\nWhich numbers were appended to {name} above, in order?",
-            chance=1 / len(values) if len(values) > 1 else GUESS,
+            chance=1 / len(values) if len(values) > 1 else CHANCE,
         )
 
 
@@ -70,7 +69,7 @@ class Pairs:
 
     def make(self, rng: random.Random, tokens: int, encode: Encode, held_out: bool) -> Puzzle:
         pairs = _as_many(rng, tokens, encode, self.queries)
-        names, values = new_names(rng, pairs, held_out), [new_value(rng) for _ in range(pairs)]
+        names, values = new_names(rng, pairs, held_out), [random_value(rng) for _ in range(pairs)]
         asked = rng.sample(range(pairs), self.queries or pairs)
         return Puzzle(
             lines=tuple(f"{name} {value}\n" for name, value in zip(names, values, strict=True)),
@@ -87,7 +86,7 @@ class Pairs:
 
 def _as_many(rng: random.Random, tokens: int, encode: Encode, asked: int) -> int:
     """How many names go into the row, of which `asked` (0: all) are asked for; a tenth of it is left for chance."""
-    each = mean_tokens(encode, [f"{name}={new_value(rng)}\n" for name in new_names(rng, 50, held_out=False)])
+    each = mean_tokens(encode, [f"{name}={random_value(rng)}\n" for name in new_names(rng, 50, held_out=False)])
     room = 0.9 * tokens / each
     names = int(room - asked if asked else room / 2)
     if names < max(1, asked):
@@ -97,13 +96,13 @@ def _as_many(rng: random.Random, tokens: int, encode: Encode, asked: int) -> int
 
 def _chance(values: int) -> float:
     """Of picking one of them, which may be the right one or another one that is the same."""
-    return 1 / values + (1 - 1 / values) * GUESS if values > 1 else GUESS
+    return 1 / values + (1 - 1 / values) * CHANCE if values > 1 else CHANCE
 
 
 def _asked(
     rng: random.Random, keys: int, questions: int, held_out: bool, noise: str = "", together: bool = False
 ) -> Puzzle:
-    names, values = new_names(rng, keys, held_out), [new_value(rng) for _ in range(keys)]
+    names, values = new_names(rng, keys, held_out), [random_value(rng) for _ in range(keys)]
     asked = rng.sample(range(keys), questions)
     listed = ", ".join(names[key] for key in asked)
     return Puzzle(
