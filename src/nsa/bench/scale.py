@@ -120,7 +120,7 @@ def layer(arguments: ScaleArguments, length: int, device: str) -> Entry:
 
     def pass_of(x: Tensor, d_out: Tensor) -> Callable[[], object]:
         x = x.detach().requires_grad_()
-        return lambda: torch.autograd.grad(one(x), [x, *one.parameters()], d_out)
+        return lambda: torch.autograd.grad(one(x), [x, *one.parameters()], d_out)  # noqa: F821 (deleted after the call)
 
     of_main(entry, ALONE, pass_of(x, d_out), arguments.repetitions)
     context = context_parallel(one, world())

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nsa.training.cache import Cache
 from nsa.training.corpus import Corpus
 from nsa.training.readers import Document
+from nsa.training.retrieval import Encode
 from nsa.training.tokenizer import encoder, fingerprint, is_byte_tokenizer
 
 BATCH_CHARACTERS = 2_000_000 * (os.cpu_count() or 1)  # for the tokenizer at once, which gives a core a document

@@ -110,8 +110,8 @@ def _train(
         say(remark)
 
     def make_batches() -> tuple[PreTrainedTokenizerBase, TrainingBatches, dict[str, FixedBatches]]:
-        tokenizer = make_tokenizer(config, corpus, cache)
-        return tokenizer, *make_data(config, corpus, tokenizer, cache)
+        tokenizer = make_tokenizer(config, corpus, cache)  # noqa: F821 (deleted after the call)
+        return tokenizer, *make_data(config, corpus, tokenizer, cache)  # noqa: F821
 
     tokenizer, train_set, eval_sets = make_batches() if world is None else world.main_first(make_batches)
     data = fingerprints(corpus, tokenizer)
