@@ -110,7 +110,7 @@ def test_a_cache_of_another_model_is_refused_by_prefill_step_and_decoder(layout,
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
 def test_a_cache_filled_in_one_mode_goes_on_in_another(layout, captured, modes, monkeypatch):
-    monkeypatch.setattr("nsa.models.generation.CapturedStep", partial(CapturedStep, capture=False))
+    monkeypatch.setattr("nsa.models.language_model.CapturedStep", partial(CapturedStep, capture=False))
     built, ids = model().double(), tokens(60)
     cache = new_cache(built.config, layout)
     cache.cuda_graphs = captured and layout != "growing"
@@ -127,7 +127,7 @@ def test_a_cache_filled_in_one_mode_goes_on_in_another(layout, captured, modes, 
 @pytest.mark.parametrize("captured", [False, True])
 @torch.no_grad()
 def test_decoding_under_autocast_is_the_whole_under_autocast(layout, captured, monkeypatch):
-    monkeypatch.setattr("nsa.models.generation.CapturedStep", partial(CapturedStep, capture=False))
+    monkeypatch.setattr("nsa.models.language_model.CapturedStep", partial(CapturedStep, capture=False))
     built, ids = model(), tokens(50)
     cache = new_cache(built.config, layout)
     cache.cuda_graphs = captured and layout != "growing"

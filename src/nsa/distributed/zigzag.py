@@ -47,12 +47,12 @@ class ZigZag:
             )
         return -(-length // (2 * self.size)) * 2 * self.size
 
-    def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
-        """This rank's part of x along `dim`, padded with `fill`."""
-        missing = self.padded(x.shape[dim]) - x.shape[dim]
+    def shard(self, x: Tensor, fill: float = 0) -> Tensor:
+        """This rank's part of x [b, t, ...], padded with `fill`."""
+        missing = self.padded(x.shape[1]) - x.shape[1]
         if missing:
-            x = F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing], value=fill)
-        return torch.cat([x.narrow(dim, start, stop - start) for start, stop in self.spans(x.shape[dim])], dim)
+            x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing], value=fill)
+        return torch.cat([x[:, start:stop] for start, stop in self.spans(x.shape[1])], 1)
 
     def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch of whole sequences, for a model that is context parallel.

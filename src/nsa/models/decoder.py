@@ -142,13 +142,13 @@ class SparseDecoder(Transformers):
             counts: int32 [rows], how many of the t columns are tokens, the last ones of each row; None where all are.
         """
         hidden = self.embed_tokens(input_ids)
-        step = self._step(hidden, cache, counts)
+        step = self._shared_by_layers(hidden, cache, counts)
         for layer in self.layers:
             hidden = layer(hidden, past_key_values=cache, decode_step=step)
         return self.norm(hidden)
 
-    def _step(self, embeds: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> DecodeStep:
-        """What the layers share, made once for all of them."""
+    def _shared_by_layers(self, embeds: Tensor, cache: NSALlamaCache, counts: Tensor | None) -> DecodeStep:
+        """What the layers of a decoding step share, made once for all of them."""
         lengths, config = cache.fixed[0].tensors.lengths, self.nsa_config
         return DecodeStep.after(lengths, embeds.shape[1], counts, config, self.rotary, embeds)
 
@@ -160,7 +160,7 @@ class SparseDecoder(Transformers):
         counts, order = step_padding(attention_mask, b, t)
         embeds = in_order(embeds, order)
         cache.make_room(t, counts)
-        step = self._step(embeds, cache, counts)
+        step = self._shared_by_layers(embeds, cache, counts)
         return_dict = kwargs.pop("return_dict", None)
         out = super().forward(
             inputs_embeds=embeds, position_ids=torch.zeros_like(embeds[:1, :, 0], dtype=torch.long),

@@ -10,7 +10,6 @@ from transformers.generation import GenerationMixin
 
 from nsa.backend import resolve, why_not_triton
 from nsa.models.cache import Layout, NSALlamaCache, dense_layer
-from nsa.models.captured_step import CapturedStep
 from nsa.models.configuration import SPARSE, NSALlamaConfig
 from nsa.models.positions import follow_each_other
 
@@ -25,13 +24,6 @@ class GenerationPolicy(GenerationMixin):
     _moved_mask: Tensor | None = None  # of the prompt of this generate(), where its padding was moved
     _candidates = 0  # tokens that a step of this generate() may try and take back: `most_candidates`
 
-    def _captured_step(self, cache: NSALlamaCache, input_ids: Tensor, attention_mask: Tensor | None) -> CapturedStep:
-        """The cache's own, as long as it serves."""
-        step: CapturedStep | None = cache.captured_step
-        if step is None or step.model is not self or not step.serves(input_ids, attention_mask):
-            step = cache.captured_step = CapturedStep(self, cache, masked=attention_mask is not None)
-        return step
-
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, cuda_graphs: bool | None = None, **kwargs: Any) -> Any:
         """transformers' generate, and:
@@ -41,8 +33,9 @@ class GenerationPolicy(GenerationMixin):
           an error, in one line, where they cannot be. By default they are left out in these cases, and
           `model.decode_path` says afterwards which it was:
           not on a CUDA device; a growing cache (asked for, or because a static one would not fit into the free
-          memory); hidden states are to be returned; the model is an assistant; a rotary embedding that changes with
-          the length; a model spread over devices; sizes that the kernels do not take.
+          memory); hidden states are to be returned; the model is an assistant; layers that stay dense; capped
+          logits; adapters, hooks or quantized weights in phi; a rotary embedding that changes with the length; a model
+          spread over devices; sizes that the kernels do not take.
         * `cache_implementation` is "static" or "dynamic" (growing); or give an `NSALlamaCache` as past_key_values.
         * A filled cache is gone on from: give whole sequences, as transformers wants them, or the new tokens with an
           attention_mask of all columns. A mask may not hide what is cached.

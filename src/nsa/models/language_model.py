@@ -8,6 +8,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from nsa.models.cache import NSALlamaCache
+from nsa.models.captured_step import CapturedStep
 from nsa.models.context import whole_count
 from nsa.models.generation import GenerationPolicy
 from nsa.models.loss import lm_loss_of_logits, takes_hidden_states
@@ -53,6 +54,13 @@ class SparseCausalLM(GenerationPolicy):
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
             logits_to_keep=logits_to_keep, **extra, **kwargs,
         )  # fmt: skip
+
+    def _captured_step(self, cache: NSALlamaCache, input_ids: Tensor, attention_mask: Tensor | None) -> CapturedStep:
+        """The cache's own, as long as it serves."""
+        step: CapturedStep | None = cache.captured_step
+        if step is None or step.model is not self or not step.serves(input_ids, attention_mask):
+            step = cache.captured_step = CapturedStep(self, cache, masked=attention_mask is not None)
+        return step
 
     @can_return_tuple
     def _forward_with_loss(

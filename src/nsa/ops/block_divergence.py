@@ -1,6 +1,6 @@
 """How far the selector's choice is from the attention that it stands for, as a loss that can train it.
 
-    m_j = sum over query heads h of a group, over keys i of block j:  softmax_i(scale q_h . k_i)    what attention pays
+    m_j = sum over query heads h of a group, over keys i of block j:  softmax_i(d^-1/2 q_h . k_i)    what attention pays
     s_j = the block scores of eqs. 9 and 10, from the compressed keys                              what the choice reads
     loss = mean over queries and groups of  sum over free blocks j:  M_j log(M_j / S_j)
 
@@ -44,7 +44,6 @@ def block_divergence(
     config: NSAConfig,
     queries: Queries,
     longest: int,
-    scale: float | None = None,
 ) -> Float[Tensor, ""]:
     """The loss above, of some queries; 0 where none of them has a free block.
 
@@ -55,7 +54,6 @@ def block_divergence(
         queries: those that are looked at. Neighbours share the keys that are read for them, so that nothing here is
             larger than their number times the longest sequence.
         longest: a bound on the tokens of a sequence.
-        scale: of the scores; d^-0.5 by default.
 
     Returns:
         fp32, or fp64 where q is.
@@ -66,7 +64,7 @@ def block_divergence(
     wide = accumulation_dtype(q.dtype)
     neighbours = queries.token.shape[1]
     with torch.autocast(q.device.type, enabled=False):
-        some = q.detach().flatten(0, 1)[queries.token].to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        some = q.detach().flatten(0, 1)[queries.token].to(wide) * q.shape[-1] ** -0.5
         blocks, compressed = config.num_selection_blocks(longest), config.num_compressed_blocks(longest)
         own, seen = queries.position.clamp(min=0), queries.position + 1
         with torch.no_grad():

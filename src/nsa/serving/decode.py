@@ -60,8 +60,6 @@ def decode(
     new: Sequence[Float[Tensor, "tokens g _"]],
     phi: PhiWeights,
     config: NSAConfig,
-    *,
-    scale: float | None = None,
 ) -> Float[Tensor, "tokens h e"]:
     """`nsa.serving.append` and `attend` of a step with these tables: new tokens written, then attended from.
 
@@ -73,7 +71,6 @@ def decode(
         new: k, v, k_win, v_win, k_raw, v_raw of them, not rotated; with shared keys and values k, v alone.
         phi: weights of compression, for keys and for values.
         config: block sizes.
-        scale: factor of the scores, d ** -0.5 by default.
 
     Returns:
         [tokens, h, e] in q's dtype, 0 for padding.
@@ -94,7 +91,7 @@ def decode(
     )  # fmt: skip
     append_tokens(tensors, Branches.of_tokens(k_raw, v_raw, k, v, k_win, v_win), config, phi, step)
     out = decode_attention(
-        columns(q), columns(gates), tensors, config, scale=scale, counts=tables.counts, cos=step.cos, sin=step.sin
+        columns(q), columns(gates), tensors, config, counts=tables.counts, cos=step.cos, sin=step.sin
     ).flatten(0, 1)
     if len(out) == len(q):
         return out
