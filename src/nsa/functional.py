@@ -94,11 +94,36 @@ def native_sparse_attention(
     given = {"k_cmp": k_cmp, "v_cmp": v_cmp, "k_win": k_win, "v_win": v_win}
     tensors |= {name: x for name, x in given.items() if x is not None}
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlens_win)
+    return _attend(tensors, lengths, config, scale, max_seqlen_k, nonnegative_gates, backend)
+
+
+def attend_to_branches(
+    q: Float[Tensor, "b t h d"],
+    branches: Branches,
+    gates: Float[Tensor, "b t h 3"],
+    config: NSAConfig,
+    *,
+    max_seqlen_k: int | None = None,
+    nonnegative_gates: bool = False,
+) -> Float[Tensor, "b t h e"]:
+    """`native_sparse_attention` of keys and values as streams."""
+    cmp, slc, win = branches
+    tensors = {"q": q, "k": slc.k, "v": slc.v, "gates": gates}
+    tensors |= {"k_cmp": cmp.k, "v_cmp": cmp.v, "k_win": win.k, "v_win": win.v}
+    return _attend(tensors, Lengths(*branches.lengths), config, None, max_seqlen_k, nonnegative_gates, None)
+
+
+def _attend(
+    tensors: dict[str, Tensor], lengths: Lengths, config: NSAConfig, scale: float | None, max_seqlen_k: int | None,
+    nonnegative_gates: bool, backend: Backend | None,
+) -> Tensor:  # fmt: skip
+    """Checked, cast and filled in: keys and values of compression are means, those of the window the selection's."""
     _check_kinds(tensors, lengths, config)
     if max_seqlen_k is not None and (not isinstance(max_seqlen_k, int) or max_seqlen_k < 0):
         raise ValueError(f"{OP}: max_seqlen_k should be a number of keys, got {max_seqlen_k!r}")
+    q = tensors["q"]
     scale = factor(q, scale)
-    where = Sequences(cu_seqlens_q, cu_seqlens_k, seqlens_k)
+    where = Sequences(lengths.cu_seqlens_q, lengths.cu_seqlens_k, lengths.seqlens_k)
     device = q.device.type
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)
     if is_autocast:
@@ -117,27 +142,9 @@ def native_sparse_attention(
         if on == "torch" and not is_traced(q):
             _check_values(tensors, lengths, config, max_seqlen_k)
         return method.attention(
-            q, branches, gates, config, scale, on=on, nonnegative_gates=nonnegative_gates, max_seqlen_k=max_seqlen_k
-        )
-
-
-def attend_to_branches(
-    q: Float[Tensor, "b t h d"],
-    branches: Branches,
-    gates: Float[Tensor, "b t h 3"],
-    config: NSAConfig,
-    *,
-    max_seqlen_k: int | None = None,
-    nonnegative_gates: bool = False,
-) -> Float[Tensor, "b t h e"]:
-    """`native_sparse_attention` of keys and values as streams."""
-    cmp, slc, win = branches
-    where, near = slc.where, win.where
-    return native_sparse_attention(
-        q, slc.k, slc.v, gates, config, k_cmp=cmp.k, v_cmp=cmp.v, k_win=win.k, v_win=win.v,
-        cu_seqlens_q=where.cu_seqlens_q, cu_seqlens_k=where.cu_seqlens_k, seqlens_k=where.seqlens_k,
-        seqlens_win=near.seqlens_k, max_seqlen_k=max_seqlen_k, nonnegative_gates=nonnegative_gates,
-    )  # fmt: skip
+            q, branches, tensors["gates"], config, scale, on=on, nonnegative_gates=nonnegative_gates,
+            max_seqlen_k=max_seqlen_k,
+        )  # fmt: skip
 
 
 # ---- what the function takes ----
