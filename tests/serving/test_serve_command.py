@@ -122,14 +122,14 @@ def test_graphs_are_of_a_gpu(capsys, folder, monkeypatch):
     told = said(capsys, folder, "--graphs", "--port", free_port())
     assert told == "graphs: CUDA graphs need a GPU; expected graphs=False where there is none"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    words, _ = vllm_command(parse("serve", [str(folder), "--graphs"]), "name", {})
+    words, _ = vllm_command(parse("serve", [str(folder), "--graphs"]), "name")
     assert json.loads(words[words.index("--compilation-config") + 1])["cudagraph_mode"] == "FULL_DECODE_ONLY"
     assert "--enforce-eager" not in words
 
 
 def test_what_vllm_is_given(folder):
     arguments = parse("serve", [str(folder), "--port", "81", "--memory", "0.5", "--vllm=--seed 1 --x 'a b'"])
-    words, environment = vllm_command(arguments, "name", {})
+    words, environment = vllm_command(arguments, "name")
     assert words[1:5] == ["-c", SERVER, "--model", str(folder)]
     assert words[-5:] == [PLAIN_CHAT, "--seed", "1", "--x", "a b"]
     for option, value in {"--host": "127.0.0.1", "--port": "81", "--kv-cache-memory-bytes": str(2**29)}.items():
@@ -137,4 +137,4 @@ def test_what_vllm_is_given(folder):
     assert "--enforce-eager" in words
     assert not any("KEY" in name for name in environment)
     (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    assert PLAIN_CHAT not in vllm_command(arguments, "name", {})[0]
+    assert PLAIN_CHAT not in vllm_command(arguments, "name")[0]

@@ -116,14 +116,14 @@ def picture_prompt(candidates: Sequence[Candidate], result: Result) -> Prompt | 
     return task.prompts(candidate.tokenizer, length, depth)[solved]
 
 
-def continuation(candidate: Candidate, text: str, *, seed: int = 0) -> tuple[str, str]:
-    """A held-out document's beginning, and how the model goes on (sampled at temperature 0.7, seeded)."""
+def continuation(candidate: Candidate, text: str) -> tuple[str, str]:
+    """A held-out document's beginning, and how the model goes on (sampled at temperature 0.7, of one seed)."""
     beginning = max(held_out_texts(text), key=len)[:240]
     beginning = beginning[: beginning.rfind("\n") + 1] or beginning
     tokens = candidate.tokenizer(beginning, add_special_tokens=False, return_tensors="pt")["input_ids"]
     positions = getattr(candidate.model.config, "max_position_embeddings", None) or SAMPLE_TOKENS + tokens.shape[1]
     tokens = tokens[:, : max(1, positions - SAMPLE_TOKENS)]
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     out = candidate.model.generate(  # type: ignore[operator]
         tokens.to(candidate.model.device), max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.7, top_k=0
     )

@@ -111,9 +111,9 @@ def quality_charts(result: Result, costs: Costs, colors: Colors) -> Charts:
     return found
 
 
-def keys_chart(read: KeysRead, longest: int = 65_536) -> Markup:
+def keys_chart(read: KeysRead) -> Markup:
     """Keys read by one query against the context: the formula of the three twins, and counts in the model."""
-    contexts = [2**e for e in range(5, longest.bit_length())]
+    contexts = [2**e for e in range(5, 17)]
     series = [
         Series(name=attention, color=f"var(--{attention})", x=contexts,
                y=[keys_per_query(attention, read.config, c) for c in contexts])

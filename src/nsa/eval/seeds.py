@@ -19,12 +19,12 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 @lru_cache
-def student(freedom: int, share: float = 0.95) -> float:
-    """t such that Student's distribution of so many degrees of freedom has `share` of its mass between -t and t."""
+def student(freedom: int) -> float:
+    """t such that Student's distribution of so many degrees of freedom has 95% of its mass between -t and t."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _mass(middle, freedom) < share else (low, middle)
+        low, high = (middle, high) if _mass(middle, freedom) < 0.95 else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
 
 

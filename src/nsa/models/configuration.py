@@ -28,6 +28,8 @@ class SparseSizes:
     attention: str
     nsa: dict[str, Any] | None
     infllm_v2: dict[str, Any] | None
+    dense_layers: list[int] | None
+    num_hidden_layers: int
 
     def fill_sizes(self) -> None:
         """Sizes that were left out have their defaults; ValueError for unknown ones."""
@@ -46,8 +48,11 @@ class SparseSizes:
 
     @property
     def sparse_layers(self) -> list[int]:
-        """Numbers of the layers with NSA."""
-        return sparse_layers(self)
+        """Numbers of the layers whose attention is not transformers' own."""
+        if self.attention not in SPARSE:
+            return []
+        dense = set(self.dense_layers or ())
+        return [number for number in range(self.num_hidden_layers) if number not in dense]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """transformers', with the file by which the Auto classes find this one (trust_remote_code=True).
@@ -126,14 +131,6 @@ class NSALlamaConfig(SparseSizes, LlamaConfig):
                 "output_attentions=True: expected attention='dense' with attn_implementation='eager', the only one "
                 f"that has weights to return; got {self.attention!r} with {self._attn_implementation!r}"
             )
-
-
-def sparse_layers(config: Any) -> list[int]:
-    """Numbers of the layers whose attention is not transformers' own."""
-    if config.attention not in SPARSE:
-        return []
-    dense = set(config.dense_layers or ())
-    return [number for number in range(config.num_hidden_layers) if number not in dense]
 
 
 def check_dense_layers(config: Any) -> None:

@@ -4,7 +4,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -45,7 +44,7 @@ def serve(arguments: ServeArguments) -> None:
         return
     check_served(config.get("attention", "nsa"))
     check_torchvision()
-    words, environment = vllm_command(arguments, name, config)
+    words, environment = vllm_command(arguments, name)
     if key:
         environment["VLLM_API_KEY"] = key  # and not among the words, which every user of the machine can read
     elif arguments.host not in LOCAL:
@@ -59,7 +58,7 @@ def _say(arguments: ServeArguments, name: str, engine: str) -> None:
     print(f"nsa serve: {name} at http://{host}:{arguments.port}/v1 on {engine}", flush=True)
 
 
-def vllm_command(arguments: ServeArguments, name: str, config: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+def vllm_command(arguments: ServeArguments, name: str) -> tuple[list[str], dict[str, str]]:
     """The words of `vllm serve`, and what it reads from the environment."""
     words = [sys.executable, "-c", SERVER, "--model", str(arguments.model.resolve())]
     words += ["--host", arguments.host, "--port", str(arguments.port), "--served-model-name", name]
