@@ -1,6 +1,4 @@
-"""The Hugging Face model: twins, splits, padding, generation, files, training."""
-
-import warnings
+"""The Hugging Face model: twins, packed rows, generation, files, training."""
 
 import pytest
 import torch
@@ -11,39 +9,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nsa.models import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM
-
-
-def logits_in_chunks(built, ids, chunks, mask=None):
-    cache, outs, done = NSALlamaCache(built.config), [], 0
-    for chunk in chunks:
-        upto = None if mask is None else mask[:, : done + chunk]
-        ids_chunk = ids[:, done : done + chunk]
-        outs.append(built(ids_chunk, attention_mask=upto, past_key_values=cache, use_cache=True).logits)
-        done += chunk
-    return torch.cat(outs, dim=1)
-
-
-@pytest.mark.parametrize("length", [1, 8, 21])
-def test_every_split_into_prefill_and_decoding_gives_the_whole(length):
-    built, ids = model(), tokens(2, length)
-    with torch.no_grad():
-        whole = built(ids, use_cache=False).logits
-        for prefill in range(1, length + 1):
-            out = logits_in_chunks(built, ids, [prefill] + [1] * (length - prefill))
-            torch.testing.assert_close(out, whole, rtol=1e-9, atol=1e-9)
-
-
-def test_chunks_of_a_padded_batch_give_what_each_row_gives_alone():
-    built, ids = model(), tokens(3, 40)
-    for mask in (
-        torch.arange(40) >= torch.tensor([[0], [25], [9]]),
-        torch.arange(40) < torch.tensor([[40], [5], [31]]),
-    ):
-        with torch.no_grad():
-            out = logits_in_chunks(built, ids, [17, 1, 1, 21], mask.long())
-            for row in range(3):
-                alone = built(ids[row : row + 1, mask[row]]).logits
-                torch.testing.assert_close(out[row : row + 1, mask[row]], alone, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("attention", TWINS)
@@ -83,14 +48,6 @@ def test_prompts_of_unequal_length_generate_as_they_do_alone(attention, side):
     for row in range(2):
         alone = built.generate(ids[row : row + 1, mask[row].bool()], max_new_tokens=12, do_sample=False)
         assert together[row, -12:].tolist() == alone[0, -12:].tolist()
-
-
-def test_assisted_generation_takes_back_rejected_tokens():
-    built, ids = model(), tokens(1, 30)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers' own notes on its assistant's settings
-        assisted = built.generate(ids, assistant_model=model(num_hidden_layers=1), max_new_tokens=20, do_sample=False)
-    assert torch.equal(assisted, built.generate(ids, max_new_tokens=20, do_sample=False))
 
 
 @pytest.mark.parametrize("attention", TWINS)

@@ -59,7 +59,7 @@ async def send(server: str, load: Load, key: str | None) -> tuple[str, list[Answ
             model = found["data"][0]["id"]
         except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
             raise ValueError(f"{server}: expected an OpenAI server, got {type(error).__name__}: {error}") from error
-        await _ask(client, model, load, Answer(0.0), load.prompts()[0][:8], 2)  # what is made at the first request
+        await _ask(client, model, Answer(0.0), load.prompts()[0][:8], 2)  # what is made at the first request
         start = time.perf_counter()
         answers = [Answer(arrival) for arrival in load.arrivals()]
         await asyncio.gather(*(
@@ -74,12 +74,10 @@ async def _later(
 ) -> None:
     await asyncio.sleep(start + answer.sent - time.perf_counter())
     answer.sent = time.perf_counter()
-    await _ask(client, model, load, answer, prompt, load.new_tokens)
+    await _ask(client, model, answer, prompt, load.new_tokens)
 
 
-async def _ask(
-    client: httpx.AsyncClient, model: str, load: Load, answer: Answer, prompt: list[int], count: int
-) -> None:
+async def _ask(client: httpx.AsyncClient, model: str, answer: Answer, prompt: list[int], count: int) -> None:
     body: dict[str, Any] = {
         "model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True, "ignore_eos": True,
         "return_token_ids": True,
