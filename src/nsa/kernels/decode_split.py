@@ -19,7 +19,6 @@ from nsa.kernels.decode_tiles import (
     let_next_begin,
     load_queries,
     page_rows,
-    prefetch_pages,
     prefetch_rows,
     ring_rows,
     wait_for_last,
@@ -41,9 +40,29 @@ def _store_part(
 
 
 @triton.jit
+def _prefetch_pages(
+    k, v, table, row, begin, end, pages_per_row, num_pages, stride_kp, stride_vp, K_TOKEN: tl.constexpr,
+    V_TOKEN: tl.constexpr, PER_PAGE: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr, ASKED: tl.constexpr,
+):  # fmt: skip
+    """Ask for the tokens (or strides) begin .. end - 1 of a row in pages, ASKED of them at most: one look-up for all.
+
+    A table that the kernel before is about to write may hold anything, so only pages that there are count.
+    """
+    token = begin + tl.arange(0, ASKED)
+    entry = token // PER_PAGE
+    there = (token >= 0) & (token < end) & (entry < pages_per_row)
+    page = tl.load(table + wide(row) * pages_per_row + entry, mask=there, other=-1, cache_modifier=".cg")
+    there &= (page >= 0) & (page < num_pages)
+    place = wide(token % PER_PAGE)
+    prefetch_rows(k + wide(page) * stride_kp + place * K_TOKEN, there, K_BYTES)
+    prefetch_rows(v + wide(page) * stride_vp + place * V_TOKEN, there, V_BYTES)
+
+
+@triton.jit
 def _prefetch(
     k_cmp, v_cmp, k_win, v_win, block_table, window_table, lengths, row, group, split, first, t, pages_per_row,
-    window_pages, num_pages, num_window_pages, window, runs, strides,
+    window_pages, num_pages, num_window_pages, window, runs,
+    stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg,
     KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, PAGE_STRIDES: tl.constexpr, RING: tl.constexpr,
     WINDOW_TOKENS: tl.constexpr, SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr, WINDOW_TILES: tl.constexpr,
@@ -54,7 +73,6 @@ def _prefetch(
     That kernel may be about to change the length, and the page of a row that has but one; then a little too few or
     other keys are asked for.
     """
-    stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg = strides
     length = tl.load(lengths + row, cache_modifier=".cg")
     only_page = tl.load(block_table + wide(row) * pages_per_row, cache_modifier=".cg")
     last = last_position(length, t, first, BLOCK_Q)
@@ -63,9 +81,9 @@ def _prefetch(
     V_BYTES: tl.constexpr = E * k_cmp.dtype.element_ty.primitive_bitwidth // 8
     WINDOW_KEYS: tl.constexpr = WINDOW_TILES * BLOCK_N
     if split < runs:
-        seen, _, per_split, _ = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
+        strides, _, per_split, _ = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
         if PAGE_STRIDES == 0:
-            end = tl.minimum((split + 1) * per_split * TILE_STRIDES, seen)
+            end = tl.minimum((split + 1) * per_split * TILE_STRIDES, strides)
             for start in tl.range(split * per_split * TILE_STRIDES, end, BLOCK_N):
                 there = (start + inside < end) & (only_page >= 0)
                 k_rows, v_rows = page_rows(
@@ -76,9 +94,9 @@ def _prefetch(
                 prefetch_rows(v_rows, there, V_BYTES)
         else:
             begin = split * per_split * TILE_STRIDES
-            prefetch_pages(
+            _prefetch_pages(
                 k_cmp + wide(group) * stride_kcg, v_cmp + wide(group) * stride_vcg, block_table, row, begin,
-                tl.minimum(begin + per_split * TILE_STRIDES, seen), pages_per_row, num_pages, stride_kcp, stride_vcp,
+                tl.minimum(begin + per_split * TILE_STRIDES, strides), pages_per_row, num_pages, stride_kcp, stride_vcp,
                 KC_TOKEN, VC_TOKEN, PAGE_STRIDES, K_BYTES, V_BYTES, WINDOW_KEYS,
             )  # fmt: skip
     elif RING > 0:
@@ -96,7 +114,7 @@ def _prefetch(
     elif WINDOW_TOKENS > 0:
         low, _ = window_plan(length, t, first, last, window, WINDOW_KEYS)
         begin = low + (split - runs) * WINDOW_KEYS
-        prefetch_pages(
+        _prefetch_pages(
             k_win + wide(group) * stride_kwg, v_win + wide(group) * stride_vwg, window_table, row, begin, last + 1,
             window_pages, num_window_pages, stride_kwp, stride_vwp, KW_TOKEN, VW_TOKEN, WINDOW_TOKENS,
             K_BYTES, V_BYTES, WINDOW_KEYS,
@@ -175,10 +193,10 @@ def decode_split_kernel(
     num_tops, scale_log2, q_strides, strides,
     KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    REACH: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK_PADDED: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
-    PAGE_STRIDES: tl.constexpr, RING: tl.constexpr, WINDOW_TOKENS: tl.constexpr, ROTATE: tl.constexpr,
-    TILES: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    REACH: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr,
+    PER_BLOCK_PADDED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    PAGE_STRIDES: tl.constexpr, RING: tl.constexpr, PAGE_TOKENS: tl.constexpr, WINDOW_TOKENS: tl.constexpr,
+    ROTATE: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
     LEAST_TILES: tl.constexpr, WINDOW_SPLITS: tl.constexpr, WINDOW_TILES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr, HEAD_TILES: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -189,7 +207,6 @@ def decode_split_kernel(
     part_acc, part_top, part_total = partials
     stride_qb, stride_qt, stride_qh = q_strides
     stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg = strides
-    PER_BLOCK: tl.constexpr = SELECT // STRIDE
     # All runs over compressed keys come first, so that the selections have ended when the window's have.
     pid = tl.program_id(0)
     split, rest = pid % runs, pid // runs
@@ -203,9 +220,11 @@ def decode_split_kernel(
         if is_small != 0:
             _prefetch(
                 k_cmp, v_cmp, k_win, v_win, block_table, window_table, lengths, row, group, split, query_tile * BLOCK_Q,
-                t, pages_per_row, window_pages, num_pages, num_window_pages, window, runs, strides,
-                KC_TOKEN, VC_TOKEN, KW_TOKEN, VW_TOKEN, D, E, STRIDE, PAGE_STRIDES, RING, WINDOW_TOKENS, SPLITS,
-                LEAST_TILES, WINDOW_TILES, BLOCK_Q, BLOCK_N // PER_BLOCK_PADDED * PER_BLOCK, BLOCK_N,
+                t, pages_per_row, window_pages, num_pages, num_window_pages, window, runs,
+                stride_kcp, stride_kcg, stride_vcp, stride_vcg,
+                stride_kwp, stride_kwg, stride_vwp, stride_vwg, KC_TOKEN, VC_TOKEN, KW_TOKEN, VW_TOKEN, D, E, STRIDE,
+                PAGE_STRIDES, RING, WINDOW_TOKENS, SPLITS, LEAST_TILES, WINDOW_TILES, BLOCK_Q,
+                BLOCK_N // PER_BLOCK_PADDED * PER_BLOCK, BLOCK_N,
             )  # fmt: skip
     # The next kernel may begin only now: it may then read what the one before this wrote, without waiting.
     wait_for_last(PDL)

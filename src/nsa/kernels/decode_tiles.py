@@ -124,25 +124,6 @@ def prefetch_rows(rows, there, BYTES: tl.constexpr):
 
 
 @triton.jit
-def prefetch_pages(
-    k, v, table, row, begin, end, pages_per_row, num_pages, stride_kp, stride_vp, K_TOKEN: tl.constexpr,
-    V_TOKEN: tl.constexpr, PER_PAGE: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr, ASKED: tl.constexpr,
-):  # fmt: skip
-    """Ask for the tokens (or strides) begin .. end - 1 of a row in pages, ASKED of them at most: one look-up for all.
-
-    A table that the kernel before is about to write may hold anything, so only pages that there are count.
-    """
-    token = begin + tl.arange(0, ASKED)
-    entry = token // PER_PAGE
-    there = (token >= 0) & (token < end) & (entry < pages_per_row)
-    page = tl.load(table + wide(row) * pages_per_row + entry, mask=there, other=-1, cache_modifier=".cg")
-    there &= (page >= 0) & (page < num_pages)
-    place = wide(token % PER_PAGE)
-    prefetch_rows(k + wide(page) * stride_kp + place * K_TOKEN, there, K_BYTES)
-    prefetch_rows(v + wide(page) * stride_vp + place * V_TOKEN, there, V_BYTES)
-
-
-@triton.jit
 def attend_tile(acc, totals, top, queries, k, v, visible, scale_log2, PRECISION: tl.constexpr):
     """One tile of keys into the running softmax; also the exponentials, and what they are relative to.
 
