@@ -184,9 +184,9 @@ def launch_decoding(dtype: torch.dtype, h: int, g: int, d: int, e: int) -> None:
     )  # fmt: skip
     counts, factors = tensor(b, dtype=torch.int32), tensor(b, t, d)
     new, step = [tensor(b, t, g, width) for width in (d, e, d, e, d, e)], DecodeStep(counts, *[factors] * 4)
+    decode.attend(tensor(b, t, h, d), tensor(b, t, h, 3), tensors, config, 0.1, counts, factors, factors)
     decode.append(tensors, new, config, "mlp", (phi(d), phi(e)), step)
     tables = replace(tensors, window_table=tensors.block_table, raw_table=tensors.block_table)
-    decode.attend(tensor(b, t, h, d), tensor(b, t, h, 3), tables, config, 0.1, counts, factors, factors)
     decode.append(tables, new, config, "mlp", (phi(d), phi(e)), step)
     weight = tensor(4 * h * d, h * d)
     ids, frequencies = tensor(b, t, dtype=torch.int64), tensor(d // 2, dtype=torch.float32)

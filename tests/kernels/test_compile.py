@@ -55,8 +55,6 @@ def test_the_papers_heads_fit_without_spilling(architecture: str) -> None:
         # Three programs share a multiprocessor's registers: some are saved around the loop over tiles.
         assert kernel["stack"] <= 128, (name, kernel)
         assert kernel["mma"] > 0, (name, kernel)
-    # Over tables as over a static cache: two tiles of keys and values, of 32 KB, are loaded ahead.
-    assert decoding["decode_split_kernel"]["shared"] > 2 * 32768, decoding
     assert found.keys() == (KERNELS - NOT_ON_HOPPER | HOPPER if architecture == "90" else KERNELS)
     for name, kernel in found.items():
         assert kernel["shared"] <= SHARED[architecture], (name, kernel)

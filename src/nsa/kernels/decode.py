@@ -224,9 +224,7 @@ def attend(
     decode_split_kernel[(parts * heads.g * b * tiles,)](
         q, (cos, sin), (tensors.k_cmp, tensors.v_cmp, k_win, v_win), (tensors.block_table, window_table),
         tensors.lengths, tensors.arrivals, (work.part_acc, work.part_top, work.part_total), work.sums, work.tops,
-        work.scores, work.picks, work.bits, t, heads.g, b * tiles, pages, window_pages,
-        None if pages == 1 else tensors.k_cmp.shape[0], None if is_ring or window_pages == 1 else k_win.shape[0],
-        config.window_size, runs,
+        work.scores, work.picks, work.bits, t, heads.g, b * tiles, pages, window_pages, config.window_size, runs,
         int(is_small), num_blocks, num_tops, scale * LOG2E,
         strides_of(q), tuple(x.stride(i) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win) for i in (0, 2)),
         *(x.stride(1) for x in (tensors.k_cmp, tensors.v_cmp, k_win, v_win)), GP=group,

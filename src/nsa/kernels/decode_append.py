@@ -21,7 +21,7 @@ for what came before it, and only then arrives.
 import triton
 import triton.language as tl
 
-from nsa.kernels.decode_tiles import let_next_begin, page_of, prefetch_rows, wait_for_last
+from nsa.kernels.decode_tiles import let_next_begin, page_of, wait_for_last
 from nsa.kernels.tiles import wide
 
 
@@ -58,20 +58,13 @@ def _token(
 
 @triton.jit
 def _ring_of(table, row, position, there, pages, RING: tl.constexpr, PAGED: tl.constexpr):
-    """Ring, or page, of a token, and whether the row has that page."""
+    """Ring (or page) and slot of a token, and whether the row has that page."""
     page = row
     if PAGED:
         inside = there & (position // RING < pages)
         page = tl.load(table + wide(row) * pages + position // RING, mask=inside, other=-1)
         there = inside & (page >= 0)
-    return page, there
-
-
-@triton.jit
-def _prefetch_entries(table, row, pages):
-    """Ask for a row's entries of a table, the first 1024, to come to L2: a sector of eight by each thread."""
-    entry = tl.arange(0, 128) * 8
-    prefetch_rows(table + wide(row) * pages + tl.minimum(entry, pages - 1), entry < pages + 7, 4)
+    return page, position % RING, there
 
 
 @triton.jit
@@ -343,17 +336,6 @@ def decode_append_kernel(
      stride_tkwp, stride_tkws, stride_tkwg, stride_tvwp, stride_tvws, stride_tvwg,
      stride_tkrp, stride_tkrs, stride_tkrg, stride_tvrp, stride_tvrs, stride_tvrg,
      stride_tkcp, stride_tkcs, stride_tkcg, stride_tvcp, stride_tvcs, stride_tvcg) = strides  # fmt: skip
-    if PDL and PAGED:
-        # Where a token goes is said by loads that wait for each other: by then they should be near.
-        if (tl.program_id(0) < rows * t) & (tl.program_id(0) % t == 0):
-            of_row = tl.program_id(0) // t
-            _prefetch_entries(lengths, of_row, 1)
-            if HAS_COUNTS:
-                _prefetch_entries(counts, of_row, 1)
-            _prefetch_entries(block_table, of_row, pages_per_row)
-            _prefetch_entries(raw_table, of_row, raw_pages)
-            if HAS_WINDOW:
-                _prefetch_entries(window_table, of_row, window_pages)
     wait_for_last(PDL)
     pid = tl.program_id(0)
     if pid < rows * t:
@@ -383,11 +365,7 @@ def decode_append_kernel(
         let_next_begin(PDL)
         position = length + column - (t - new)
         there = (column >= t - new) & (position < room)
-        # All look-ups together: behind stores they would wait for each other.
         page, place = page_of(block_table, only_page, row, position, there, pages_per_row, PAGE_TOKENS)
-        raw_page, in_raw = _ring_of(raw_table, row, position, there, raw_pages, RAW_RING, PAGED)
-        if HAS_WINDOW:
-            win_page, in_win = _ring_of(window_table, row, position, there, window_pages, RING, PAGED)
         there &= page >= 0
         _keep(to_k, k_token, page, place, there, groups, stride_tkp, stride_tks, stride_tkg, GROUPS, D, DP)
         _keep(to_v, v_token, page, place, there, groups, stride_tvp, stride_tvs, stride_tvg, GROUPS, E, EP)
@@ -402,10 +380,10 @@ def decode_append_kernel(
             zero = tl.zeros([GROUPS, EP], to_v_cmp.dtype.element_ty)
             _keep(to_v_cmp, zero, page, place, empty, groups, stride_tvcp, stride_tvcs, stride_tvcg, GROUPS, E, EP)
         if HAS_WINDOW:
-            page, slot, held = win_page, position % RING, in_win & there
+            page, slot, held = _ring_of(window_table, row, position, there, window_pages, RING, PAGED)
             _keep(to_k_win, k_win_token, page, slot, held, groups, stride_tkwp, stride_tkws, stride_tkwg, GROUPS, D, DP)
             _keep(to_v_win, v_win_token, page, slot, held, groups, stride_tvwp, stride_tvws, stride_tvwg, GROUPS, E, EP)
-        page, slot, held = raw_page, position % RAW_RING, in_raw & there
+        page, slot, held = _ring_of(raw_table, row, position, there, raw_pages, RAW_RING, PAGED)
         _keep(to_k_raw, k_raw_token, page, slot, held, groups, stride_tkrp, stride_tkrs, stride_tkrg, GROUPS, D, DP)
         _keep(to_v_raw, v_raw_token, page, slot, held, groups, stride_tvrp, stride_tvrs, stride_tvrg, GROUPS, E, EP)
     else:

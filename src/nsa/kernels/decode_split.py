@@ -40,32 +40,12 @@ def _store_part(
 
 
 @triton.jit
-def _prefetch_pages(
-    k, v, table, row, begin, end, pages_per_row, num_pages, stride_kp, stride_vp, K_TOKEN: tl.constexpr,
-    V_TOKEN: tl.constexpr, PER_PAGE: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr, ASKED: tl.constexpr,
-):  # fmt: skip
-    """Ask for the tokens (or strides) begin .. end - 1 of a row in pages, ASKED of them at most: one look-up for all.
-
-    A table that the kernel before is about to write may hold anything, so only pages that there are count.
-    """
-    token = begin + tl.arange(0, ASKED)
-    entry = token // PER_PAGE
-    there = (token >= 0) & (token < end) & (entry < pages_per_row)
-    page = tl.load(table + wide(row) * pages_per_row + entry, mask=there, other=-1, cache_modifier=".cg")
-    there &= (page >= 0) & (page < num_pages)
-    place = wide(token % PER_PAGE)
-    prefetch_rows(k + wide(page) * stride_kp + place * K_TOKEN, there, K_BYTES)
-    prefetch_rows(v + wide(page) * stride_vp + place * V_TOKEN, there, V_BYTES)
-
-
-@triton.jit
 def _prefetch(
-    k_cmp, v_cmp, k_win, v_win, block_table, window_table, lengths, row, group, split, first, t, pages_per_row,
-    window_pages, num_pages, num_window_pages, window, runs,
+    k_cmp, v_cmp, k_win, v_win, block_table, lengths, row, group, split, first, t, pages_per_row, window, runs,
     stride_kcp, stride_kcg, stride_vcp, stride_vcg, stride_kwp, stride_kwg, stride_vwp, stride_vwg,
     KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, PAGE_STRIDES: tl.constexpr, RING: tl.constexpr,
-    WINDOW_TOKENS: tl.constexpr, SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr, WINDOW_TILES: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr, WINDOW_TILES: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE_STRIDES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Ask for the run's keys and values while the kernel before this one still runs.
@@ -79,7 +59,6 @@ def _prefetch(
     inside = tl.arange(0, BLOCK_N)
     K_BYTES: tl.constexpr = D * k_cmp.dtype.element_ty.primitive_bitwidth // 8
     V_BYTES: tl.constexpr = E * k_cmp.dtype.element_ty.primitive_bitwidth // 8
-    WINDOW_KEYS: tl.constexpr = WINDOW_TILES * BLOCK_N
     if split < runs:
         strides, _, per_split, _ = compressed_plan(last, STRIDE, TILE_STRIDES, SPLITS, LEAST_TILES)
         if PAGE_STRIDES == 0:
@@ -92,17 +71,10 @@ def _prefetch(
                 )  # fmt: skip
                 prefetch_rows(k_rows, there, K_BYTES)
                 prefetch_rows(v_rows, there, V_BYTES)
-        else:
-            begin = split * per_split * TILE_STRIDES
-            _prefetch_pages(
-                k_cmp + wide(group) * stride_kcg, v_cmp + wide(group) * stride_vcg, block_table, row, begin,
-                tl.minimum(begin + per_split * TILE_STRIDES, strides), pages_per_row, num_pages, stride_kcp, stride_vcp,
-                KC_TOKEN, VC_TOKEN, PAGE_STRIDES, K_BYTES, V_BYTES, WINDOW_KEYS,
-            )  # fmt: skip
     elif RING > 0:
-        low, _ = window_plan(length, t, first, last, window, WINDOW_KEYS)
-        begin = low + (split - runs) * WINDOW_KEYS
-        end = tl.minimum(begin + WINDOW_KEYS, last + 1)
+        low, _ = window_plan(length, t, first, last, window, WINDOW_TILES * BLOCK_N)
+        begin = low + (split - runs) * (WINDOW_TILES * BLOCK_N)
+        end = tl.minimum(begin + WINDOW_TILES * BLOCK_N, last + 1)
         for start in tl.range(begin, end, BLOCK_N):
             there = start + inside < end
             k_rows, v_rows = ring_rows(
@@ -111,14 +83,6 @@ def _prefetch(
             )  # fmt: skip
             prefetch_rows(k_rows, there, K_BYTES)
             prefetch_rows(v_rows, there, V_BYTES)
-    elif WINDOW_TOKENS > 0:
-        low, _ = window_plan(length, t, first, last, window, WINDOW_KEYS)
-        begin = low + (split - runs) * WINDOW_KEYS
-        _prefetch_pages(
-            k_win + wide(group) * stride_kwg, v_win + wide(group) * stride_vwg, window_table, row, begin, last + 1,
-            window_pages, num_window_pages, stride_kwp, stride_vwp, KW_TOKEN, VW_TOKEN, WINDOW_TOKENS,
-            K_BYTES, V_BYTES, WINDOW_KEYS,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -183,14 +147,13 @@ def _select(
 
 @triton.jit(
     do_not_specialize=[
-        "row_tiles", "pages_per_row", "window_pages", "num_pages", "num_window_pages", "window", "runs", "is_small",
-        "num_blocks", "num_tops",
+        "row_tiles", "pages_per_row", "window_pages", "window", "runs", "is_small", "num_blocks", "num_tops",
     ]
 )  # fmt: skip
 def decode_split_kernel(
     q, factors, memory, tables, lengths, arrivals, partials, sums, tops, scores, picks, bits,
-    t, groups, row_tiles, pages_per_row, window_pages, num_pages, num_window_pages, window, runs, is_small, num_blocks,
-    num_tops, scale_log2, q_strides, strides,
+    t, groups, row_tiles, pages_per_row, window_pages, window, runs, is_small, num_blocks, num_tops, scale_log2,
+    q_strides, strides,
     KC_TOKEN: tl.constexpr, VC_TOKEN: tl.constexpr, KW_TOKEN: tl.constexpr, VW_TOKEN: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     REACH: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PER_BLOCK: tl.constexpr,
@@ -219,11 +182,10 @@ def decode_split_kernel(
     if PDL:
         if is_small != 0:
             _prefetch(
-                k_cmp, v_cmp, k_win, v_win, block_table, window_table, lengths, row, group, split, query_tile * BLOCK_Q,
-                t, pages_per_row, window_pages, num_pages, num_window_pages, window, runs,
-                stride_kcp, stride_kcg, stride_vcp, stride_vcg,
+                k_cmp, v_cmp, k_win, v_win, block_table, lengths, row, group, split, query_tile * BLOCK_Q,
+                t, pages_per_row, window, runs, stride_kcp, stride_kcg, stride_vcp, stride_vcg,
                 stride_kwp, stride_kwg, stride_vwp, stride_vwg, KC_TOKEN, VC_TOKEN, KW_TOKEN, VW_TOKEN, D, E, STRIDE,
-                PAGE_STRIDES, RING, WINDOW_TOKENS, SPLITS, LEAST_TILES, WINDOW_TILES, BLOCK_Q,
+                PAGE_STRIDES, RING, PAGE_TOKENS, SPLITS, LEAST_TILES, WINDOW_TILES, BLOCK_Q,
                 BLOCK_N // PER_BLOCK_PADDED * PER_BLOCK, BLOCK_N,
             )  # fmt: skip
     # The next kernel may begin only now: it may then read what the one before this wrote, without waiting.
@@ -237,10 +199,6 @@ def decode_split_kernel(
     TILE_BLOCKS: tl.constexpr = BLOCK_N // PER_BLOCK_PADDED
     TILE_STRIDES: tl.constexpr = TILE_BLOCKS * PER_BLOCK
     WINDOW_KEYS: tl.constexpr = WINDOW_TILES * BLOCK_N
-    # A look-up before each load takes half of the stages: with so many, keys are held as far ahead as without.
-    PAGED_STAGES: tl.constexpr = 2 * STAGES - 1
-    CMP_STAGES: tl.constexpr = STAGES if PAGE_STRIDES == 0 else PAGED_STAGES
-    WINDOW_STAGES: tl.constexpr = STAGES if RING > 0 or WINDOW_TOKENS == 0 else PAGED_STAGES
 
     # Loaded together, before anything waits for the length; not from an L1 that may hold what was there before.
     length = tl.load(lengths + row, cache_modifier=".cg")
@@ -282,7 +240,7 @@ def decode_split_kernel(
         if PER_BLOCK != PER_BLOCK_PADDED:
             in_tile = (offsets // PER_BLOCK_PADDED) * PER_BLOCK + inside
         seen = (tl.maximum(position + 1, 0) // STRIDE)[:, None]
-        for tile in tl.range(split * per_split, tl.minimum((split + 1) * per_split, tiles), num_stages=CMP_STAGES):
+        for tile in tl.range(split * per_split, tl.minimum((split + 1) * per_split, tiles), num_stages=STAGES):
             stride = tile * TILE_STRIDES + in_tile
             there = stride < strides
             if PER_BLOCK != PER_BLOCK_PADDED:
@@ -333,7 +291,7 @@ def decode_split_kernel(
         v_head = v_win + wide(group) * stride_vwg
         begin_key = low + (split - runs) * WINDOW_KEYS
         end_key = tl.minimum(begin_key + WINDOW_KEYS, last + 1)
-        for start in tl.range(begin_key, end_key, BLOCK_N, num_stages=WINDOW_STAGES):
+        for start in tl.range(begin_key, end_key, BLOCK_N, num_stages=STAGES):
             key = start + offsets
             there = key < end_key
             if RING == 0:
