@@ -47,10 +47,11 @@ def logits_of(run: Any, **inputs: Any) -> Tensor:
 
 
 def packed(built: NSALlamaForCausalLM, run: Any) -> dict[str, Tensor]:
+    """The loss of `run`, which may be compiled, and its gradients; the logits of the model as it is."""
     inputs = batch()
     loss = run(**inputs, num_items_in_batch=1000).loss
     del inputs["labels"]
-    return results(built, [logits_of(run, **inputs)], loss)
+    return results(built, [logits_of(built, **inputs)], loss)
 
 
 def alone(built: NSALlamaForCausalLM) -> dict[str, Tensor]:
