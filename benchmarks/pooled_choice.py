@@ -2,8 +2,14 @@
 
     python benchmarks/pooled_choice.py models/smollm2 --length 4096 --choices 32/16/64/8 8/8/64/8 mass/64/8 --window 512
 
-A choice is kernel/stride/block_size/topk of `InfLLMv2Config` (blocks by keys pooled by their mean), or
-mass/block_size/topk: by the exact attention that a block's keys get. The text is read once, densely; question and
+A choice is kernel/stride/block_size/topk of `InfLLMv2Config` (blocks by keys pooled by their mean), or one of
+
+    mass/block_size/topk         the exact attention that a block's keys get
+    bound/page/block_size/topk   as means, but a page scores what no key of it can exceed: the sum over components of
+                                 max(q_i min k_i, q_i max k_i)  (Quest, arXiv:2406.10774)
+    var/page/block_size/topk     as means, and half the variance of a page's scores, of each component by itself (COBS)
+
+The text is read once, densely; question and
 answer are then read by every choice from the same keys and values, with the library's own lists of blocks. So the
 figures tell of the choice alone, where keys and values are what dense attention made them.
 
@@ -23,7 +29,7 @@ from typing import Any
 import torch
 from selector_quality import answer
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
 from nsa.config import InfLLMv2Config
@@ -33,26 +39,25 @@ from nsa.eval.runner import text_of
 from nsa.eval.tasks import Needle, Perplexity
 from nsa.ops.compress import compress, phi_mean
 from nsa.ops.pooled_selection import select_by_mass, select_by_pooled_keys
+from nsa.ops.selection import top_blocks
 
 NAME = "pooled_choice"
 
 
+KINDS = {"dense": 0, "mass": 2, "bound": 3, "var": 3, "mean": 4}  # numbers in a name
+
+
 class Choice:
-    """One row of the table. `lists` None: dense."""
+    """One row of the table."""
 
     def __init__(self, name: str, window: int) -> None:
-        self.name, self.by_mass = name, name.startswith("mass/")
-        numbers = [int(x) for x in name.removeprefix("mass/").split("/") if x.isdecimal()]
-        if len(numbers) != (2 if self.by_mass else 4) and name != "dense":
-            raise ValueError(f"--choices: expected kernel/stride/block/topk or mass/block/topk, got {name!r}")
-        sizes = dict(
-            zip(
-                ("kernel_size", "kernel_stride", "block_size", "topk"),
-                [1, 1] * self.by_mass + numbers,
-                strict=name != "dense",
-            )
-        )
-        self.config = None if name == "dense" else InfLLMv2Config(**sizes, window_size=window, dense_len=0)
+        self.name, self.kind = name, name.split("/")[0] if name[:1].isalpha() else "mean"
+        numbers = [int(x) for x in name.split("/") if x.isdecimal()]
+        if len(numbers) != KINDS.get(self.kind, -1):
+            raise ValueError(f"--choices: expected kernel/stride/block/topk, mass/block/topk, .., got {name!r}")
+        pooled = numbers[:-2] if self.kind == "mean" else [1, 1] if self.kind == "mass" else numbers[:1] * 2
+        sizes = dict(zip(("kernel_size", "kernel_stride", "block_size", "topk"), pooled + numbers[-2:], strict=False))
+        self.config = InfLLMv2Config(**sizes, window_size=window, dense_len=0) if numbers else None
         self.right: dict[float, list[bool]] = {}
         self.losses: list[float] = []
         self.paid = torch.zeros(4, dtype=torch.float64)  # to the needle's blocks: all, listed; to all blocks: the same
@@ -65,8 +70,10 @@ class Choice:
         causal = keys <= torch.arange(s - t, s, device=q.device)[:, None]
         if self.config is None:
             return causal[None, None]
-        if self.by_mass:
+        if self.kind == "mass":
             lists = select_by_mass(q, k, self.config)
+        elif self.kind != "mean":
+            lists = by_pages(self.kind, q, k, self.config)
         else:
             lists = select_by_pooled_keys(q, compress(k, phi_mean, self.config.blocks), self.config, num_keys=s)
         listed = torch.zeros(t, g, -(-s // self.config.block_size) + 1, dtype=torch.bool, device=q.device)
@@ -91,6 +98,25 @@ class Choice:
         mass = "" if self.config is None else f"{self.paid[3] / self.paid[2]:.3f}"
         loss = f"{sum(self.losses) / len(self.losses):.4f}" if self.losses else ""
         return f"| {self.name} | {sum(found)} of {len(found)} | {cells} | {kept} | {mass} | {loss} |"
+
+
+def by_pages(kind: str, q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
+    """`select_by_pooled_keys` of pages, by their keys' bounds or their mean and variance."""
+    (_, t, _, d), (_, s, g, _), size = q.shape, k.shape, config.kernel_size
+    positions = torch.arange(s - t, s, device=q.device)
+    pages = k[:, : s // size * size].unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4)  # [1, g, pages, size, d]
+    heads = q.unflatten(2, (g, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3) * d**-0.5  # [1, g, heads t, d]
+    if kind == "bound":
+        least, most = pages.amin(-2), pages.amax(-2)
+        scores = heads.relu() @ most.mT - (-heads).relu() @ least.mT
+    else:
+        scores = heads @ pages.mean(-2).mT + heads.square() @ pages.var(-2, correction=0).mT / 2
+    scores = scores.unflatten(2, (-1, t))
+    ends = torch.arange(1, pages.shape[2] + 1, device=q.device) * size - 1
+    weights = scores.masked_fill(ends > positions[:, None], -torch.inf).softmax(-1).sum(2)
+    per_block = config.block_size // size
+    of_blocks = pad(weights, (0, -weights.shape[-1] % per_block)).unflatten(-1, (-1, per_block)).amax(-1)
+    return top_blocks(of_blocks, positions, config.blocks).transpose(1, 2)
 
 
 def main() -> None:
