@@ -27,7 +27,7 @@ class ConvertArguments:
         nsa convert models/smollm2 models/smollm2-nsa --nsa.window-size 256 --text novel.txt
         nsa convert models/llama models/llama-nsa --layers 2-29
         nsa convert models/llama models/llama-infllm --method infllm_v2 --infllm-v2.dense-len 4096
-        nsa convert models/llama models/llama-pool4 --method infllm_v2 --infllm-v2.kernel-size 4 --infllm-v2.kernel-stride 4
+        nsa convert models/llama llama-pool4 --method infllm_v2 --infllm-v2.kernel-size 4 --infllm-v2.kernel-stride 4
     """
 
     dense: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DENSE")]
@@ -42,7 +42,8 @@ class ConvertArguments:
     """NSA's block sizes and counts; those of a dense twin are its own by default."""
     infllm_v2: InfLLMv2Config = field(default_factory=InfLLMv2Config)
     """InfLLM-V2's, in the same way. In SmolLM2-135M kernel-size 4 and kernel-stride 4 find most needles that the
-    paper's pools of 32 keys lose, at as many keys attended to and four times as many read to choose (docs/convert.md)."""
+    paper's pools of 32 keys lose; a query attends to as many keys, and reads four times as many to choose
+    (docs/convert.md)."""
     gate_bias: float = GATE_BIAS
     """Of NSA: gates start at sigmoid(bias) for the selected branch, sigmoid(-bias) for the others: 6 lets .25% of
     these through; 30 keeps the function to rounding where every block fits, with gates that do not learn."""
