@@ -141,7 +141,7 @@ def run_tasks(candidate: Candidate, tasks: Sequence[Task], progress: Progress) -
         bar = progress.add_task(f"{candidate.name}: {task.name}", total=task.num_steps(candidate.tokenizer))
         try:
             with selection_by_mass() if candidate.by_mass else nullcontext():
-                rows += task.run(candidate.model, candidate.tokenizer, _advance(progress, bar))
+                rows += task.run(candidate.model, candidate.tokenizer, partial(progress.advance, bar))
         except IndexError as error:  # of a table of positions
             if too_long := _too_long(candidate, [task]):
                 raise ValueError(f"{too_long}: {error}") from error
@@ -228,10 +228,6 @@ def _too_long(candidate: Candidate, tasks: Sequence[Task]) -> str:
 def _lengths(task: Task) -> Sequence[int]:
     parameters = asdict(task)  # type: ignore[call-overload]
     return parameters.get("lengths") or (parameters.get("length", 0),)
-
-
-def _advance(progress: Progress, bar: Any) -> Any:
-    return lambda steps: progress.advance(bar, steps)
 
 
 def _processor() -> str:
