@@ -53,6 +53,7 @@ ROWS: dict[str, Flags] = {
     "dense-short": {"attention": ("dense",)} | SHORT,
     "nsa-selector-short": SELECTOR | SHORT,
     "nsa-selector-short-fine": SELECTOR | SHORT | {"nsa.compress-block-size": ("8",)},
+    "nsa-selector-short-four": SELECTOR | SHORT | {"nsa.compress-block-size": ("4",), "nsa.compress-stride": ("4",)},
     "nsa-selector-short-shared": SELECTOR | SHORT | {"nsa.shared-kv": ()},
     "nsa-selector-all-first": SELECTOR | ALL_FIRST,
     "dense-long": {"attention": ("dense",)} | LONG,
