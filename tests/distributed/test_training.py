@@ -5,16 +5,18 @@ import os
 import shlex
 import subprocess
 import sys
+from datetime import timedelta
 
 import processes
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nsa.training.config import TrainConfig
 from nsa.training.folder import checkpoints
-from nsa.training.world import mesh_shape
+from nsa.training.world import _agree, mesh_shape
 from nsa.training.writing import in_pieces
 
 FLAGS = shlex.split(
@@ -140,6 +142,19 @@ def test_what_a_rank_could_not_write_of_a_checkpoint_in_pieces_is_one_error_that
     failures = {1: (OSError(28, "No space left on device"), None)}
     with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device$"), in_pieces():
         raise CheckpointException("write", failures)
+
+
+def test_who_keeps_the_store_ends_no_sooner_than_the_others_have_heard_why():
+    store, args = dist.HashStore(), (2, "flags", {"a": 1}, lambda theirs, own: "another")
+    store.set_timeout(timedelta(milliseconds=1))
+    store.set("flags/1", json.dumps({"a": 2}))
+    with pytest.raises(dist.DistStoreError):
+        _agree(store, 0, *args)
+    with pytest.raises(SystemExit):
+        _agree(store, 1, *args)
+    store.set("flags/1", json.dumps({"a": 2}))
+    with pytest.raises(ValueError, match=r"^rank 1 was started with another$"):
+        _agree(store, 0, *args)
 
 
 def test_rows_shorter_than_the_shards_are_one_line():

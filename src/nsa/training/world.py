@@ -135,7 +135,7 @@ class World:
         return made if is_first else make()  # type: ignore[return-value]
 
     def agree(self, name: str, value: Any, what: Callable[[Any, Any], str]) -> None:
-        """ValueError, on all, where a rank has another value than the main one; `what` says of both how they differ."""
+        """ValueError where a rank has another value than the main one, which tells it; `what` says how both differ."""
         _agree(self.store, self.rank, self.size, name, value, what)
 
 
@@ -212,6 +212,11 @@ def _agree(store: dist.Store, rank: int, size: int, name: str, value: Any, what:
         told = (f"rank {other} was started with {what(x, value)}" for other, x in enumerate(others) if x != value)
         store.set(name, next(told, ""))
     if verdict := store.get(name).decode():
+        store.set(f"{name}/heard/{rank}", "")
+        if rank:
+            raise SystemExit(2)
+        for other in range(size):  # the store goes with this process
+            store.get(f"{name}/heard/{other}")
         raise ValueError(verdict)
 
 
