@@ -70,6 +70,8 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalExample:
+    """A row's tokens, and where in them the values are that are asked for."""
+
     ids: tuple[int, ...]
     answers: tuple[Answer, ...]
     """Answers in the order in which they come."""
