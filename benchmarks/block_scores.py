@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from selector_quality import QUERIES, FreeMass, answer
+from selector_quality import QUERIES, FreeMass, answer, asking
 from torch import Tensor, nn
 
 from nsa.adapting.layers import inputs_and_outputs
@@ -107,20 +107,16 @@ class Score(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = asking(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", required=True)
     parser.add_argument("--select", nargs="+", default=["32/16", "64/10"], help="l'/n; of the first, scores are fitted")
     parser.add_argument("--compress", nargs="+", default=COMPRESS, help="l/d, untrained, without and with the variance")
     parser.add_argument("--fit", nargs="+", default=[], help="l/d or l/d+var of phi = mlp")
     parser.add_argument("--steps", type=int, default=150, help="of a fit, a sequence each")
-    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=4, help="sequences that are measured on")
     parser.add_argument("--fit-samples", type=int, default=12, help="those that are fitted on, before them in the text")
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path)
     answer(parser, compare)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from selector_quality import answer
+from selector_quality import answer, asking
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
@@ -120,19 +120,15 @@ def by_pages(kind: str, q: Tensor, k: Tensor, config: InfLLMv2Config) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = asking(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--choices", nargs="+", required=True)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--samples", type=int, default=4, help="needles a depth")
     parser.add_argument("--rows", type=int, default=4, help="of text, for the loss")
     parser.add_argument("--last", type=int, default=256, help="tokens of a row that the choices read")
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path)
     answer(parser, measure)
 
 

@@ -34,14 +34,20 @@ QUERIES = 256  # of a sequence
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = asking(__doc__)
     parser.add_argument("models", nargs="+", type=Path)
-    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=8)
+    answer(parser, compare)
+
+
+def asking(about: str | None) -> argparse.ArgumentParser:
+    """What every script about the choice of blocks takes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
-    answer(parser, compare)
+    return parser
 
 
 def answer(parser: argparse.ArgumentParser, compare: Callable[[argparse.Namespace], Any]) -> None:

@@ -118,15 +118,15 @@ def layer(arguments: ScaleArguments, length: int, device: str) -> Entry:
         d_out = torch.randn_like(x)
     entry = Entry(length=length, inputs="random", part="layer, forward + backward", ms={})
 
-    def pass_of(x: Tensor, d_out: Tensor) -> Callable[[], object]:
+    def pass_of(layer: nn.Module, x: Tensor, d_out: Tensor) -> Callable[[], object]:
         x = x.detach().requires_grad_()
-        return lambda: torch.autograd.grad(one(x), [x, *one.parameters()], d_out)  # noqa: F821 (deleted after the call)
+        return lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], d_out)
 
-    of_main(entry, ALONE, pass_of(x, d_out), arguments.repetitions)
+    of_main(entry, ALONE, pass_of(one, x, d_out), arguments.repetitions)
     context = context_parallel(one, world())
     x, d_out = (context.zigzag.shard(y) for y in (x, d_out))
     label = f"{context.size} GPUs"
-    of_all(entry, label, pass_of(x, d_out), arguments.repetitions)
+    of_all(entry, label, pass_of(one, x, d_out), arguments.repetitions)
     bytes_moved, talk = exchanges(arguments, context, x.shape[1], one.config, device)
     of_all(entry, EXCHANGES, talk, arguments.repetitions)
     entry.facts[f"{EXCHANGES}: {RECEIVED}"] = bytes_moved / 1e9

@@ -27,7 +27,7 @@ from nsa.training.cache import Cache
 from nsa.training.clock import Clock
 from nsa.training.compiling import compile_parts
 from nsa.training.config import TrainConfig, differences
-from nsa.training.corpus import read_corpus
+from nsa.training.corpus import Corpus, read_corpus
 from nsa.training.data import FixedBatches, TrainingBatches
 from nsa.training.folder import (
     at_home,
@@ -109,11 +109,8 @@ def _train(
     for remark in corpus.remarks:
         say(remark)
 
-    def make_batches() -> tuple[PreTrainedTokenizerBase, TrainingBatches, dict[str, FixedBatches]]:
-        tokenizer = make_tokenizer(config, corpus, cache)  # noqa: F821 (deleted after the call)
-        return tokenizer, *make_data(config, corpus, tokenizer, cache)  # noqa: F821
-
-    tokenizer, train_set, eval_sets = make_batches() if world is None else world.main_first(make_batches)
+    first = _here if world is None else world.main_first
+    tokenizer, train_set, eval_sets = first(partial(_make_batches, config, corpus, cache))
     data = fingerprints(corpus, tokenizer)
     del corpus  # its texts, which may be gigabytes
     if checkpoint is None and is_main:
@@ -179,6 +176,17 @@ def _train(
         all_blocks.restore()
         train_selectors(model, 0.0)  # what the caller trains with it further is the caller's
     return model
+
+
+def _here(make: Callable[[], Any]) -> Any:
+    return make()
+
+
+def _make_batches(
+    config: TrainConfig, corpus: Corpus, cache: Cache
+) -> tuple[PreTrainedTokenizerBase, TrainingBatches, dict[str, FixedBatches]]:
+    tokenizer = make_tokenizer(config, corpus, cache)
+    return tokenizer, *make_data(config, corpus, tokenizer, cache)
 
 
 def _checkpoint(config: TrainConfig, *, sharded: bool = False) -> Path | None:
