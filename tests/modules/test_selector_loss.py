@@ -107,15 +107,16 @@ def test_of_rows_and_of_padded_rows_too(every_query, neighbours):
         torch.testing.assert_close(seen[0], found[~found.isnan()].mean())
 
 
-def test_it_is_added_to_what_is_differentiated_and_reaches_what_makes_compressed_keys():
-    made, x = layer(), torch.randn(1, 64, 24, dtype=torch.float64)
+def test_it_is_added_to_what_is_differentiated_and_reaches_what_makes_compressed_keys_and_nothing_before_the_layer():
+    made, x = layer(), torch.randn(1, 64, 24, dtype=torch.float64, requires_grad=True)
     gradients = []
     for weight in (0.0, 0.25, 0.5):
         made.selector_weight = weight
         made.zero_grad()
         torch.manual_seed(3)
         (1e3 * made(x).square().sum()).backward()
-        gradients.append({name: p.grad.clone() for name, p in made.named_parameters()})
+        gradients.append({name: p.grad.clone() for name, p in [*made.named_parameters(), ("x", x)]})
+        x.grad = None
     plain, quarter, half = gradients
     for name in plain:
         added, twice = quarter[name] - plain[name], half[name] - plain[name]

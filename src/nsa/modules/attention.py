@@ -100,7 +100,7 @@ class NativeSparseAttention(SparseLayer):
         longest = layout.max_seqlen
         out = attend_to_branches(q, branches, gates, self.config, max_seqlen_k=longest, nonnegative_gates=True)
         if self.selector_weight and torch.is_grad_enabled() and q.numel():  # no tokens have no loss
-            loss = selector_loss(q, branches.slc.k, branches.cmp.k, layout, self.config)
+            loss = selector_loss(q, branches.slc.k, self._keys_to_choose(x.detach(), layout), layout, self.config)
             out = with_loss(out, loss, self.selector_weight)
         return out
 
@@ -171,8 +171,17 @@ class NativeSparseAttention(SparseLayer):
 
     def _compress(self, raw: Stream, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """The compressed keys, rotated, and values of whole sequences."""
-        gather = partial(blocks_of, config=self.config) if layout.blocks is None else layout.blocks.gather
-        return self._compress_blocks(gather(raw.k), gather(raw.v), layout.cos_cmp, layout.sin_cmp)
+        k, v = self._blocks(raw.k, layout), self._blocks(raw.v, layout)
+        return self._compress_blocks(k, v, layout.cos_cmp, layout.sin_cmp)
+
+    def _keys_to_choose(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """The compressed keys alone. The selector's loss takes x as it is: it trains what makes keys of x, not x."""
+        raw = (self.k_proj if self.config.shared_kv else self.k_proj_cmp)(x).unflatten(-1, (-1, self.head_dim))
+        raw = raw if layout.counts is None else layout.to_the_left(raw)
+        return rotate(self.compress_k(self._blocks(raw, layout)), layout.cos_cmp, layout.sin_cmp)
+
+    def _blocks(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        return blocks_of(x, self.config) if layout.blocks is None else layout.blocks.gather(x)
 
     def _compress_blocks(self, k_blocks: Tensor, v_blocks: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate(self.compress_k(k_blocks), cos, sin), self.compress_v(v_blocks)
