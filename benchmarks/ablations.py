@@ -30,6 +30,7 @@ COMMON: Flags = {
 }
 GATES: Flags = {"compressed-gate-bias": ("-4",), "selected-gate-bias": ("4",), "window-gate-bias": ("-4",)}
 SELECTOR: Flags = {"selector-loss": ("0.5",)}
+FOUR: Flags = {"nsa.compress-block-size": ("4",), "nsa.compress-stride": ("4",)}
 SHORT: Flags = {"curriculum": (f"512x1400:{SHORT_ROWS}", f"4096x1800:{LONG_ROWS}")}
 ALL_FIRST: Flags = {
     "curriculum": (f"512x1400:{SHORT_ROWS}", f"4096x800:{LONG_ROWS}:blocks=all", f"4096x1000:{LONG_ROWS}")
@@ -53,11 +54,12 @@ ROWS: dict[str, Flags] = {
     "dense-short": {"attention": ("dense",)} | SHORT,
     "nsa-selector-short": SELECTOR | SHORT,
     "nsa-selector-short-fine": SELECTOR | SHORT | {"nsa.compress-block-size": ("8",)},
-    "nsa-selector-short-four": SELECTOR | SHORT | {"nsa.compress-block-size": ("4",), "nsa.compress-stride": ("4",)},
+    "nsa-selector-short-four": SELECTOR | SHORT | FOUR,
     "nsa-selector-short-shared": SELECTOR | SHORT | {"nsa.shared-kv": ()},
     "nsa-selector-short-gates": SELECTOR | SHORT | GATES,
     "nsa-selector-all-first": SELECTOR | ALL_FIRST,
     "nsa-selector-all-first-gates": SELECTOR | ALL_FIRST | GATES,
+    "nsa-selector-all-first-gates-four": SELECTOR | ALL_FIRST | GATES | FOUR,
     "dense-long": {"attention": ("dense",)} | LONG,
     "nsa-selector-long": SELECTOR | LONG,
     "nsa-selector-dense": SELECTOR | {"dense-layers": ("3", "7")},
