@@ -18,6 +18,7 @@ def test_each_bench_is_a_subcommand_with_its_own_options() -> None:
     assert parse("bench", ["decode", "--lengths", "8", "--batches", "1", "--rivals"]).what == DecodeArguments(
         lengths=(8,), batches=(1,), rivals=()
     )
+    assert parse("bench", ["kernels", "--value-dim", "64"]).what == KernelArguments(value_dim=64)
 
 
 @pytest.mark.parametrize("arguments", [["bench"], ["bench", "kernels"], ["bench", "step"], ["bench", "show"]])
@@ -42,6 +43,7 @@ def test_without_cuda_it_is_one_line(bench: str, capsys: pytest.CaptureFixture[s
         (["module", "--repetitions", "0"], "--repetitions: expected at least 1, got 0"),
         (["decode", "--rivals", "FlexAttention"], "--rivals: expected some of 'cuDNN', 'FlashAttention-2', got 'Flex"),
         (["decode", "--batches", "0"], "--batches: expected positive numbers of rows, got [0]"),
+        (["decode", "--value-dim", "0"], "--value-dim: expected at least 1, got 0"),
         (["nothing"], "nothing"),
         (["show", "/nowhere.json"], "/nowhere.json"),
     ],

@@ -9,7 +9,6 @@ import pytest
 from nsa.bench.arguments import ShowArguments
 from nsa.bench.result import Entry, Result
 from nsa.bench.show import crossover, markdown, show, tables, write
-from nsa.config import NSAConfig
 
 
 def canned() -> Result:
@@ -107,10 +106,3 @@ def test_decoding_is_shown_in_microseconds_with_its_floor_and_cells_without_room
     assert table.rows[1][4:] == ["no room for 290 GiB", "", ""]
     write(result, tmp_path / "decode")
     assert ElementTree.parse(tmp_path / "decode.svg").getroot().tag.endswith("svg")
-
-
-def test_the_bytes_of_a_decoding_step_are_those_of_the_keys_it_reads() -> None:
-    from nsa.bench.decode import read_bytes
-
-    # 8k tokens: 511 compressed keys, 16 blocks of 64, a window of 512; 16-bit keys and values of 4 heads.
-    assert read_bytes(NSAConfig(), 8192, 4, 128, 64) == (511 + 1024 + 512) * 4 * (128 + 64) * 2

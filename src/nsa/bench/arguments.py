@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
-from nsa.bench.options import HeadDim, Heads, HiddenSize, Json, KVHeads, Output, Repetitions
+from nsa.bench.options import HeadDim, Heads, HiddenSize, Json, KeyDim, KVHeads, Output, Repetitions, ValueDim
 from nsa.bench.train_arguments import TrainArguments
 
 RIVALS = ("cuDNN", "FlashAttention-2", "FlexAttention", "FlexAttention, selected branch")
@@ -26,13 +26,15 @@ class KernelArguments:
         nsa bench kernels --lengths 8192 65536 --output kernels_h200
         nsa bench kernels --lengths 65536 --rivals
         nsa bench kernels --heads 32 --kv-heads 2 --head-dim 64 --rivals cuDNN --json
+        nsa bench kernels --head-dim 192 --value-dim 128
     """
 
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
     """Lengths in tokens."""
     heads: Heads = 64
     kv_heads: KVHeads = 4
-    head_dim: HeadDim = 128
+    head_dim: KeyDim = 128
+    value_dim: ValueDim = None
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """Number format of the inputs."""
     rivals: tuple[str, ...] = RIVALS
@@ -40,6 +42,11 @@ class KernelArguments:
     repetitions: Repetitions = 5
     output: Output = None
     json: Json = False
+
+    @property
+    def e(self) -> int:
+        """Width of a head of v."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     def wants(self, rival: str) -> bool:
         return rival in self.rivals
@@ -143,14 +150,15 @@ class DecodeArguments:
     NSA: its two launches over a cache of one page a row, and over shuffled pages of 256 tokens; and with the append
     (one more launch, of which every 16th completes a block), also over block tables as a serving engine has them, whose
     time as a multiple of the static cache's is printed. Dense: the same query over the same raw keys, by cuDNN and
-    FlashAttention-2, KV heads shared. The steps of a graph go round several caches, so that keys come from memory;
-    where one step's keys fit in the L2, also one cache again and again. The floor is the bytes of the keys over the
-    bandwidth of a copy, measured in the same run.
+    FlashAttention-2, KV heads shared; who does not take the widths is left out with a line. The steps of a graph go
+    round several caches, so that keys come from memory; where one step's keys fit in the L2, also one cache again and
+    again. The floor is the bytes of keys and values over the bandwidth of a copy, measured in the same run.
 
     Examples:
         nsa bench decode
         nsa bench decode --lengths 8192 65536 --batches 1 32 --output decode_h200
         nsa bench decode --lengths 65536 --batches 1 --rivals cuDNN --json
+        nsa bench decode --head-dim 192 --value-dim 128
     """
 
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
@@ -159,7 +167,8 @@ class DecodeArguments:
     """Rows."""
     heads: Heads = 64
     kv_heads: KVHeads = 4
-    head_dim: HeadDim = 128
+    head_dim: KeyDim = 128
+    value_dim: ValueDim = None
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """Number format of the cache."""
     rivals: tuple[str, ...] = RIVALS[:2]
@@ -167,6 +176,11 @@ class DecodeArguments:
     repetitions: Repetitions = 5
     output: Output = None
     json: Json = False
+
+    @property
+    def e(self) -> int:
+        """Width of a head of v."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
 
 @dataclass(frozen=True)

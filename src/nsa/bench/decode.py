@@ -41,15 +41,14 @@ def measure(arguments: DecodeArguments, device: str = "cuda") -> Iterator[Entry]
             torch.cuda.empty_cache()
 
 
-def read_bytes(config: NSAConfig, length: int, g: int, d: int, e: int) -> int:
-    """Bytes of 16-bit keys and values that one query of each head has to read, NSA."""
-    return 2 * config.keys_per_query(length) * g * (d + e)
+def read_bytes(keys: int, g: int, d: int, e: int) -> int:
+    """Bytes of so many 16-bit keys and values of each KV head."""
+    return 2 * keys * g * (d + e)
 
 
 def _cell(arguments: DecodeArguments, length: int, batch: int, bandwidth: float, device: str) -> Iterator[Entry]:
-    config, g, d = NSAConfig(), arguments.kv_heads, arguments.head_dim
-    sparse = batch * read_bytes(config, length, g, d, d)
-    dense = 4 * batch * length * g * d
+    config, g, d, e = NSAConfig(), arguments.kv_heads, arguments.head_dim, arguments.e
+    sparse, dense = (batch * read_bytes(keys, g, d, e) for keys in (config.keys_per_query(length), length))
     # Floors in microseconds.
     facts = {"batch": float(batch), "floor": sparse / bandwidth * 1e6, "dense floor": dense / bandwidth * 1e6}
     cache = dense * (1 + 1 / config.compress_stride) * (1 + ROOM / length)
@@ -69,7 +68,8 @@ def _cell(arguments: DecodeArguments, length: int, batch: int, bandwidth: float,
             try:
                 graphs[name] = _captured([run[i % len(run)] for i in range(steps)])
             except RuntimeError as error:  # a rival without a kernel for this shape: the others go on
-                print(f"nsa bench: {name} at {length:,} tokens, batch {batch}: {str(error).splitlines()[0]}")
+                reason = str(error).splitlines()[0]
+                print(f"nsa bench: {name} at {length:,} tokens, batch {batch}: {reason}", file=sys.stderr)
         ms = interleaved({name: graph.replay for name, graph in graphs.items()}, arguments.repetitions)
         return Entry(
             length=length, inputs=f"batch {batch}", part=part, facts=facts,
@@ -109,13 +109,13 @@ class _Layer:
         page: int | None = None,
     ) -> None:  # fmt: skip
         self.config, self.length = config, length
-        h, g, d = arguments.heads, arguments.kv_heads, arguments.head_dim
+        h, g, d, e = arguments.heads, arguments.kv_heads, arguments.head_dim, arguments.e
         dtype = getattr(torch, arguments.dtype)
         size = page or -(-(length + ROOM) // config.select_block_size) * config.select_block_size
         per_row = -(-(length + ROOM) // size)
         pages = Pages(num_pages=batch * per_row, page_size=size, pages_per_row=per_row)
         self.tensors = empty_cache_tensors(
-            config, pages, rows=batch, num_kv_heads=g, head_dim=d, v_head_dim=d, max_new=1, max_crop=64, dtype=dtype,
+            config, pages, rows=batch, num_kv_heads=g, head_dim=d, v_head_dim=e, max_new=1, max_crop=64, dtype=dtype,
             device=device,
         )  # fmt: skip
         for x in _memory(self.tensors):
@@ -128,12 +128,15 @@ class _Layer:
             return torch.randn(shape, device=device, dtype=dtype)
 
         self.q, self.gates = normal(batch, 1, h, d), normal(batch, 1, h, 3).sigmoid()
-        cmp, slc, win = (Stream(normal(batch, 1, g, d), normal(batch, 1, g, d)) for _ in range(3))
+        cmp, slc, win = (Stream(normal(batch, 1, g, d), normal(batch, 1, g, e)) for _ in range(3))
         self.new = Branches(cmp, slc, win)
-        block, wide = config.compress_block_size, config.compress_block_size * d
-        shapes = ((block, d), (2 * d, wide), (2 * d,), (d, 2 * d), (d,))
-        phi_k, phi_v = (tuple(normal(*shape) * wide**-0.5 for shape in shapes) for _ in range(2))
-        self.phi = (phi_k, phi_v)
+
+        def phi(width: int) -> tuple[Tensor, ...]:
+            block, wide = config.compress_block_size, config.compress_block_size * width
+            shapes = ((block, width), (2 * width, wide), (2 * width,), (width, 2 * width), (width,))
+            return tuple(normal(*shape) * wide**-0.5 for shape in shapes)
+
+        self.phi = phi(d), phi(e)
         cos, sin = normal(batch, 1, d), normal(batch, 1, d)
         self.factors = DecodeStep(None, cos, sin, cos, sin)
 
@@ -168,16 +171,16 @@ class _Served(_Layer):
 
     def __init__(self, arguments: DecodeArguments, config: NSAConfig, length: int, batch: int, device: str) -> None:
         super().__init__(arguments, config, length, batch, device, page=PAGE)
-        g, d, dtype = arguments.kv_heads, arguments.head_dim, self.q.dtype
+        g, d, e, dtype = arguments.kv_heads, arguments.head_dim, arguments.e, self.q.dtype
         per_row = self.tensors.block_table.shape[1]
 
         def pair(blocks: int, tokens: int) -> tuple[Tensor, Tensor]:
-            both = torch.randn(blocks, g, tokens, 2 * d, device=device, dtype=dtype).transpose(1, 2)
+            both = torch.randn(blocks, g, tokens, d + e, device=device, dtype=dtype).transpose(1, 2)
             return both[..., :d], both[..., d:]
 
         def near(kept: int) -> tuple[Tensor, int]:
             """Blocks for the last `kept` tokens and those to come; -1 for those before, which an engine took back."""
-            first = (length - kept) // PAGE
+            first = max(0, length - kept) // PAGE
             table = torch.full((batch, per_row), -1, dtype=torch.int32, device=device)
             count = batch * (per_row - first)
             table[:, first:] = torch.randperm(count, device=device).view(batch, -1)

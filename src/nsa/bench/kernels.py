@@ -29,9 +29,7 @@ def measure(arguments: KernelArguments, device: str = "cuda") -> Iterator[Entry]
     """Entries of every length, random inputs first; dense attention, which does not depend on them, with those."""
     config = NSAConfig()
     for length in arguments.lengths:
-        shape = Shape(
-            length=length, h=arguments.heads, g=arguments.kv_heads, d=arguments.head_dim, e=arguments.head_dim
-        )
+        shape = Shape(length=length, h=arguments.heads, g=arguments.kv_heads, d=arguments.head_dim, e=arguments.e)
         for inputs in ("random", "correlated"):
             problem = Problem(
                 shape, config, correlated=inputs == "correlated", dtype=getattr(torch, arguments.dtype), device=device

@@ -44,6 +44,8 @@ def run(arguments: Measured) -> None:
         there.touch()  # not after the first measurement: a folder that cannot be written
     name, module = BENCHES[type(arguments)]
     shape = {name: value for name, value in asdict(arguments).items() if name not in ("output", "json")}
+    if isinstance(arguments, KernelArguments | DecodeArguments):
+        shape["value_dim"] = arguments.e
     result = Result(bench=name, facts=device_facts() | when_and_where(), shape=shape, matrix_rate=matrix_rate())
     for entry in importlib.import_module(module).measure(arguments):
         result.entries.append(entry)
