@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # From the bottom up: a part may import itself, the parts beside it and those before it.
 LAYERS = [
-    {"config", "files", "report"},
+    {"config", "files", "out_of_memory", "report"},
     {"shapes", "backend", "cache_tensors", "decode_step", "streams"},
     {"kernels"},
     {"ops"},

@@ -130,6 +130,11 @@ def test_ctrl_c_is_one_line_and_130(stopped, said, monkeypatch, capsys):
         (MemoryError(), "out of memory: MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory."),
         (
+            torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in"),
+            "out of memory: CUDA error: out of memory\n",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: DefaultCPUAllocator"),
+        (
             ModuleNotFoundError("No module named 'gguf'", name="gguf"),
             "which is not installed: pip install 'gguf>=0.17'",
         ),

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nsa.out_of_memory import is_out_of_memory
+
 # The file in nsa.commands, and what it does.
 COMMANDS = {
     "train": "train a language model from scratch, NSA or one of its twins",
@@ -154,8 +156,8 @@ def explained(error: Exception) -> str | None:
             return None
         needs = f"this needs the package {module}, which is not installed" if module else one_line(error)
         return f"{needs}: {how_to_install(module)}" if module else needs
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch
-        return f"out of memory: {one_line(error)}"
+    if is_out_of_memory(error):
+        return f"out of memory: {one_line(error).partition(' Search for ')[0]}"  # after which the driver's advice comes
     if isinstance(error, ValueError | OSError) or type(error).__name__ in OF_FILES:
         return one_line(error)
     nested = isinstance(error, RecursionError) and "JSON" in str(error)

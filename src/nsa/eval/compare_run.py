@@ -24,6 +24,7 @@ from nsa.eval.models import Candidate
 from nsa.eval.runner import circumstances
 from nsa.eval.tasks.task import Advance, ignore
 from nsa.eval.text import held_out_text
+from nsa.out_of_memory import is_out_of_memory
 from nsa.training.tokenizer import encoder
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def run_cell(
         record["reads"] = phased.meter.summary()
         if method != cell.method:
             record["prepared"] = asdict(method)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         record["status"] = OUT_OF_MEMORY
@@ -145,13 +146,6 @@ def sample(candidate: Candidate, cell: Cell) -> list[int]:
     """A text of the cell's length, for what a method does offline: the end of the held-out text."""
     source = getattr(cell.task, "text", "python")
     return list(encoder(candidate.tokenizer)(held_out_text(source)[-8 * cell.length :]))[-cell.length :]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's and Python's have their own types; torch's allocator on the CPU raises a RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _context() -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nsa.out_of_memory import is_out_of_memory
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -91,9 +93,9 @@ def load(
         found: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True, **shared
         )
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise  # the machine's fault, not the files'
     except Exception as error:  # the parsers of these files raise errors of every type
+        if isinstance(error, ImportError) or is_out_of_memory(error):
+            raise  # the machine's fault, not the files'
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             reason = "it brings Python code of its own, which runs only with --trust-remote-code"
