@@ -102,6 +102,13 @@ def test_compiling_where_no_compiler_is_found_is_one_clear_line(config, monkeypa
         compiling.compile_parts(model, on_cpu=True, cuda_graphs=True)
 
 
+def test_a_run_that_compiles_says_why_its_first_step_takes_so_long(config, monkeypatch, capsys):
+    monkeypatch.setattr(module, "compile_parts", lambda model, **options: None)
+    for compile in (True, False):
+        train(replace(config, out=config.out / str(compile), compile=compile))
+        assert ("nsa train: torch.compile: the first step" in capsys.readouterr().err) == compile
+
+
 DRIVER = """
 import resource, sys
 import nsa.training.train as module

@@ -23,7 +23,7 @@ from nsa.eval.scoring import token_losses
 from nsa.eval.tasks.perplexity import Perplexity
 from nsa.eval.text import HELD_OUT
 from nsa.methods.registry import Attention
-from nsa.training.compiling import compile_layers
+from nsa.training.compiling import NOTICE, compile_layers
 from nsa.training.config import TrainConfig
 from nsa.training.folder import at_home, is_trained, last_checkpoint
 from nsa.training.loading import load_model
@@ -119,6 +119,7 @@ def _all(folder: Path, arguments: AdaptArguments, config: TrainConfig, tokenizer
         add_low_rank(model, arguments.lora)
     if arguments.compile:
         compile_layers(model, on_cpu=config.device == "cpu" or not torch.cuda.is_available())
+        _say(NOTICE)
     return model
 
 

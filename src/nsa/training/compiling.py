@@ -15,6 +15,7 @@ from torch import nn
 # How many documents, and a bound on their length: of a model's arguments, and of what its layers share.
 VARYING = ("cu_seq_lens_q", "max_length_q", "cu_seqlens", "max_seqlen")
 PARTS = ("model", "chunked_loss")  # of a language model
+NOTICE = "torch.compile: the first step with each kind of rows takes a minute or two on a GPU"
 
 
 def compiled_parts(model: nn.Module, *, cuda_graphs: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from nsa.models import NSALlamaConfig
 from nsa.training.all_blocks import AllBlocks
 from nsa.training.cache import Cache
 from nsa.training.clock import Clock
-from nsa.training.compiling import compile_parts
+from nsa.training.compiling import NOTICE, compile_parts
 from nsa.training.config import TrainConfig, differences
 from nsa.training.corpus import Corpus, read_corpus
 from nsa.training.data import FixedBatches, TrainingBatches
@@ -131,6 +131,8 @@ def _train(
         distribute(model, world, config, on_cpu=arguments.use_cpu)
     elif config.compile:
         compile_parts(model, on_cpu=arguments.use_cpu, cuda_graphs=config.cuda_graphs)
+    if config.compile:
+        say(NOTICE)
 
     on_gpu = not arguments.use_cpu
     peak = peak_of(torch.cuda.get_device_name()) if on_gpu and config.dtype == "bfloat16" else None
