@@ -60,6 +60,7 @@ ROWS: dict[str, Flags] = {
     "nsa-selector-all-first": SELECTOR | ALL_FIRST,
     "nsa-selector-all-first-gates": SELECTOR | ALL_FIRST | GATES,
     "nsa-selector-all-first-gates-four": SELECTOR | ALL_FIRST | GATES | FOUR,
+    "nsa-selector-all-first-gates-four-queries": SELECTOR | ALL_FIRST | GATES | FOUR | {"selector-queries": ("2048",)},
     "dense-long": {"attention": ("dense",)} | LONG,
     "nsa-selector-long": SELECTOR | LONG,
     "nsa-selector-dense": SELECTOR | {"dense-layers": ("3", "7")},

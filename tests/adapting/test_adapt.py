@@ -72,15 +72,17 @@ def test_the_stages_win_back_what_conversion_lost(folders, tmp_path, capsys):
 
 
 def test_selectors_have_their_own_loss_in_stage_2_alone(folders, tmp_path, monkeypatch):
-    given = []
+    given, looked_at = [], []
 
-    def note(model, weight):
-        train_selectors(model, weight)
+    def note(model, weight, *queries):
+        train_selectors(model, weight, *queries)
         given.append([layer.selector_weight for layer in model.modules() if hasattr(layer, "selector_weight")])
+        looked_at.append({layer.selector_queries for layer in model.modules() if hasattr(layer, "selector_queries")})
 
     monkeypatch.setattr(training, "train_selectors", note)
-    stages = ["--first", "64x1", "--second", "64x1", "--selector-loss", "0.25"]
+    stages = ["--first", "64x1", "--second", "64x1", "--selector-loss", "0.25", "--selector-queries", "48"]
     assert call(folders, tmp_path / "out", *stages) == 0
+    assert looked_at[:4:2] == [{48}, {48}]
     (first, second, twin), after = given[::2], given[1::2]
     assert not any(weight for layers in after for weight in layers)
     assert first == [0.0] * len(first) != []
@@ -102,7 +104,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folders, tmp_path, monk
     assert call(folders, tmp_path / "cut", *stages) == 130
     assert "--resume" in capsys.readouterr().err
     options = tmp_path / "cut" / "adapt_options.json"
-    older = {name: value for name, value in json.loads(options.read_text()).items() if name != "selector_loss"}
+    older = {name: value for name, value in json.loads(options.read_text()).items() if not name.startswith("selector")}
     options.write_text(json.dumps(older))
     assert call(folders, tmp_path / "cut", *stages) == 2
     assert "is there and not empty; go on with --resume" in capsys.readouterr().err

@@ -52,22 +52,14 @@ def parts(made, x, **where):
     return q, tokens, layout
 
 
-@pytest.fixture
-def every_query(monkeypatch):
-    """Runs of this many neighbours, which cover rows that they divide."""
-
-    def runs_of(neighbours):
-        monkeypatch.setattr(module, "QUERIES", 10**6)
-        monkeypatch.setattr(module, "NEIGHBOURS", neighbours)
-
-    return runs_of
+ALL = 10**6  # queries: in runs of neighbours, which cover rows that they divide
 
 
 @pytest.mark.parametrize(
     ("lengths", "neighbours"), [([60], 12), ([7, 60, 3, 41], 37), ([60, 1, 2, 41, 40], 16), ([5, 8], 1), ([5, 8], 99)]
 )
-def test_of_packed_sequences_it_is_the_mean_of_all_queries_with_a_free_block(every_query, lengths, neighbours):
-    every_query(neighbours)
+def test_of_packed_sequences_it_is_the_mean_of_all_queries_with_a_free_block(monkeypatch, lengths, neighbours):
+    monkeypatch.setattr(module, "NEIGHBOURS", neighbours)
     made, x = layer(), torch.randn(1, sum(lengths), 24, dtype=torch.float64)
     bounds = torch.tensor([0, *lengths, 0, 0]).cumsum(0).int()
     each = []
@@ -78,13 +70,13 @@ def test_of_packed_sequences_it_is_the_mean_of_all_queries_with_a_free_block(eve
     wanted = found[~found.isnan()].mean() if max(lengths) >= 24 else found.new_zeros(())
     for longest in (None, 64):
         q, tokens, layout = parts(made, x, cu_seqlens=bounds, max_seqlen=longest)
-        loss = selector_loss(q, tokens.slc.k, made._compress(tokens.cmp, layout)[0], layout, CONFIG)
+        loss = selector_loss(q, tokens.slc.k, made._compress(tokens.cmp, layout)[0], layout, CONFIG, ALL)
         torch.testing.assert_close(loss, wanted)
 
 
 @pytest.mark.parametrize("neighbours", [1, 8])
-def test_of_rows_and_of_padded_rows_too(every_query, neighbours):
-    every_query(neighbours)
+def test_of_rows_and_of_padded_rows_too(monkeypatch, neighbours):
+    monkeypatch.setattr(module, "NEIGHBOURS", neighbours)
     made, x = layer(), torch.randn(2, 60, 24, dtype=torch.float64)
     mask = torch.ones(2, 60)
     mask[1, :19] = 0
@@ -95,7 +87,7 @@ def test_of_rows_and_of_padded_rows_too(every_query, neighbours):
             each.append(by_loops(q[0], tokens.slc.k[0], made._compress(tokens.cmp, layout)[0][0]))
         found = torch.cat(each)
         seen = []
-        made.selector_weight, hook = 1.0, module.block_divergence
+        made.selector_weight, made.selector_queries, hook = 1.0, ALL, module.block_divergence
 
         def keep(*args, hook=hook, seen=seen):
             seen.append(hook(*args))
@@ -105,6 +97,18 @@ def test_of_rows_and_of_padded_rows_too(every_query, neighbours):
             patch.setattr(module, "block_divergence", keep)
             made(x, attention_mask=given)
         torch.testing.assert_close(seen[0], found[~found.isnan()].mean())
+
+
+@pytest.mark.parametrize(("queries", "looked_at"), [(1, 1), (32, 32), (100, 96), (ALL, 112)])
+def test_it_looks_at_runs_of_neighbours_of_no_more_queries_than_it_is_told(queries, looked_at, monkeypatch):
+    made, x = layer(), torch.randn(2, 60, 24, dtype=torch.float64)
+    seen = []
+    monkeypatch.setattr(module, "block_divergence", lambda *args: seen.append(args[4].token) or args[0].new_zeros(()))
+    made.selector_weight, made.selector_queries = 1.0, queries
+    made(x)
+    tokens = seen[0]
+    assert tokens.numel() == looked_at == tokens.unique().numel()
+    assert (tokens.diff() == 1).all()
 
 
 def test_it_is_added_to_what_is_differentiated_and_reaches_what_makes_compressed_keys_and_nothing_before_the_layer():

@@ -143,6 +143,8 @@ class AdaptArguments:
     """Of the divergence of block scores, beside the layers' errors, in stage 1; 0: only errors."""
     selector_loss: float = 0.5
     """Of the divergence of block scores from the attention that is paid to the blocks, in stage 2 (of NSA)."""
+    selector_queries: int = 256
+    """Queries of a batch that a divergence of block scores looks at, in both stages."""
     teacher_weight: float = 1.0
     """Of the divergence from the dense model's predictions, beside the text's loss, in stage 2; 0: no teacher, which is
     better on text that is new to the dense model (docs/convert.md)."""

@@ -64,5 +64,7 @@ def layer_loss(model: Any, dense: Any, ids: Int[Tensor, "b t"], blocks_weight: f
         if blocks_weight:
             q, tokens, _ = attention._inputs(given, layout.cos, layout.sin)
             k_cmp, _ = attention._compress(tokens.cmp, layout)
-            total = total + blocks_weight * selector_loss(q, tokens.slc.k, k_cmp, layout, attention.config)
+            queries = attention.selector_queries
+            divergence = selector_loss(q, tokens.slc.k, k_cmp, layout, attention.config, queries)
+            total = total + blocks_weight * divergence
     return total / len(layers)

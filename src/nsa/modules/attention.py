@@ -20,7 +20,7 @@ from nsa.modules.compression import Compression
 from nsa.modules.layer import SparseLayer
 from nsa.modules.projections import StartingLinear, project
 from nsa.modules.rotary import Rotary, RotaryFactors, rotate
-from nsa.modules.selector_loss import selector_loss, with_loss
+from nsa.modules.selector_loss import QUERIES, selector_loss, with_loss
 from nsa.modules.token_layout import TokenLayout
 from nsa.ops.compress import blocks_of
 from nsa.ops.selection import block_scores, select_blocks
@@ -49,7 +49,7 @@ class NativeSparseAttention(SparseLayer):
         context: where it is set, x and the other arguments are one rank's part of sequences that several ranks hold
             (`nsa.distributed`).
         selector_weight: where it is above 0, every backward of whole sequences adds this times the selector's own loss
-            (`nsa.modules.selector_loss`) to what is differentiated.
+            (`nsa.modules.selector_loss`) to what is differentiated; selector_queries: of a batch that it looks at.
 
     Raises:
         ValueError: head counts or dims that do not fit.
@@ -58,6 +58,7 @@ class NativeSparseAttention(SparseLayer):
     NAME, SIZES = "NativeSparseAttention", NSAConfig
     config: NSAConfig
     selector_weight: float = 0.0
+    selector_queries: int = QUERIES
 
     def __init__(
         self,
@@ -100,7 +101,8 @@ class NativeSparseAttention(SparseLayer):
         longest = layout.max_seqlen
         out = attend_to_branches(q, branches, gates, self.config, max_seqlen_k=longest, nonnegative_gates=True)
         if self.selector_weight and torch.is_grad_enabled() and q.numel():  # no tokens have no loss
-            loss = selector_loss(q, branches.slc.k, self._keys_to_choose(x.detach(), layout), layout, self.config)
+            k_cmp = self._keys_to_choose(x.detach(), layout)
+            loss = selector_loss(q, branches.slc.k, k_cmp, layout, self.config, self.selector_queries)
             out = with_loss(out, loss, self.selector_weight)
         return out
 

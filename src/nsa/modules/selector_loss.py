@@ -15,7 +15,7 @@ from nsa.modules.token_layout import TokenLayout
 from nsa.ops.block_divergence import Queries, block_divergence
 from nsa.ops.packed_blocks import first_blocks
 
-QUERIES = 256  # of a batch at most: runs of neighbours, one at a random place in each of as many equal parts
+QUERIES = 256  # of a batch, by default: runs of neighbours, one at a random place in each of as many equal parts
 NEIGHBOURS = 16  # in a run
 SCORES = 2**26  # at most, of all their heads with the keys that are read
 
@@ -26,12 +26,13 @@ def selector_loss(
     k_cmp: Float[Tensor, "b c g d"],
     layout: TokenLayout,
     config: NSAConfig,
+    queries: int = QUERIES,
 ) -> Float[Tensor, ""]:
-    """`block_divergence` of random queries of whole sequences that lie as `layout` says."""
+    """`block_divergence` of at most so many random queries of whole sequences that lie as `layout` says."""
     b, t, h, _ = q.shape
     longest = t if layout.max_seqlen is None else min(t, layout.max_seqlen)
-    run = min(NEIGHBOURS, b * t)
-    runs = max(1, min(QUERIES // run, b * t // run, SCORES // (h * run * longest)))
+    run = min(NEIGHBOURS, queries, b * t)
+    runs = max(1, min(queries // run, b * t // run, SCORES // (h * run * longest)))
     part = b * t / runs
     first = (torch.arange(runs, device=q.device) * part + torch.rand(runs, device=q.device) * (part - run)).long()
     index = first[:, None] + torch.arange(run, device=q.device)

@@ -38,7 +38,7 @@ REPORTERS = ("tensorboard", "wandb")
 AT_LEAST_ONE = (1, math.inf)
 LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("max_bytes", "batch_tokens", "accumulation", "eval_tokens", "log_every"), AT_LEAST_ONE),
-    **dict.fromkeys(("dp_replicate", "cp", "tp"), AT_LEAST_ONE),
+    **dict.fromkeys(("dp_replicate", "cp", "tp", "selector_queries"), AT_LEAST_ONE),
     **dict.fromkeys(("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"), AT_LEAST_ONE),
     "vocab_size": AT_LEAST_ONE,
     "rope_theta": AT_LEAST_ONE,
@@ -129,6 +129,8 @@ class TrainConfig:
     selector_loss: float = 0.0
     """Weight of the selector's own loss (of NSA; the others have none): how far its block scores are from the attention
     that its queries would pay to the blocks, mean over layers."""
+    selector_queries: int = 256
+    """Queries of a batch that this loss looks at; fewer where all their heads have more than 2^26 scores with a row."""
     learning_rate: float = 1e-3
     warmup_steps: int = 20
     decay_share: float = 0.5

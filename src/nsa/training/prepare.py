@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nsa.models import NSALlamaForCausalLM
 from nsa.modules.attention import NativeSparseAttention
+from nsa.modules.selector_loss import QUERIES
 from nsa.training.cache import Cache
 from nsa.training.config import TrainConfig
 from nsa.training.corpus import Corpus
@@ -82,11 +83,11 @@ def make_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> NSALl
     return model
 
 
-def train_selectors(model: nn.Module, weight: float) -> None:
-    """Every backward pass adds weight times the mean over layers of the selector's own loss."""
+def train_selectors(model: nn.Module, weight: float, queries: int = QUERIES) -> None:
+    """Every backward pass adds weight times the mean over layers of the selector's own loss of so many queries."""
     layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
     for layer in layers:
-        layer.selector_weight = weight / len(layers)
+        layer.selector_weight, layer.selector_queries = weight / len(layers), queries
 
 
 def fingerprints(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
