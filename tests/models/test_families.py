@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from nsa.config import NSAConfig
 from nsa.models import swap_attention
 from nsa.models.families import FAMILIES, sparse_class
+from nsa.modules import selector_loss
 from nsa.testing import brute_force
 
 SHUT = 40.0  # a gate bias: in fp64 the other branches' gates are below 1e-17
@@ -68,8 +69,9 @@ def test_a_swapped_model_shares_the_weights_and_adds_gates_phi_and_copies(name, 
     assert layers == set(after.config.sparse_layers) == ({1} if name in HYBRID else {0, 1})
 
 
-def test_a_swapped_layer_is_the_paper_over_the_familys_queries_and_keys(name, pair):
-    """The family's own projections, norms, factor and rotation; then the brute force, past what fits."""
+def test_a_swapped_layer_is_the_paper_over_the_familys_queries_and_keys(name, pair, monkeypatch):
+    """The family's own projections, norms, factor and rotation; then the brute force, past what fits. The selector's
+    loss is of the same queries, keys and compressed keys."""
     before, after = pair
     layer, config, t = after.model.layers[1].self_attn, NSAConfig.from_dict(NSA), 50
     theirs = before.model.layers[1].self_attn
@@ -106,6 +108,13 @@ def test_a_swapped_layer_is_the_paper_over_the_familys_queries_and_keys(name, pa
             v_win=v_win, scale=theirs.scaling,
         )  # fmt: skip
         close(layer(x)[0][0], layer.o_proj(out.flatten(1)))
+    lost: list = []
+    monkeypatch.setattr(selector_loss, "block_divergence", lambda *given: lost.extend(given) or x.new_zeros(()))
+    monkeypatch.setattr(layer, "selector_weight", 1.0)
+    layer(x)
+    wanted = (q * theirs.scaling * layer.head_dim**0.5, rotated(k), rotated(every)[firsts])
+    for one, other in zip(lost, wanted, strict=False):
+        close(one[0], other)
 
 
 def test_a_swapped_model_generates_with_a_cache_what_it_gives_without(pair):

@@ -49,8 +49,11 @@ class _TakesOver(LlamaSignature):
             q = self.q_norm(q)
         return [
             q if self.query_factor == 1.0 else q * self.query_factor,
-            *(k if self.k_norm is None else self.k_norm(k) for k in keys),
+            *map(self._normed_key, keys),
         ]
+
+    def _normed_key(self, k: Tensor) -> Tensor:
+        return k if self.k_norm is None else self.k_norm(k)
 
 
 class FamilyAttention(_TakesOver, NativeSparseAttention):  # type: ignore[misc]
@@ -65,6 +68,9 @@ class FamilyAttention(_TakesOver, NativeSparseAttention):  # type: ignore[misc]
         q, *rest = super()._heads(projected)
         q, *rest[::2] = self._normed(q, *rest[::2])
         return [q, *rest]
+
+    def _keys(self, projected: Tensor) -> Tensor:
+        return self._normed_key(super()._keys(projected))
 
 
 class FamilyInfLLMv2Attention(_TakesOver, InfLLMv2Attention):  # type: ignore[misc]

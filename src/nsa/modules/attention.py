@@ -167,6 +167,10 @@ class NativeSparseAttention(SparseLayer):
         dims = (self.head_dim, *(self.head_dim, self.v_head_dim) * (len(projected) // 2))
         return [part.unflatten(-1, (-1, dim)) for part, dim in zip(projected, dims, strict=True)]
 
+    def _keys(self, projected: Tensor) -> Tensor:
+        """One branch's keys as `_heads` gives them."""
+        return projected.unflatten(-1, (-1, self.head_dim))
+
     def _gates(self, x: Float[Tensor, "b t h3"]) -> Float[Tensor, "b t h 3"]:
         """Scalars in (0, 1) for each query head: compressed, selected, window."""
         return x.sigmoid().unflatten(-1, (-1, 3))
@@ -178,7 +182,7 @@ class NativeSparseAttention(SparseLayer):
 
     def _keys_to_choose(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """The compressed keys alone. The selector's loss takes x as it is: it trains what makes keys of x, not x."""
-        raw = (self.k_proj if self.config.shared_kv else self.k_proj_cmp)(x).unflatten(-1, (-1, self.head_dim))
+        raw = self._keys((self.k_proj if self.config.shared_kv else self.k_proj_cmp)(x))
         raw = raw if layout.counts is None else layout.to_the_left(raw)
         return rotate(self.compress_k(self._blocks(raw, layout)), layout.cos_cmp, layout.sin_cmp)
 
