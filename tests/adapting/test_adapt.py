@@ -12,7 +12,10 @@ import nsa.training.train as training
 from nsa.adapting import adapt as module
 from nsa.adapting.layers import is_new
 from nsa.cli import main
+from nsa.eval.runner import text_of
+from nsa.eval.text import held_out_texts
 from nsa.modules import attention
+from nsa.training.corpus import read_corpus
 from nsa.training.prepare import train_selectors
 from nsa.training.train import train
 
@@ -66,8 +69,13 @@ def test_the_stages_win_back_what_conversion_lost(folders, tmp_path, capsys):
     errors = [line["loss"] for line in lines if "loss" in line]
     assert errors[-1] < errors[0]
     assert main(["report", *(str(out / name) for name in list(loss)[2:]), "--json"]) == 0
-    runs = [(run["recipe"], run["attention"]) for run in json.loads(capsys.readouterr().out)]
-    assert runs == [("stage-1", "nsa"), ("stage-2", "nsa"), ("dense-trained", "dense")]
+    runs = json.loads(capsys.readouterr().out)
+    assert [(run["recipe"], run["attention"]) for run in runs] == [
+        ("stage-1", "nsa"), ("stage-2", "nsa"), ("dense-trained", "dense")
+    ]  # fmt: skip
+    # Of 128 tokens, with the converted model's sizes: compressed keys, three blocks of 8, a window of 8.
+    sparse = (128 - 4) // 2 + 1 + 3 * 8 + 8
+    assert [run["runs"][0]["keys_per_query"] for run in runs] == [sparse, sparse, 128]
     assert main(["generate", str(out / "stage-2"), "--prompt", "def", "--max-new-tokens", "2", "--device", "cpu"]) == 0
 
 
@@ -142,6 +150,7 @@ def test_bfloat16_is_that_of_both_stages(folders, tmp_path, monkeypatch):
         (["--dense", "/nowhere"], "/nowhere holds no model"),
         (["--resume"], "--resume: there is no run in"),
         (["--first-rate", "nan"], "learning_rate"),
+        (["--data", "/nowhere.txt"], "'/nowhere.txt': no such file"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_trains_nothing(folders, tmp_path, flags, said, capsys):
@@ -149,6 +158,17 @@ def test_a_wrong_option_is_one_line_and_trains_nothing(folders, tmp_path, flags,
     lines = capsys.readouterr().err.strip().splitlines()
     assert said in lines[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_text_in_another_field_is_the_held_out_text_too(folders, tmp_path):
+    lines = [{"body": "".join(f"def f{i}(x):\n    return x + {i * j}\n" for j in range(9))} for i in range(30)]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--first", "64x1", "--second", "--data", str(tmp_path / "lines.jsonl"), "--text-field", "body"]
+    assert call(folders, tmp_path / "out", *flags) == 0
+    assert json.loads((tmp_path / "out" / "adapt.json").read_text())["length"] == 64
+    source = text_of(None, [tmp_path / "out" / "stage-1"])
+    kept = read_corpus(str(tmp_path / "lines.jsonl"), 50_000_000, "body").validation
+    assert held_out_texts(source) == tuple(document.text for document in kept) != ()
 
 
 def test_what_is_no_pair_of_models_is_one_line(folders, tmp_path, capsys):

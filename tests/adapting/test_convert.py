@@ -101,6 +101,12 @@ def test_a_dense_twin_is_converted_with_its_own_sizes(tmp_path):
     assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "out"), "--tokens", "0"]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (loaded.config.attention, loaded.config.nsa["window_size"]) == ("nsa", 12)
+    in_cache = tmp_path / "models--some--twin" / "snapshots" / "abc"
+    shutil.copytree(tmp_path / "dense", in_cache)
+    assert main(["convert", str(in_cache.parent.parent), str(tmp_path / "out2"), "--tokens", "0"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out2").config.nsa == loaded.config.nsa
+    flags = ["--method", "infllm_v2", "--tokens", "0"]  # the twin's own sizes of NSA are in nobody's way
+    assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "out3"), *flags]) == 0
 
 
 def test_infllm_v2_adds_no_weight(folder, tmp_path, capsys):
@@ -175,6 +181,8 @@ def test_a_folder_that_cannot_be_converted_is_one_line_and_leaves_nothing(folder
         (["--tokens", "-1"], "--tokens: expected 0 or more, got -1"),
         (["--text", "/nowhere"], "no such text: /nowhere"),
         (["--nsa.window-size", "0"], "window_size"),
+        (["--infllm-v2.kernel-size", "16"], "--infllm-v2.kernel-size 16: --method nsa has no such size"),
+        (["--method", "infllm_v2", *FLAGS[-2:]], "--nsa.window-size 10: --method infllm_v2 has no such size"),
     ],
 )
 def test_a_wrong_option_is_one_line(folder, tmp_path, flags, said, capsys):

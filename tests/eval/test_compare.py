@@ -216,6 +216,24 @@ def test_trained_models_are_rows_beside_the_methods_which_read_as_many_keys(fold
     assert ran == [("exact_top", "continuation"), ("h2o", "continuation")]
 
 
+def test_models_that_differ_far_behind_in_their_files_are_not_taken_for_each_other(folder, tmp_path):
+    model = NSALlamaForCausalLM.from_pretrained(folder / "nsa")
+    model.resize_token_embeddings(2 * 2**20 // (4 * 32))  # more than what was once read of a file
+    models = [tmp_path / "before", tmp_path / "after"]
+    for place in models:
+        model.save_pretrained(place)
+        byte_tokenizer().save_pretrained(place)
+        model.model.norm.weight.data.mul_(2.0)
+    before, after = ((place / "model.safetensors").read_bytes()[: 1 << 20] for place in models)
+    assert before == after
+    losses = []
+    for place in models:
+        compare(replace(arguments(folder, tmp_path / "out", tasks=("perplexity",)), model=place))
+        result = Result.from_json((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+        losses.append(result.rows["nsa"][0].value)
+    assert losses[0] != losses[1]
+
+
 def test_a_model_trained_on_other_data_is_a_note(folder, tmp_path, capsys):
     for name, data in (("llama", "one"), ("nsa", "another"), ("infllm", "one")):
         shutil.copytree(folder / name, tmp_path / name)

@@ -13,20 +13,22 @@ import torch
 
 from nsa.adapting.arguments import AdaptArguments
 from nsa.adapting.convert import RECORD
+from nsa.adapting.folder import find_model
 from nsa.adapting.layers import train_what_is_new
 from nsa.adapting.low_rank import add_low_rank, merge
-from nsa.adapting.source import find_model, read_config
+from nsa.adapting.source import read_config
 from nsa.adapting.trainers import LayerTrainer, TaughtTrainer
+from nsa.config import NSAConfig
 from nsa.eval.files import read_object
 from nsa.eval.models import device_of
 from nsa.eval.scoring import token_losses
 from nsa.eval.tasks.perplexity import Perplexity
-from nsa.eval.text import HELD_OUT
-from nsa.methods.registry import Attention
+from nsa.eval.text import held_out_of
 from nsa.training.compiling import NOTICE, compile_layers
 from nsa.training.config import TrainConfig
 from nsa.training.folder import at_home, is_trained, last_checkpoint
 from nsa.training.loading import load_model
+from nsa.training.tokenizer import load_tokenizer
 from nsa.training.train import train
 from nsa.training.trainer import WholeCheckpointTrainer
 from nsa.training.world import launched
@@ -50,9 +52,10 @@ def adapt(arguments: AdaptArguments) -> None:
     """As `AdaptArguments` says."""
     if launched() > 1:
         raise ValueError("nsa adapt runs in one process; start it without torchrun or accelerate launch")
+    arguments = replace(arguments, sparse=find_model(arguments.sparse))
     sparse = _sparse_config(arguments.sparse)
     out, dense = at_home(arguments.out), _dense_folder(arguments)
-    stages = _stages(arguments, out, dense, sparse.attention)
+    stages = _stages(arguments, out, dense, sparse)
     if not stages:
         raise ValueError("nothing to do: expected a curriculum in --first or in --second")
     if arguments.lora > 0 and not arguments.second:
@@ -61,6 +64,7 @@ def adapt(arguments: AdaptArguments) -> None:
         stage.config.validate()
     length = max(stage.config.context for stage in stages.values())
     _check_models(arguments, sparse, dense, length)
+    rows = _rows(arguments, length)  # before the work, for there may be none of this length
     _claim(arguments, out)
     for name, stage in stages.items():
         if is_trained(stage.config.out):
@@ -69,38 +73,41 @@ def adapt(arguments: AdaptArguments) -> None:
         _say(f"{name}: {stage.config.total_steps} steps")
         train(stage.config, make=stage.make, trainer=stage.trainer, finish=merge)
     folders = {"dense": dense, "converted": arguments.sparse, **{name: out / name for name in stages}}
-    _report(arguments, out, folders, length)
+    _report(arguments, out, folders, rows)
 
 
-def _stages(arguments: AdaptArguments, out: Path, dense: Path, attention: Attention) -> dict[str, Stage]:
+def _stages(arguments: AdaptArguments, out: Path, dense: Path, sparse: Any) -> dict[str, Stage]:
     stages = {}
     trainer: Callable[..., WholeCheckpointTrainer]
     if arguments.first:
-        config = _config(arguments, out / "stage-1", attention, arguments.first, arguments.first_rate)
+        config = _config(arguments, out / "stage-1", sparse, arguments.first, arguments.first_rate)
         config = replace(config, selector_loss=0.0)  # its own loss has it already
         trainer = _taught(LayerTrainer, dense, arguments.blocks_weight)
         stages["stage-1"] = Stage(config, partial(_new_alone, arguments.sparse), trainer)
     if arguments.second:
-        config = _config(arguments, out / "stage-2", attention, arguments.second, arguments.second_rate)
+        config = _config(arguments, out / "stage-2", sparse, arguments.second, arguments.second_rate)
         start = out / "stage-1" if arguments.first else arguments.sparse
         trainer = WholeCheckpointTrainer
         if arguments.teacher_weight:
             trainer = _taught(partial(TaughtTrainer, compile=arguments.compile), dense, arguments.teacher_weight)
         stages["stage-2"] = Stage(config, partial(_all, start, arguments), trainer)
     if arguments.second and arguments.twin:
-        config = _config(arguments, out / "dense-trained", "dense", arguments.second, arguments.second_rate)
+        config = _config(arguments, out / "dense-trained", sparse, arguments.second, arguments.second_rate)
+        config = replace(config, attention="dense", dense_layers=())
         stages["dense-trained"] = Stage(config, partial(_all, dense, arguments), WholeCheckpointTrainer)
     return stages
 
 
 def _config(
-    arguments: AdaptArguments, folder: Path, attention: Attention, curriculum: tuple[str, ...], rate: float
+    arguments: AdaptArguments, folder: Path, sparse: Any, curriculum: tuple[str, ...], rate: float
 ) -> TrainConfig:
-    """A training run's configuration; of the model itself it says the attention, by which `nsa report` goes."""
+    """A training run's configuration; of the model itself it says what `nsa report` counts the keys of a query by."""
     shared = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(AdaptArguments)}
     values = {name: getattr(arguments, name) for name in shared - {"out", "resume", "compile"}}
     return TrainConfig(
-        out=folder, attention=attention, curriculum=curriculum, learning_rate=rate, tokenizer=str(arguments.sparse),
+        out=folder, attention=sparse.attention, num_layers=sparse.num_hidden_layers,
+        dense_layers=tuple(sparse.dense_layers or ()), nsa=NSAConfig.from_dict(sparse.nsa),
+        infllm_v2=sparse.infllm_v2_config, curriculum=curriculum, learning_rate=rate, tokenizer=str(arguments.sparse),
         compile=False, resume=last_checkpoint(folder) is not None, weight_decay=0.0, **values,
     )  # fmt: skip
 
@@ -135,7 +142,7 @@ def _taught(trainer: Callable[..., Any], dense: Path, weight: float) -> Callable
 
 def _sparse_config(folder: Path) -> Any:
     """Of the converted model; ValueError in one line where it is none."""
-    config = read_config(find_model(folder))
+    config = read_config(folder)
     if not getattr(config, "sparse_layers", []):
         raise ValueError(f"{folder} is not a model that nsa convert made: it has no sparse layer")
     return config
@@ -204,14 +211,12 @@ def _options(arguments: AdaptArguments) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _report(arguments: AdaptArguments, out: Path, folders: dict[str, Path], length: int) -> None:
-    """Losses of every model on the same held-out rows of `length` tokens, of all positions and of their later half."""
-    source = arguments.data if arguments.data == "python" else arguments.data + HELD_OUT
-    device, found, rows = device_of(arguments.device), {}, None
+def _report(arguments: AdaptArguments, out: Path, folders: dict[str, Path], rows: torch.Tensor) -> None:
+    """Losses of every model on the same held-out rows, of all positions and of their later half."""
+    device, found, length = device_of(arguments.device), {}, rows.shape[1]
     print(f"loss on held-out rows of {length:,} tokens: all, after {length // 2:,}")
     for name, folder in folders.items():
-        model, tokenizer = load_model(folder, dtype=torch.float32)
-        rows = _rows(source, length, tokenizer) if rows is None else rows  # of one tokenizer
+        model, _ = load_model(folder, dtype=torch.float32)
         losses = token_losses(model.to(device).eval(), rows).double()
         found[name] = [round(part.mean().item(), 4) for part in (losses, losses[:, length // 2 :])]
         print(f"  {name:<14}{found[name][0]:8.4f}{found[name][1]:8.4f}", flush=True)
@@ -220,8 +225,9 @@ def _report(arguments: AdaptArguments, out: Path, folders: dict[str, Path], leng
     print(f"The model lies in {last}:\n  nsa generate {shlex.quote(str(last))} --prompt 'Once'")
 
 
-def _rows(source: str, length: int, tokenizer: Any) -> torch.Tensor:
-    """As many as there are, up to ROWS."""
+def _rows(arguments: AdaptArguments, length: int) -> torch.Tensor:
+    """Held-out text of `length` tokens in a row, as many as there are, up to ROWS."""
+    source, tokenizer = held_out_of(arguments.data, arguments.text_field), load_tokenizer(str(arguments.sparse))
     for samples in range(ROWS, 1, -1):
         try:
             return Perplexity(length=length, samples=samples, text=source).sequences(tokenizer)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from nsa.adapting.folder import find_model
 from nsa.config import GATE_BIAS, InfLLMv2Config, NSAConfig
 from nsa.methods.registry import SparseAttention
 
@@ -66,7 +67,8 @@ def default_sizes(arguments: list[str]) -> dict[str, NSAConfig | InfLLMv2Config]
     )
     for argument, (name, kind) in product(arguments, kinds):
         try:
-            values: Any = json.loads((Path(argument).expanduser() / "config.json").read_text(encoding="utf-8"))
+            folder = find_model(Path(argument).expanduser())
+            values: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             found.setdefault(name, kind.from_dict(values[name]))
         except (OSError, ValueError, TypeError, KeyError, RuntimeError):
             continue

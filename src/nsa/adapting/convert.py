@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from nsa.adapting.arguments import ConvertArguments, layer_numbers
-from nsa.adapting.source import check_room, find_model, plan, read_config
-from nsa.config import GATE_BIAS
+from nsa.adapting.folder import find_model
+from nsa.adapting.source import check_room, plan, read_config
+from nsa.config import GATE_BIAS, InfLLMv2Config, NSAConfig
 from nsa.eval.models import device_of
 from nsa.eval.scoring import token_losses
 from nsa.eval.text import held_out_documents
@@ -41,6 +42,7 @@ def convert(arguments: ConvertArguments) -> None:
     config, layers = read_config(source), layer_numbers(arguments.layers)
     if arguments.method != "nsa" and arguments.gate_bias != GATE_BIAS:
         raise ValueError(f"--gate-bias: --method {arguments.method} has no gates")
+    _check_other_sizes(arguments, config)
     check_gate_bias(arguments.gate_bias)
     sizes = getattr(arguments, arguments.method).to_dict()
     family, planned = plan(config, arguments.method, layers, sizes)
@@ -72,6 +74,16 @@ def convert(arguments: ConvertArguments) -> None:
                     shutil.copyfile(file, folder / file.name)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _say_what_is_new(model, dense, needed, output)
+
+
+def _check_other_sizes(arguments: ConvertArguments, config: Any) -> None:
+    """ValueError in one line where sizes of the method that is not made were given: nothing would read them."""
+    other, kind = ("infllm_v2", InfLLMv2Config) if arguments.method == "nsa" else ("nsa", NSAConfig)
+    now = getattr(arguments, other).to_dict()
+    for name, value in (kind().to_dict() | (getattr(config, other, None) or {})).items():
+        if now.get(name) not in (value, getattr(kind(), name, None)):
+            flag = f"{other}.{name}".replace("_", "-")
+            raise ValueError(f"--{flag} {now[name]}: --method {arguments.method} has no such size")
 
 
 def _text(arguments: ConvertArguments, tokenizer: Any, positions: int) -> Tensor | None:

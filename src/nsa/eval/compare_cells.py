@@ -111,13 +111,18 @@ def task_of(name: str, arguments: CompareArguments, length: int, text: str, chat
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Tells models apart by their configuration, tokenizer, and the beginning and size of their weights."""
+    """Tells models apart by their configuration, tokenizer and weights.
+
+    All of the weights: a model whose embeddings training left alone begins, byte for byte, as the one before it.
+    """
     digest = hashlib.sha256()
     for file in (folder / name for name in ("config.json", "tokenizer.json", "chat_template.jinja")):
         digest.update(file.read_bytes() if file.is_file() else b"-")
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
         with file.open("rb") as weights:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
+            while part := weights.read(1 << 24):
+                digest.update(part)
     return digest.hexdigest()[:16]
 
 

@@ -25,7 +25,7 @@ from nsa.eval.report import Report
 from nsa.eval.result import Result
 from nsa.eval.table import result_tables
 from nsa.eval.tasks import PUZZLES, TASKS, Continuation, MultiValue, Needle, Perplexity, Recall, Row, Task
-from nsa.eval.text import HELD_OUT
+from nsa.eval.text import TEXT_FIELD, held_out_of
 from nsa.methods.oracle import selection_by_mass
 from nsa.methods.registry import TRAINED
 from nsa.training.config import CONFIG_FILE
@@ -168,14 +168,14 @@ def text_of(asked: Path | None, folders: Sequence[Path]) -> str:
     sources = set()
     for file in (folder / CONFIG_FILE for folder in folders):
         if file.is_file():
-            source = read_object(file, "the configuration of a run of `nsa train`").get("data")
-            if not isinstance(source, str):
+            run = read_object(file, "the configuration of a run of `nsa train`")
+            source, text_field = run.get("data"), run.get("text_field", TEXT_FIELD)
+            if not isinstance(source, str) or not isinstance(text_field, str):
                 raise ValueError(f"{file} does not say what text the model was trained on; name a text with --text")
-            sources.add(source)
+            sources.add(held_out_of(source, text_field))
     if len(sources) > 1:
-        raise ValueError(f"the models were trained on {', '.join(sorted(sources))}; name a text for all with --text")
-    source = next(iter(sources), "python")
-    return source if source == "python" else source + HELD_OUT
+        raise ValueError(f"the models held out {', '.join(sorted(sources))}; name a text for all with --text")
+    return next(iter(sources), "python")
 
 
 def notes_on(candidates: Sequence[Candidate], tasks: Sequence[Task]) -> list[str]:
