@@ -32,6 +32,9 @@ def one(name, ranks, *more, out=None, **what):
 
 
 OTHER_DATA = json.dumps({"data": "another", "tokenizer": "another"})
+SELECTOR = shlex.split(  # 16 queries at random places among a batch's 64, with several blocks to choose from
+    "--selector-loss 5 --selector-queries 16 --nsa.compress-block-size 4 --nsa.select-block-size 4"
+)
 RUNS = [
     one("alone", 1),
     one("halves", 2, kill=[1, 5]),
@@ -46,6 +49,9 @@ RUNS = [
     one("heads", 2, "--tp", "2"),
     one("ctrl-c", 2, "--cp", "2", "--gather-once", interrupt=[1, 5]),
     one("other-data", 2, "--resume", copy=["halves", "other-data"], write=["other-data/data.json", OTHER_DATA]),
+    one("drawn-alone", 1, *SELECTOR),
+    one("drawn", 2, *SELECTOR, kill=[1, 5]),
+    one("drawn-on", 2, "--resume", *SELECTOR, copy=["drawn", "drawn-on"]),
     one("torn", 2, "--resume", copy=["halves", "torn"], write=["torn/checkpoint-4/shards/__1_0.distcp", ""]),
 ]
 
@@ -93,6 +99,13 @@ def test_a_run_goes_on_by_another_number_of_processes_as_if_one_had_done_it_all(
         assert_same_curve(folder / name, folder / "alone")
         got, wanted = (load_file(folder / run / "model.safetensors") for run in (name, "alone"))
         torch.testing.assert_close(got, wanted)
+
+
+def test_the_selectors_loss_looks_at_the_same_random_queries_however_many_processes_and_after_a_stop(results, folder):
+    assert [rank["code"] for rank in results["drawn-on"]] == [0, 0], results["drawn-on"]
+    assert_same_curve(folder / "drawn-on", folder / "drawn-alone")
+    got, wanted = (load_file(folder / run / "model.safetensors") for run in ("drawn-on", "drawn-alone"))
+    torch.testing.assert_close(got, wanted)
 
 
 def test_ranks_that_share_heads_train_as_one_process(results, folder):

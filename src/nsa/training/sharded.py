@@ -87,10 +87,14 @@ class Parts(Dataset):
     def __len__(self) -> int:
         return len(self.whole) // self.dp
 
+    def number_in_run(self, index: int) -> int:
+        """Of a batch among those of `whole`."""
+        return index * self.dp + self.dp_rank
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        batch = self.whole[index * self.dp + self.dp_rank]
+        batch = self.whole[self.number_in_run(index)]
         return batch if self.zigzag is None else self.zigzag.shard_batch(batch)
 
 
@@ -117,6 +121,9 @@ class ShardedTrainer(WholeCheckpointTrainer):
         return self._prepared(DataLoader(dataset, collate_fn=self.data_collator))
 
     # Passes
+
+    def number_in_run(self, number: int) -> int:
+        return self.train_dataset.number_in_run(number)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args)
@@ -201,4 +208,4 @@ class ShardedTrainer(WholeCheckpointTrainer):
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing in a step is drawn at random: batches follow from their numbers."""
+        """There is none: what is drawn at random follows from the number of the pass."""

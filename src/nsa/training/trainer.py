@@ -1,6 +1,7 @@
 """transformers' Trainer, with checkpoints that appear whole or not at all and hold nothing but numbers."""
 
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable, Iterable
@@ -55,6 +56,7 @@ class WholeCheckpointTrainer(Trainer):
         self._flops_of_token = flops_of_token or (lambda step: 0.0)
         self._parent: Path | None = None
         self._ranks_with_tokens = ranks_with_tokens
+        self._pass = 0  # of this process, in the whole run
 
     # Data
 
@@ -76,13 +78,21 @@ class WholeCheckpointTrainer(Trainer):
     def get_batch_samples(self, *args: Any) -> Any:
         with self.clock.waiting():
             samples, count = super().get_batch_samples(*args)
+        self._pass = self.state.global_step * self.args.gradient_accumulation_steps
         tokens = sum(item["input_ids"].numel() for item in samples) * self._ranks_with_tokens
         self.clock.count(tokens, tokens * self._flops_of_token(self.state.global_step))
         return samples, count
 
     # Passes
 
+    def number_in_run(self, number: int) -> int:
+        """Of a pass among those of all processes, of one among this process's."""
+        return number
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        # What is drawn at random follows, as batches do, from the number of the pass, whoever takes it.
+        torch.manual_seed(random.Random(f"{self.args.seed}/{self.number_in_run(self._pass)}").getrandbits(32))
+        self._pass += 1
         if not self.in_cuda_graphs:
             return super().training_step(model, *args, **kwargs)
         is_first = all(parameter.grad is None for parameter in model.parameters())
