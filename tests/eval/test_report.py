@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nsa.config import NSAConfig
+from nsa.config import InfLLMv2Config, NSAConfig
 from nsa.eval.pictures import BlockPicture, Curve, Head, KeysRead
 from nsa.eval.report import Report
 from nsa.eval.report_pictures import color_of, heat_map, marked_text
@@ -99,6 +99,19 @@ def test_the_page_has_every_section_and_closes_every_tag():
     assert page.ids == ["results", "context", "needle", "curves", "blocks", "keys", "sample", "run"]
     for words in ("A title", "A lead", "97%", "x): return x < 1", "nsa eval <runs>", "a note & <more>", "x<y"):
         assert words in page.text
+
+
+def test_the_keys_of_the_page_are_those_of_the_models_method_and_of_its_dense_layers():
+    sizes = InfLLMv2Config(kernel_size=4, kernel_stride=4, block_size=8, window_size=16, topk=3, dense_len=0)
+    keys = KeysRead(model="m", config=sizes, contexts=[32, 64], counted=[32.0, 56.0], sparse=3, dense=(10**9,))
+    page = Page(replace(example_report(), keys=keys).render())
+    # 3 + 16 / 8 blocks of 8 tokens: 40 keys; of 32 tokens all, of 64 tokens 16 pooled keys more. One layer reads all.
+    each = (32, 64), (32, (3 * (5 * 8 + 64 // 4) + 64) / 4)
+    rows = (f"{s}{s}16{read:.1f}{counted}" for s, read, counted in zip(*each, keys.counted, strict=True))
+    assert page.text.partition("contextdensewindowInfLLM-V2counted")[2].startswith("".join(rows))
+    for words in ("n = 5, b = 8, d = 4; of up to 40 tokens it reads all", "1 of 4 layers are dense"):
+        assert words in page.text
+    assert "NSA reads" not in page.text
 
 
 def test_names_are_escaped_everywhere():

@@ -1,6 +1,7 @@
 """What the report shows of a model's inside, gathered as plain numbers: selected blocks, keys read, curves."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +9,15 @@ from typing import Any
 
 import torch
 
-from nsa.config import NSAConfig
-from nsa.eval.blocks import LayerSelection, counted_keys, limits_of_dense_layers, selections_of
+from nsa.config import InfLLMv2Config, NSAConfig
+from nsa.eval.blocks import LayerSelection, counted_keys, keys_per_query, limits_of_dense_layers, selections_of
 from nsa.eval.files import read_records
 from nsa.eval.models import Candidate
 from nsa.eval.prompts import Prompt
 from nsa.eval.result import Result
 from nsa.eval.tasks import Needle
 from nsa.eval.text import held_out_texts
+from nsa.methods.registry import Attention
 
 SAMPLE_TOKENS = 240
 # Losses as the trainer names them, and what a chart of each is called.
@@ -63,12 +65,28 @@ class BlockPicture:
 
 @dataclass(frozen=True, kw_only=True)
 class KeysRead:
-    """Keys one query reads, counted in the model at a few contexts; the formula needs only the configuration."""
+    """Keys one query reads, counted in the model at a few contexts; the formula needs only the configuration.
+
+    `sparse` is the number of its layers with the method, and `dense` has the most keys that each of the others reads.
+    """
 
     model: str
-    config: NSAConfig
+    config: NSAConfig | InfLLMv2Config
     contexts: list[int]
     counted: list[float]
+    sparse: int = 1
+    dense: tuple[int, ...] = ()
+
+    @property
+    def attention(self) -> Attention:
+        return "infllm_v2" if isinstance(self.config, InfLLMv2Config) else "nsa"
+
+    def formula(self, attention: str, context: int) -> float:
+        """Those of a twin; of the model's own method the mean over its layers."""
+        keys = keys_per_query(attention, self.config, context)
+        if attention != self.attention or not self.dense:
+            return keys
+        return statistics.fmean([*[keys] * self.sparse, *(min(most, context) for most in self.dense)])
 
 
 @dataclass(kw_only=True)
@@ -80,7 +98,7 @@ class Curve:
 
 
 def look_inside(candidate: Candidate, prompt: Prompt) -> tuple[BlockPicture, KeysRead] | None:
-    """Both pictures of an NSA model from one forward pass over the prompt; None for a model without NSA layers."""
+    """Both pictures of a sparse model from one forward pass over the prompt; None for a model without such layers."""
     layers = selections_of(candidate.model, prompt.tokens)
     if not layers:
         return None
@@ -90,14 +108,22 @@ def look_inside(candidate: Candidate, prompt: Prompt) -> tuple[BlockPicture, Key
         pieces=pieces_of(candidate.tokenizer, prompt.tokens),
         needle=prompt.needle,
         answer=candidate.tokenizer.decode(prompt.answer),
-        window_size=config.window_size,
+        window_size=(layers[0].infllm_v2 or config).window_size,
         block_size=config.select_block_size,
         heads=_heads(layers, len(prompt.tokens) - 1),
     )
     contexts = [2**e for e in range(5, 31) if 2**e < len(prompt.tokens)] + [len(prompt.tokens)]
     dense = [limits_of_dense_layers(candidate.config, context) for context in contexts]
     counted = [counted_keys(layers, context - 1, keys) for context, keys in zip(contexts, dense, strict=True)]
-    return picture, KeysRead(model=candidate.name, config=config, contexts=contexts, counted=counted)
+    read = KeysRead(
+        model=candidate.name,
+        config=layers[0].infllm_v2 or config,
+        contexts=contexts,
+        counted=counted,
+        sparse=len(layers),
+        dense=tuple(limits_of_dense_layers(candidate.config, 2**62)),
+    )
+    return picture, read
 
 
 def picture_prompt(candidates: Sequence[Candidate], result: Result) -> Prompt | None:

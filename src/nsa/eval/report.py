@@ -5,16 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsa.eval.blocks import keys_per_query
+from nsa.config import InfLLMv2Config
 from nsa.eval.compare_table import tables_of
 from nsa.eval.costs import Costs
 from nsa.eval.models import Candidate
 from nsa.eval.pictures import BlockPicture, Curve, KeysRead, continuation, look_inside, picture_prompt, read_curve
-from nsa.eval.report_charts import colors_of, context_charts, curve_charts, keys_chart, quality_charts
+from nsa.eval.report_charts import colors_of, context_charts, curve_charts, keys_chart, keys_legend, quality_charts
 from nsa.eval.report_pictures import needle_maps, selected_blocks
 from nsa.eval.result import Result
 from nsa.eval.table import Block, blocks_of
 from nsa.files import write_whole
+from nsa.methods.registry import TRAINED
 from nsa.report.page import render
 
 
@@ -107,12 +108,33 @@ def _costs(result: Result, costs: Costs, *, apart: bool) -> dict[str, Any]:
 
 
 def _keys(read: KeysRead) -> dict[str, Any]:
-    c, rows = read.config, []
+    rows, legend = [], keys_legend(read)
     for context, counted in zip(read.contexts, read.counted, strict=True):
-        formula = [keys_per_query(attention, c, context) for attention in ("dense", "window", "nsa")]
-        rows.append([f"{context:,}", *(f"{keys:,}" for keys in formula), f"{counted:,.1f}"])
-    sizes = (c.compress_stride, c.num_selected_blocks, c.select_block_size, c.window_size)
-    return {"sizes": sizes, "rows": rows, "chart": keys_chart(read)}
+        formula = [read.formula(attention, context) for attention, _ in legend]
+        rows.append([f"{context:,}", *(f"{round(keys, 1):,}" for keys in formula), f"{counted:,.1f}"])
+    heads = ["context", "dense", "window", TRAINED[read.attention].label, "counted"]
+    return {"lead": _formula(read), "heads": heads, "rows": rows, "legend": legend, "chart": keys_chart(read)}
+
+
+def _formula(read: KeysRead) -> str:
+    """In words, with the model's sizes."""
+    c = read.config
+    if isinstance(c, InfLLMv2Config):
+        said = (
+            f"InfLLM-V2 reads n·b keys at context s, and s/d pooled ones to choose them: here n = "
+            f"{c.blocks.num_selected_blocks}, b = {c.block_size}, d = {c.kernel_stride}; of up to {c.sees_all:,} "
+            "tokens it reads all."
+        )
+    else:
+        said = (
+            f"NSA reads s/d + n·l′ + w keys at context s: here d = {c.compress_stride}, n = {c.num_selected_blocks}, "
+            f"l′ = {c.select_block_size}, w = {c.window_size}, compressed keys counted as one each."
+        )
+    if read.dense:
+        said += (
+            f" {len(read.dense)} of {len(read.dense) + read.sparse} layers are dense: its keys are the mean over all."
+        )
+    return said
 
 
 def _what_was_run(result: Result) -> Iterator[tuple[str, str, str]]:

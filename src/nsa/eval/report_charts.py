@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from markupsafe import Markup
 
-from nsa.eval.blocks import keys_per_query
 from nsa.eval.compare_table import LOSSES, quality_of
 from nsa.eval.costs import Costs
 from nsa.eval.pictures import CURVES, Curve, KeysRead
@@ -111,14 +110,18 @@ def quality_charts(result: Result, costs: Costs, colors: Colors) -> Charts:
     return found
 
 
+def keys_legend(read: KeysRead) -> list[tuple[str, str]]:
+    """Twins and the model's own method, each with its colour."""
+    return [("dense", "var(--dense)"), ("window", "var(--window)"), (read.attention, "var(--nsa)")]
+
+
 def keys_chart(read: KeysRead) -> Markup:
     """Keys read by one query against the context: the formula of the three twins, and counts in the model."""
     contexts = [2**e for e in range(5, 17)]
     series = [
-        Series(name=attention, color=f"var(--{attention})", x=contexts,
-               y=[keys_per_query(attention, read.config, c) for c in contexts])
-        for attention in ("dense", "window", "nsa")
-    ]  # fmt: skip
+        Series(name=attention, color=color, x=contexts, y=[read.formula(attention, c) for c in contexts])
+        for attention, color in keys_legend(read)
+    ]
     name = f"{read.model}, counted"
     series.append(Series(name=name, color="var(--nsa)", x=read.contexts, y=read.counted, line=False))
     title, y_label = "keys read per query", "keys read by one query"
