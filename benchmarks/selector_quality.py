@@ -145,7 +145,7 @@ def of_layer(layer: NativeSparseAttention, x: Tensor) -> dict[str, float]:
     positions = torch.linspace(t // 2, t - 1, QUERIES, device=x.device).long()
     paid = FreeMass.of(q[0], tokens.slc.k[0], positions, config)
     four = chosen[: t // 4 * 4].unflatten(0, (-1, 4))[t // 8 :].permute(0, 2, 1, 3).flatten(2).sort(-1).values
-    distinct = 1 + (four.diff(dim=-1) > 0).sum(-1)
+    distinct = (four[..., 0] >= 0).long() + (four.diff(dim=-1) > 0).sum(-1)  # -1 is none
     return {
         "free": paid.mass.sum(-1).mean().item(),
         "kept": paid.kept(chosen[positions]),

@@ -45,6 +45,11 @@ def test_what_is_kept_lies_between_nothing_and_the_best_of_every_layer_with_a_ch
         assert 5 <= figures["u4"] <= 20
 
 
+def test_where_every_block_is_selected_four_neighbours_select_those_that_they_see(models):
+    (figures, _), *_ = quality.compare(asked(models, "nsa", length=32)).values()
+    assert figures["u4"] == (3 + 4) / 2  # of queries 16 to 23 and 24 to 31, blocks of 8
+
+
 def test_a_model_or_a_length_without_a_choice_is_refused(models):
     with pytest.raises(ValueError, match="dense: expected a model with attention='nsa', got 'dense'"):
         quality.compare(asked(models, "dense"))

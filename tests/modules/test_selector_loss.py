@@ -111,6 +111,14 @@ def test_it_looks_at_runs_of_neighbours_of_no_more_queries_than_it_is_told(queri
     assert (tokens.diff() == 1).all()
 
 
+def test_its_gradient_is_that_of_its_values(monkeypatch):
+    monkeypatch.setattr(module, "NEIGHBOURS", 12)
+    made, x = layer(), torch.randn(1, 60, 24, dtype=torch.float64)
+    q, tokens, layout = parts(made, x)
+    k_cmp = made._compress(tokens.cmp, layout)[0].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda k_cmp: selector_loss(q, tokens.slc.k, k_cmp, layout, CONFIG, ALL), k_cmp)
+
+
 def test_it_is_added_to_what_is_differentiated_and_reaches_what_makes_compressed_keys_and_nothing_before_the_layer():
     made, x = layer(), torch.randn(1, 64, 24, dtype=torch.float64, requires_grad=True)
     gradients = []
