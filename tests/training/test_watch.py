@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from nsa.training.metrics import Progress
 from nsa.training.presets import PRESETS
 from nsa.training.sizes import model_config
 from nsa.training.train import _arguments as arguments_of
-from nsa.training.train import train
+from nsa.training.train import _peak, train
 from nsa.training.trainer import WholeCheckpointTrainer
 
 pytestmark = pytest.mark.filterwarnings("default")  # the Trainer's own
@@ -134,8 +135,11 @@ def test_operations_are_those_of_weights_and_keys_counted_one_by_one(attention, 
             "window": [min(i + 1, 5) for i in range(length)],
             "infllm_v2": [i + 1 if i < 40 else listed(i) + visible(i) / 6 for i in range(length)],
             "nsa": [visible(i) + listed(i) + min(i + 1, 5) for i in range(length)],
-        }[attention]
-        assert mean_keys(config)(length) == pytest.approx(sum(read) / length, rel=1e-12)
+        }
+        assert mean_keys(config)(length) == pytest.approx(sum(read[attention]) / length, rel=1e-12)
+        read["infllm_v2"] = read["dense"]
+        read["nsa"] = [visible(i) + i + 1 + min(i + 1, 5) for i in range(length)]
+        assert mean_keys(config, all_blocks_of=101)(length) == pytest.approx(sum(read[attention]) / length, rel=1e-12)
     if not (attention == "nsa" and compression == "linear"):
         model = NSALlamaForCausalLM(config)
         linears = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -143,6 +147,17 @@ def test_operations_are_those_of_weights_and_keys_counted_one_by_one(attention, 
         own = sum(linears.values()) - compressing + 2 * compressing / nsa.compress_stride  # two heads, a block in four
         assert weights_per_token(config) == pytest.approx(own)
     assert flops_per_token(config, 10.0) == 6 * weights_per_token(config) + 12 * 3 * 32 * 10
+
+
+def test_a_share_of_the_peak_is_told_only_where_all_operations_of_a_step_are_counted(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    plain = NSALlamaForCausalLM(model_config(config))
+    assert _peak(plain, WholeCheckpointTrainer) == 989e12
+    assert _peak(plain, partial(WholeCheckpointTrainer)) is None  # such as one with a teacher
+    assert _peak(NSALlamaForCausalLM(model_config(replace(config, num_layers=2, dense_layers=(1,)))),
+                 WholeCheckpointTrainer) is None  # fmt: skip
+    plain.lm_head.requires_grad_(False)
+    assert _peak(plain, WholeCheckpointTrainer) is None
 
 
 def test_a_presets_model_is_planned_as_it_is_trained(config):

@@ -7,7 +7,8 @@ own where it comes out of the compressed branch's pass, and one more (q k^T) whe
 In training a token costs 6 for every weight it is multiplied with (2 forward, 4 backward), and 12 H D for every key it
 attends to (scores and output, 4 H D forward, twice that backward) in every layer. Weights are those of projections,
 gates, MLP and head; phi's count 1 / d of a token's, one block being compressed every d tokens. What is computed twice
-to save memory is not counted twice; the embedding, norms, rotation and the selection's sorting are not counted at all.
+to save memory is not counted twice; the embedding, norms, rotation, the selection's sorting and the selector's own loss
+(`nsa train --selector-loss`) are not counted at all. Where every query selects all blocks, all blocks are counted.
 InfLLM-V2's pooled keys are scored forward only, by 2 H D: a sixth of a key each.
 """
 

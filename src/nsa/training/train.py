@@ -135,8 +135,7 @@ def _train(
         say(NOTICE)
 
     on_gpu = not arguments.use_cpu
-    peak = peak_of(torch.cuda.get_device_name()) if on_gpu and config.dtype == "bfloat16" else None
-    counted = isinstance(model.config, NSALlamaConfig) and not model.config.dense_layers
+    peak = _peak(model, make_trainer) if on_gpu and config.dtype == "bfloat16" else None
     clock = Clock(None if peak is None else peak * (1 if world is None else world.size))
     metrics, progress = MetricsFiles(config.out, clock), Progress()
     stop = StopOnCtrlC(quiet=config.quiet or not is_main, any_rank=None if world is None else world.any)
@@ -144,7 +143,7 @@ def _train(
     records = [metrics, *([] if config.quiet else [progress])] if is_main else []
     options: dict[str, Any] = {
         "clock": clock,
-        "flops_of_token": _flops_of_token(model.config, train_set, config.accumulation) if peak and counted else None,
+        "flops_of_token": _flops_of_token(model.config, train_set, config.accumulation) if peak else None,
         "workers": config.workers if on_gpu else 0,
         "model": model,
         "args": arguments,
@@ -208,6 +207,16 @@ def _checkpoint(config: TrainConfig, *, sharded: bool = False) -> Path | None:
     if sharded and not is_sharded(last):
         raise ValueError(f"--resume: {last} was written by one process, which alone continues it: without torchrun")
     return last
+
+
+def _peak(model: Any, make_trainer: Callable[..., Any]) -> float | None:
+    """Operations a second that the GPU does at most; None where they, or those of a step, are not known.
+
+    Known are those of a Llama all of whose layers are alike, where all of its weights are trained, by its loss alone.
+    """
+    alike = isinstance(model.config, NSALlamaConfig) and not model.config.dense_layers
+    whole = make_trainer is WholeCheckpointTrainer and all(weight.requires_grad for weight in model.parameters())
+    return peak_of(torch.cuda.get_device_name()) if alike and whole else None
 
 
 def _flops_of_token(model: NSALlamaConfig, train_set: TrainingBatches, batches_per_step: int) -> Callable[[int], float]:
