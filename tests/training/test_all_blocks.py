@@ -8,6 +8,7 @@ from runs import At, interrupt
 
 from nsa.modules.layer import SparseLayer
 from nsa.training.curriculum import parse_stage
+from nsa.training.prepare import make_model
 from nsa.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # the Trainer's own
@@ -59,6 +60,27 @@ def test_between_its_steps_and_after_a_stop_layers_have_their_own_sizes(config):
     with pytest.raises(KeyboardInterrupt):
         train(config, callbacks=[Watch(5, interrupt)])
     assert seen == [{config.nsa.with_all_blocks(length)}] * 3 + [{config.nsa}] * 2
+
+
+def test_a_model_whose_training_cannot_begin_or_ends_by_an_error_has_neither_all_blocks_nor_the_selectors_loss(config):
+    made = []
+
+    def make(*given):
+        made.append(make_model(*given))
+        return made[-1]
+
+    def refuse(**_):
+        raise ValueError("no trainer")
+
+    def fail(model):
+        assert {layer.selector_weight for layer in layers(model)} == {0.5}
+        raise ValueError("no step")
+
+    config = replace(config, curriculum=("64x3:blocks=all",), selector_loss=0.5)
+    for what in ({"trainer": refuse}, {"callbacks": [At(1, fail)]}):
+        with pytest.raises(ValueError, match=r"no trainer|no step"):
+            train(replace(config, out=config.out / str(len(made))), make=make, **what)
+    assert {(layer.config, layer.selector_weight) for model in made for layer in layers(model)} == {(config.nsa, 0.0)}
 
 
 def test_ranks_that_share_sequences_cannot(config):

@@ -122,7 +122,6 @@ def _train(
         world.from_main(check_data)
         world.agree("data", data, lambda theirs, own: "other data, or another tokenizer, than rank 0")
     model = make(config, tokenizer)
-    train_selectors(model, config.selector_loss / arguments.gradient_accumulation_steps, config.selector_queries)
     if world is not None:
         if config.compile and config.cuda_graphs and not arguments.use_cpu:
             say(
@@ -161,6 +160,7 @@ def _train(
     if checkpoint is not None and is_main:
         metrics.forget_after(step_of(checkpoint))
     try:
+        train_selectors(model, config.selector_loss / arguments.gradient_accumulation_steps, config.selector_queries)
         with stop:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < config.total_steps:
