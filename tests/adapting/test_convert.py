@@ -1,6 +1,7 @@
 """`nsa convert`: from a folder to a folder, whole or not at all."""
 
 import json
+import shlex
 import shutil
 from collections import namedtuple
 
@@ -51,7 +52,7 @@ def text(tmp_path):
 
 
 def test_a_converted_folder_is_whole_and_says_what_was_done(folder, text, tmp_path, capsys):
-    out = tmp_path / "new" / "sparse"
+    out = tmp_path / "new models" / "sparse"
     assert main(["convert", str(folder), str(out), *FLAGS, "--text", str(text), "--layers", "1"]) == 0
     said = capsys.readouterr().out
     dense, sparse = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
@@ -72,7 +73,8 @@ def test_a_converted_folder_is_whole_and_says_what_was_done(folder, text, tmp_pa
     assert f"{phi + 12 * 25:,} are new" in said
     assert {"LICENSE", "modeling_nsa.py", "tokenizer.json", "generation_config.json"} <= {p.name for p in out.iterdir()}
     assert [p.name for p in out.parent.iterdir()] == ["sparse"]
-    assert main(["generate", str(out), "--prompt", "To be", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    (said_next,) = (shlex.split(line) for line in said.splitlines() if line.startswith("  nsa generate"))
+    assert main([*said_next[1:], "--max-new-tokens", "2", "--device", "cpu"]) == 0
 
 
 def test_the_weights_that_a_model_had_are_in_its_folder_as_they_were(folder, tmp_path):

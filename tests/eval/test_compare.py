@@ -234,6 +234,16 @@ def test_models_that_differ_far_behind_in_their_files_are_not_taken_for_each_oth
     assert losses[0] != losses[1]
 
 
+def test_lengths_beyond_a_models_positions_are_a_note(folder, tmp_path, capsys):
+    asked = {"tasks": ("perplexity",), "methods": ("full",), "trained": (folder / "nsa",)}
+    for length, count in ((256, 0), (257, 2)):
+        compare(arguments(folder, tmp_path, lengths=(length,), **asked))
+        notes = [line for line in capsys.readouterr().out.splitlines() if "positions it was made for" in line]
+        assert len(notes) == count
+    assert notes[0] == "note: llama: 257 tokens are more than the 256 positions it was made for"
+    assert notes[1].startswith("note: trained nsa: 257 tokens")
+
+
 def test_a_model_trained_on_other_data_is_a_note(folder, tmp_path, capsys):
     for name, data in (("llama", "one"), ("nsa", "another"), ("infllm", "one")):
         shutil.copytree(folder / name, tmp_path / name)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -125,7 +126,8 @@ def _say_what_is_new(model: Any, dense: Any, needed: int, output: Path) -> None:
         f"{sum(new.values()) - copies:,} are new (phi and gates)"
     )
     print(f"wrote {output} ({needed / 1e9:.2f} GB); it generates, and wins its quality back:")
-    print(f"  nsa generate {output} --prompt 'Once'\n  nsa adapt {output} --out runs/{output.name}")
+    name, run = (shlex.quote(str(path)) for path in (output, Path("runs") / output.name))
+    print(f"  nsa generate {name} --prompt 'Once'\n  nsa adapt {name} --out {run}")
 
 
 @contextmanager

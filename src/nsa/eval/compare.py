@@ -24,7 +24,7 @@ from nsa.eval.models import check_folder
 from nsa.eval.report import Report
 from nsa.eval.report_charts import colors_of, quality_charts
 from nsa.eval.result import Result
-from nsa.eval.runner import circumstances
+from nsa.eval.runner import circumstances, too_long
 from nsa.eval.tasks import TASKS, Row
 from nsa.eval.tasks.lm_eval import PREFIX
 from nsa.files import write_whole
@@ -141,6 +141,8 @@ def gather(
     laid_over = [cell.row for cell in methods.values() if cell.folder == arguments.model]
     models = [{**description, "name": name, "attention": TWIN_OF.get(name, name), "nsa": {}} for name in laid_over]
     models += [candidate.describe() for candidate in compared.trained]
+    asked = [cell.task for cell in cells]
+    notes += [note for one in (compared.model, *compared.trained) if (note := too_long(one, asked))]
     notes += notes_on_trained(arguments, compared)
     notes.append(
         "perplexity is one prefill: methods that are sparse in decode alone are dense there; questions, answers and "

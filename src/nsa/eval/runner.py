@@ -143,8 +143,8 @@ def run_tasks(candidate: Candidate, tasks: Sequence[Task], progress: Progress) -
             with selection_by_mass() if candidate.by_mass else nullcontext():
                 rows += task.run(candidate.model, candidate.tokenizer, partial(progress.advance, bar))
         except IndexError as error:  # of a table of positions
-            if too_long := _too_long(candidate, [task]):
-                raise ValueError(f"{too_long}: {error}") from error
+            if reason := too_long(candidate, [task]):
+                raise ValueError(f"{reason}: {error}") from error
             raise
         progress.remove_task(bar)
     return rows
@@ -189,7 +189,7 @@ def notes_on(candidates: Sequence[Candidate], tasks: Sequence[Task]) -> list[str
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         notes.append(f"the models differ in size: {listed} parameters")
-    return notes + [note for candidate in candidates if (note := _too_long(candidate, tasks))]
+    return notes + [note for candidate in candidates if (note := too_long(candidate, tasks))]
 
 
 def circumstances() -> dict[str, Any]:
@@ -216,7 +216,7 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def _too_long(candidate: Candidate, tasks: Sequence[Task]) -> str:
+def too_long(candidate: Candidate, tasks: Sequence[Task]) -> str:
     """That the tasks' texts are longer than the model was made for; "" if they are not, or if nothing is known."""
     limit = getattr(candidate.config, "max_position_embeddings", None)
     longest = max((max(_lengths(task)) for task in tasks), default=0)
