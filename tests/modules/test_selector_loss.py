@@ -8,6 +8,7 @@ import torch
 
 import nsa.modules.selector_loss as module
 from nsa import NSAConfig
+from nsa.distributed.layout import ContextLayout
 from nsa.modules.attention import NativeSparseAttention
 from nsa.modules.selector_loss import selector_loss, with_loss
 from nsa.modules.token_layout import TokenLayout
@@ -135,6 +136,17 @@ def test_it_is_added_to_what_is_differentiated_and_reaches_what_makes_compressed
         reached = name.startswith(("k_proj_cmp", "compress_k"))
         assert (added.abs().max() > 1e-6) == reached, name
         torch.testing.assert_close(twice, 2 * added, atol=1e-6, rtol=1e-4)
+
+
+def test_ranks_that_share_sequences_or_heads_cannot_have_it():
+    made, x = layer(), torch.randn(1, 32, 24, dtype=torch.float64)
+    made.selector_weight = 0.25
+    message = "whole sequences and all heads on a rank: expected selector_weight=0, got 0.25"
+    with pytest.raises(ValueError, match=message):
+        made.attend_in_context(x, ContextLayout.__new__(ContextLayout))
+    made.compress_k.heads_of = object()
+    with pytest.raises(ValueError, match=message):
+        made(x)
 
 
 def test_descending_it_brings_the_scores_to_the_attention():

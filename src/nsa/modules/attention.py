@@ -49,7 +49,8 @@ class NativeSparseAttention(SparseLayer):
         context: where it is set, x and the other arguments are one rank's part of sequences that several ranks hold
             (`nsa.distributed`).
         selector_weight: where it is above 0, every backward of whole sequences adds this times the selector's own loss
-            (`nsa.modules.selector_loss`) to what is differentiated; selector_queries: of a batch that it looks at.
+            (`nsa.modules.selector_loss`) to what is differentiated; a ValueError where ranks share sequences or heads.
+        selector_queries: of a batch, that it looks at.
 
     Raises:
         ValueError: head counts or dims that do not fit.
@@ -90,6 +91,7 @@ class NativeSparseAttention(SparseLayer):
         self.register_load_state_dict_pre_hook(_rename_old)
 
     def attend(self, x: Float[Tensor, "b t hidden"], layout: TokenLayout) -> Float[Tensor, "b t h e"]:
+        learns = self._learns_to_choose(self.compress_k.heads_of is None)
         q, tokens, gates = self._inputs(x, layout.cos, layout.sin)
         if layout.counts is not None:
             k_raw, v_raw, *rest = tokens.tensors
@@ -100,7 +102,7 @@ class NativeSparseAttention(SparseLayer):
         branches = Branches.of(self.config, (*compressed, *tokens.tensors[2:]), lengths)
         longest = layout.max_seqlen
         out = attend_to_branches(q, branches, gates, self.config, max_seqlen_k=longest, nonnegative_gates=True)
-        if self.selector_weight and torch.is_grad_enabled() and q.numel():  # no tokens have no loss
+        if learns and q.numel():  # no tokens have no loss
             k_cmp = self._keys_to_choose(x.detach(), layout)
             loss = selector_loss(q, branches.slc.k, k_cmp, layout, self.config, self.selector_queries)
             out = with_loss(out, loss, self.selector_weight)
@@ -114,6 +116,7 @@ class NativeSparseAttention(SparseLayer):
         return attend_to_branches(q, branches, gates, self.config, nonnegative_gates=True)
 
     def attend_in_context(self, x: Tensor, layout: ContextLayout) -> Float[Tensor, "b t h e"]:
+        self._learns_to_choose(False)
         q, tokens, gates = self._inputs(x, layout.cos, layout.sin)
         return context_parallel_attention(q, tokens, gates, layout, self._compress_blocks)
 
@@ -179,6 +182,16 @@ class NativeSparseAttention(SparseLayer):
         """The compressed keys, rotated, and values of whole sequences."""
         k, v = self._blocks(raw.k, layout), self._blocks(raw.v, layout)
         return self._compress_blocks(k, v, layout.cos_cmp, layout.sin_cmp)
+
+    def _learns_to_choose(self, has_all: bool) -> bool:
+        """Whether the selector's loss is added; an error unless this rank has whole sequences and all heads."""
+        learns = self.selector_weight > 0 and torch.is_grad_enabled()
+        if learns and not has_all:
+            raise ValueError(
+                "NativeSparseAttention: the selector's loss needs whole sequences and all heads on a rank: expected "
+                f"selector_weight=0, got {self.selector_weight:g}"
+            )
+        return learns
 
     def _keys_to_choose(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """The compressed keys alone. The selector's loss takes x as it is: it trains what makes keys of x, not x."""
