@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -84,6 +85,19 @@ def test_the_weights_that_a_model_had_are_in_its_folder_as_they_were(folder, tmp
     for name, weight in sparse.items():
         if name.endswith(("_cmp.weight", "_win.weight")):
             assert torch.equal(weight, sparse[name[: -len("_cmp.weight")] + ".weight"])
+
+
+def test_the_number_format_is_that_of_the_weights_where_the_configuration_has_none(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    for flags, dtype in (([], torch.bfloat16), (["--dtype", "float16"], torch.float16)):
+        out = tmp_path / str(dtype)
+        assert main(["convert", str(tmp_path / "dense"), str(out), *FLAGS, "--tokens", "0", *flags]) == 0
+        with safe_open(out / "model.safetensors", "pt") as weights:
+            assert {weights.get_tensor(name).dtype for name in weights.keys()} == {dtype}  # noqa: SIM118
+        assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
 def test_a_hubs_cache_folder_is_a_folder(folder, tmp_path):

@@ -47,8 +47,9 @@ def convert(arguments: ConvertArguments) -> None:
     check_gate_bias(arguments.gate_bias)
     sizes = getattr(arguments, arguments.method).to_dict()
     family, planned = plan(config, arguments.method, layers, sizes)
-    dtype = config.dtype or torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    needed = check_room(family, planned, dtype, output)
+    # A configuration may not say; then transformers looks at the weights, which have four bytes at most.
+    dtype: Any = config.dtype or "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    check_room(family, planned, torch.float32 if dtype == "auto" else dtype, output)
     device = device_of(arguments.device)
     dense, tokenizer = load_model(source, dtype=dtype)
     ids = _text(arguments, tokenizer, config.max_position_embeddings)
@@ -74,7 +75,7 @@ def convert(arguments: ConvertArguments) -> None:
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    _say_what_is_new(model, dense, needed, output)
+    _say_what_is_new(model, dense, output)
 
 
 def _check_other_sizes(arguments: ConvertArguments, config: Any) -> None:
@@ -115,7 +116,7 @@ def _say_losses(text: str, before: Tensor, after: Tensor) -> dict[str, Any]:
     return record
 
 
-def _say_what_is_new(model: Any, dense: Any, needed: int, output: Path) -> None:
+def _say_what_is_new(model: Any, dense: Any, output: Path) -> None:
     held = {name for name, _ in dense.named_parameters()}
     every = {name: parameter.numel() for name, parameter in model.named_parameters()}
     new = {name: count for name, count in every.items() if name not in held and not FUSED.search(name)}
@@ -125,7 +126,8 @@ def _say_what_is_new(model: Any, dense: Any, needed: int, output: Path) -> None:
         f"{sum(every.values()):,} parameters, of which {copies:,} are copies of k and v for compression and window and "
         f"{sum(new.values()) - copies:,} are new (phi and gates)"
     )
-    print(f"wrote {output} ({needed / 1e9:.2f} GB); it generates, and wins its quality back:")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    print(f"wrote {output} ({size / 1e9:.2f} GB); it generates, and wins its quality back:")
     name, run = (shlex.quote(str(path)) for path in (output, Path("runs") / output.name))
     print(f"  nsa generate {name} --prompt 'Once'\n  nsa adapt {name} --out {run}")
 

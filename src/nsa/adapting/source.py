@@ -34,8 +34,8 @@ def plan(config: Any, method: str, layers: list[int] | None, sizes: dict[str, An
     return family, sparse_config(config, family, method, sparse, sizes)
 
 
-def check_room(family: Family, config: Any, dtype: torch.dtype, output: Path) -> int:
-    """Bytes of the sparse model's weights; ValueError where the disk has not as many."""
+def check_room(family: Family, config: Any, dtype: torch.dtype, output: Path) -> None:
+    """ValueError where the disk has not as many bytes as the sparse model's weights."""
     with torch.device("meta"):
         model = sparse_class(family, "ForCausalLM")(config)
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
@@ -43,4 +43,3 @@ def check_room(family: Family, config: Any, dtype: torch.dtype, output: Path) ->
     free = shutil.disk_usage(parent).free
     if free < needed * 1.02 + 2**26:
         raise ValueError(f"{output}: the model takes {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left")
-    return needed
