@@ -12,8 +12,20 @@ from nsa.bench.train_arguments import TrainArguments
 RIVALS = ("cuDNN", "FlashAttention-2", "FlexAttention", "FlexAttention, selected branch")
 
 
+class ValueWidth:
+    """What is one where values may be narrower than keys."""
+
+    head_dim: int
+    value_dim: int | None
+
+    @property
+    def e(self) -> int:
+        """Width of a head of v."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+
 @dataclass(frozen=True)
-class KernelArguments:
+class KernelArguments(ValueWidth):
     """The attention function and each of its kernels, beside torch's dense attention, in one interleaved run.
 
     NSA: q, gates and the keys and values of the three branches in, output out; and its backward. Dense: causal, of the
@@ -42,11 +54,6 @@ class KernelArguments:
     repetitions: Repetitions = 5
     output: Output = None
     json: Json = False
-
-    @property
-    def e(self) -> int:
-        """Width of a head of v."""
-        return self.head_dim if self.value_dim is None else self.value_dim
 
     def wants(self, rival: str) -> bool:
         return rival in self.rivals
@@ -144,7 +151,7 @@ class GenerateArguments:
 
 
 @dataclass(frozen=True)
-class DecodeArguments:
+class DecodeArguments(ValueWidth):
     """One layer's attention for one new token a row, as steps of a CUDA graph, beside dense attention.
 
     NSA: its two launches over a cache of one page a row, and over shuffled pages of 256 tokens; and with the append
@@ -176,11 +183,6 @@ class DecodeArguments:
     repetitions: Repetitions = 5
     output: Output = None
     json: Json = False
-
-    @property
-    def e(self) -> int:
-        """Width of a head of v."""
-        return self.head_dim if self.value_dim is None else self.value_dim
 
 
 @dataclass(frozen=True)

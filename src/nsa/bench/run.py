@@ -11,6 +11,7 @@ from nsa.bench.arguments import (
     ModuleArguments,
     StepArguments,
     TrainArguments,
+    ValueWidth,
 )  # fmt: skip
 from nsa.bench.checks import check
 from nsa.files import write_whole
@@ -44,7 +45,7 @@ def run(arguments: Measured) -> None:
         there.touch()  # not after the first measurement: a folder that cannot be written
     name, module = BENCHES[type(arguments)]
     shape = {name: value for name, value in asdict(arguments).items() if name not in ("output", "json")}
-    if isinstance(arguments, KernelArguments | DecodeArguments):
+    if isinstance(arguments, ValueWidth):
         shape["value_dim"] = arguments.e
     result = Result(bench=name, facts=device_facts() | when_and_where(), shape=shape, matrix_rate=matrix_rate())
     for entry in importlib.import_module(module).measure(arguments):
