@@ -42,9 +42,9 @@ class ConvertArguments:
     nsa: NSAConfig = field(default_factory=NSAConfig)
     """NSA's block sizes and counts; those of a dense twin are its own by default."""
     infllm_v2: InfLLMv2Config = field(default_factory=InfLLMv2Config)
-    """InfLLM-V2's, in the same way. In SmolLM2-135M kernel-size 4 and kernel-stride 4 keep the loss (+.003 at 8,192
-    tokens) and find most needles that the paper's pools of 32 keys lose (+.024); a query attends to as many keys, and
-    reads four times as many to choose (docs/convert.md)."""
+    """InfLLM-V2's, in the same way. With kernel-size 4 and kernel-stride 4 converting SmolLM2-135M costs .003 of loss
+    at 8,192 tokens, with the paper's pools of 32 keys .024; a query attends to as many keys, and reads four times as
+    many to choose (docs/convert.md)."""
     gate_bias: float = GATE_BIAS
     """Of NSA: gates start at sigmoid(bias) for the selected branch, sigmoid(-bias) for the others: 6 lets .25% of
     these through; 30 keeps the function to rounding where every block fits, with gates that do not learn."""
